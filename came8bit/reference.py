@@ -1,0 +1,403 @@
+"""The executable specification of the update rule, in plain PyTorch.
+
+Read it beside ``docs/algorithm.md`` and ``csrc/came_math.h``: same passes, same symbols, same order
+of operations.  It is also what runs where no kernel does.  Only add, subtract, multiply, divide and
+square root of fp32 values appear, one rounding each, so compiled code can be equal to the last bit.
+
+A parameter is a batch of ``b`` matrices of ``n`` rows and ``k`` columns in its row-major order:
+``g`` gradient, ``r, c`` second moment (row, column), ``R, C`` instability, ``m`` momentum,
+``u`` preconditioned gradient, ``kappa`` the scale that clips ``u``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .quant import dequantize_blockwise, quantize_blockwise
+from .rounding import random_bits, round_stochastic, square_root
+
+LANES = 16
+CHUNK = 1024
+GROUP = 4
+
+
+def fp32(x: float) -> float:
+    """``x`` rounded once to fp32, as a Python float."""
+    return torch.tensor(x, dtype=torch.float64).to(torch.float32).item()
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Hyper-parameters of one call; every float is rounded to fp32 where it is used."""
+
+    beta1: float
+    beta2: float
+    beta3: float
+    eps1: float
+    eps2: float
+    clip_threshold: float
+    lr: float
+    weight_decay: float
+    lr_tensor: Tensor | None = None
+    stochastic: bool = True
+    cautious: bool = False
+    propagate: bool = False
+    maximize: bool = False
+    bias_correction: bool = False
+    seed: int = 0
+
+    def lr_and_shrink(self) -> tuple[float, float]:
+        """``(lr, lr*weight_decay)`` in fp32.
+
+        A float ``lr`` is multiplied in float64 and rounded once; a tensor is rounded to fp32 first
+        and multiplied in fp32.
+        """
+        if self.lr_tensor is None:
+            return fp32(self.lr), fp32(self.lr * self.weight_decay)
+        lr = self.lr_tensor.detach().to("cpu", torch.float32)
+        return lr.item(), (lr * fp32(self.weight_decay)).item()
+
+    def correction(self, beta: float, step: int) -> float:
+        """``1 - beta**step`` (1 without bias correction), formed in float64, rounded once."""
+        return fp32(1.0 - beta**step) if self.bias_correction else 1.0
+
+
+# --- reductions: fixed trees on 16 virtual lanes, independent of threads and instruction set -----
+
+
+def lane_sum(x: Tensor) -> Tensor:
+    """Sum of the last dimension of ``(..., m)``.
+
+    Chunks of 1024; in a chunk lane ``i`` adds elements ``i, i+16, ...`` in order, then the lanes are
+    halved 16 -> 8 -> 4 -> 2 -> 1; then the chunks are added in order.
+    """
+    m = x.shape[-1]
+    chunks = max(1, -(-m // CHUNK))
+    x = torch.nn.functional.pad(x, (0, chunks * CHUNK - m)).unflatten(-1, (chunks, -1, LANES))
+    lanes = torch.zeros_like(x[..., 0, :])
+    used = CHUNK if chunks > 1 else m
+    for i in range(-(-used // LANES)):
+        lanes = lanes + x[..., i, :]
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    total = torch.zeros_like(lanes[..., 0, 0])
+    for i in range(chunks):
+        total = total + lanes[..., i, 0]
+    return total
+
+
+def slab_rows(b: int, n: int, k: int) -> int:
+    """Rows whose column sums are formed in one go; bounds the workspace (2 MiB, or 0.012 B/element)."""
+    rows = 64
+    while rows * 2 <= min(n // 32, 1024):
+        rows *= 2
+    while rows < 1024 and b * -(-n // rows) * k * 12 > 2 << 20:
+        rows *= 2
+    return rows
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """Sum over the rows of ``(b, n, k)``: slabs of rows; in a slab groups of four rows,
+    ``(x0 + x1) + (x2 + x3)``, in order; then the slabs in order."""
+    b, n, k = x.shape
+    rows = slab_rows(b, n, k)
+    slabs = -(-n // rows)
+    x = torch.nn.functional.pad(x, (0, 0, 0, slabs * rows - n)).view(b, slabs, -1, GROUP, k)
+    groups = (x[..., 0, :] + x[..., 1, :]) + (x[..., 2, :] + x[..., 3, :])
+    partial = torch.zeros_like(groups[:, :, 0])
+    for i in range(min(groups.shape[2], -(-n // GROUP))):
+        partial = partial + groups[:, :, i]
+    total = torch.zeros_like(partial[:, 0])
+    for i in range(slabs):
+        total = total + partial[:, i]
+    return total
+
+
+# --- the rule, pass by pass -----------------------------------------------------------------------
+
+
+def ema(old: Tensor, beta: float, new: Tensor) -> Tensor:
+    """``beta*old + (1-beta)*new``."""
+    return old * fp32(beta) + new * fp32(1.0 - beta)
+
+
+def mean_square(total: Tensor, count: int, eps1: float) -> Tensor:
+    """Mean of ``g**2 + eps1`` from the sum of ``g**2``."""
+    return total / fp32(count) + fp32(eps1)
+
+
+def row_factor(r: Tensor, scale: float) -> Tensor:
+    """``scale * sqrt(mean(r) / r_i)`` for ``r`` of shape ``(b, n)``; two roots cannot overflow."""
+    mean = (lane_sum(r) / fp32(r.shape[-1])).unsqueeze(-1)
+    return (square_root(mean) / square_root(r)) * scale
+
+
+def column_factor(c: Tensor, correction: float) -> Tensor:
+    """``1 / sqrt(c_j / correction)``."""
+    return 1.0 / square_root(c / correction)
+
+
+def clip_scale(rms: Tensor, clip_threshold: float) -> Tensor:
+    """``kappa = 1 / max(1, RMS(u) / clip_threshold)``."""
+    ratio = rms / fp32(clip_threshold)
+    return torch.where(ratio > 1, 1.0 / ratio, 1.0)
+
+
+def root_mean(total: Tensor, count: int) -> Tensor:
+    """``sqrt(total / count)``."""
+    return square_root(total / fp32(count))
+
+
+def predicted_rms(
+    row_sum: Tensor, col_sum: Tensor, a: Tensor, c_factor: Tensor, count: int
+) -> Tensor:
+    """RMS that ``u`` would have if every ``g**2`` were the product of its row and column sums.
+
+    Known before the second sweep, and off by a factor that hardly changes from step to step.
+    """
+    rows = lane_sum((row_sum * a) * a)
+    cols = lane_sum((col_sum * c_factor) * c_factor)
+    total = lane_sum(row_sum)
+    predicted = torch.where(total > 0, (rows / total) * cols, 0.0)
+    return root_mean(lane_sum(predicted), count)
+
+
+def next_rms_ratio(rms: Tensor, predicted: Tensor) -> Tensor:
+    """Measured over predicted RMS, the factor for the next step; 1 where it means nothing."""
+    ratio = rms / predicted
+    return torch.where((ratio > 0) & (ratio < math.inf), ratio, 1.0)
+
+
+def mean_instability(
+    d2: Tensor, ud: Tensor, u2: Tensor, delta: Tensor, count: int, beta1: float, eps2: float
+) -> Tensor:
+    """Mean of ``(kappa*u - m_t)**2 + eps2`` from sums around the expected scale ``kappa_0``.
+
+    ``kappa*u - m_t = beta1*(kappa*u - m)``, and with ``d = kappa_0*u - m``, ``delta = kappa - kappa_0``
+    the square is ``d**2 + 2*delta*u*d + delta**2*u**2``: no cancellation while ``delta`` is small.
+    """
+    square = ((d2 + ud * (delta * 2.0)) + u2 * (delta * delta)) / fp32(count)
+    square = torch.where(square < 0, 0.0, square)
+    return square * fp32(beta1 * beta1) + fp32(eps2)
+
+
+def momentum(m: Tensor, u: Tensor, kappa: Tensor, beta1: float) -> Tensor:
+    """``m_t = beta1*m + (1-beta1)*(kappa*u)``."""
+    return m * fp32(beta1) + (u * kappa) * fp32(1.0 - beta1)
+
+
+def agrees(m: Tensor, u: Tensor) -> Tensor:
+    """Cautious mask (arXiv 2411.16085): momentum and gradient have the same strict sign."""
+    return ((m > 0) & (u > 0)) | ((m < 0) & (u < 0))
+
+
+def cautious_scale(mask: Tensor) -> Tensor:
+    """``1 / max(mean(mask), 0.001)``."""
+    fraction = mask.sum().to(torch.float32) / fp32(mask.numel())
+    return 1.0 / torch.where(fraction < fp32(1e-3), fp32(1e-3), fraction)
+
+
+# --- one parameter --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    """How a parameter is seen: ``b`` matrices ``n x k``, its index and its first element's offset."""
+
+    b: int
+    n: int
+    k: int
+    index: int = 0
+    offset: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(b, n, k)``."""
+        return (self.b, self.n, self.k)
+
+
+def _load_momentum(exp_avg: Tensor, absmax: Tensor | None) -> Tensor:
+    return exp_avg if absmax is None else dequantize_blockwise(exp_avg, absmax)
+
+
+def _store_momentum(
+    m: Tensor, decaying: Tensor, exp_avg: Tensor, absmax: Tensor | None
+) -> None:
+    if absmax is None:
+        exp_avg.copy_(m.view(exp_avg.shape))
+        return
+    shape = exp_avg.shape
+    codes, scales = quantize_blockwise(m.view(shape), decaying=decaying.view(shape))
+    exp_avg.copy_(codes)
+    absmax.copy_(scales)
+
+
+def apply_(
+    param: Tensor, update: Tensor, shrink: float, view: View, step: int, hyper: Hyper
+) -> None:
+    """``p <- round((p - p*shrink) - update)``: fp32 inside, one rounding to the parameter's dtype.
+
+    Not ``p*(1 - shrink)``: 1 - 1e-6 in fp32 is off by 3 % of the 1e-6, in the same direction at
+    every step.
+    """
+    p = param.detach().reshape(-1).to(torch.float32)
+    value = (p - p * shrink) - update.reshape(-1)
+    if hyper.stochastic and param.dtype != torch.float32:
+        bits = random_bits(
+            value.numel(),
+            seed=hyper.seed,
+            index=view.index,
+            step=step,
+            offset=view.offset,
+            device=value.device,
+        )
+        value = round_stochastic(value, param.dtype, bits)
+    param.detach().copy_(value.view(param.shape))
+
+
+def _finish(
+    param: Tensor,
+    m_t: Tensor,
+    u: Tensor,
+    row: Tensor | None,
+    col: Tensor | None,
+    view: View,
+    step: int,
+    hyper: Hyper,
+) -> None:
+    """Scale the momentum by learning rate, bias correction, confidence and mask, and apply it."""
+    lr, shrink = hyper.lr_and_shrink()
+    scale: Tensor = torch.tensor(lr) / torch.tensor(hyper.correction(hyper.beta1, step))
+    scale = scale.to(m_t.device)
+    if hyper.cautious:
+        mask = agrees(m_t, u)
+        scale = scale * cautious_scale(mask)
+    if row is None or col is None:
+        update = m_t * scale
+    else:
+        update = (m_t * (row * scale).unsqueeze(-1)) * col.unsqueeze(-2)
+    if hyper.cautious:
+        update = torch.where(mask, update, 0.0)
+    apply_(param, update, shrink, view, step, hyper)
+
+
+def factored_step_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    absmax: Tensor | None,
+    exp_avg_sq_row: Tensor,
+    exp_avg_sq_col: Tensor,
+    exp_avg_res_row: Tensor,
+    exp_avg_res_col: Tensor,
+    rms_ratio: Tensor,
+    step: Tensor,
+    skipped: Tensor,
+    view: View,
+    hyper: Hyper,
+) -> None:
+    """One CAME step of a parameter seen as matrices; updates every tensor but ``grad`` in place.
+
+    Args:
+        param, grad: fp32, bf16 or fp16 of one shape, any strides.
+        exp_avg: momentum, fp32, or int8 codes with ``absmax``.
+        exp_avg_sq_row, exp_avg_res_row: fp32 ``(b, n)``.
+        exp_avg_sq_col, exp_avg_res_col: fp32 ``(b, k)``.
+        rms_ratio: fp32 0-d, :func:`next_rms_ratio` of the previous step (1 at first).
+        step, skipped: int64 0-d counters.
+        view, hyper: geometry and hyper-parameters.
+    """
+    t = int(step) + 1
+    b, n, k = view.shape
+    g = grad.detach().reshape(b, n, k).to(torch.float32)
+
+    g2 = g * g
+    row_sum, col_sum = lane_sum(g2), column_sum(g2)
+    if not (hyper.propagate or bool(lane_sum(row_sum.reshape(-1)).isfinite())):
+        skipped += 1
+        return
+    r = ema(exp_avg_sq_row, hyper.beta2, mean_square(row_sum, k, hyper.eps1))
+    c = ema(exp_avg_sq_col, hyper.beta2, mean_square(col_sum, n, hyper.eps1))
+
+    a = row_factor(r, -1.0 if hyper.maximize else 1.0)
+    c_factor = column_factor(c, hyper.correction(hyper.beta2, t))
+    predicted = predicted_rms(row_sum, col_sum, a, c_factor, b * n * k)
+    kappa_0 = clip_scale(rms_ratio * predicted, hyper.clip_threshold)
+
+    u = (g * a.unsqueeze(-1)) * c_factor.unsqueeze(-2)
+    m = _load_momentum(exp_avg, absmax).view(b, n, k)
+    d = u * kappa_0 - m
+    sums = [(lane_sum(x), column_sum(x)) for x in (d * d, u * d, u * u)]
+    total_u2 = lane_sum(sums[2][0].reshape(-1))
+    if not (hyper.propagate or bool(total_u2.isfinite())):
+        skipped += 1
+        return
+    rms = root_mean(total_u2, b * n * k)
+    kappa = clip_scale(rms, hyper.clip_threshold)
+    delta = kappa - kappa_0
+    rows, cols = zip(*sums, strict=True)
+    s_row = mean_instability(*rows, delta, k, hyper.beta1, hyper.eps2)
+    s_col = mean_instability(*cols, delta, n, hyper.beta1, hyper.eps2)
+    res_row = ema(exp_avg_res_row, hyper.beta3, s_row)
+    res_col = ema(exp_avg_res_col, hyper.beta3, s_col)
+
+    m_t = momentum(m, u, kappa, hyper.beta1)
+    row = row_factor(res_row, 1.0)
+    col = column_factor(res_col, hyper.correction(hyper.beta3, t))
+    _finish(param, m_t, u, row, col, view, t, hyper)
+
+    _store_momentum(m_t, u == 0, exp_avg, absmax)
+    exp_avg_sq_row.copy_(r)
+    exp_avg_sq_col.copy_(c)
+    exp_avg_res_row.copy_(res_row)
+    exp_avg_res_col.copy_(res_col)
+    rms_ratio.copy_(next_rms_ratio(rms, predicted))
+    step += 1
+
+
+def unfactored_step_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    absmax: Tensor | None,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    skipped: Tensor,
+    view: View,
+    hyper: Hyper,
+) -> None:
+    """One CAME step with a full second moment and no confidence term (0-D, 1-D, narrow matrices).
+
+    Args:
+        exp_avg_sq: fp32 of the parameter's shape, contiguous.
+        param, grad, exp_avg, absmax, step, skipped, view, hyper: as in :func:`factored_step_`.
+    """
+    t = int(step) + 1
+    g = grad.detach().reshape(-1).to(torch.float32)
+    g2 = g * g
+    if not (hyper.propagate or bool(lane_sum(g2).isfinite())):
+        skipped += 1
+        return
+    v = ema(exp_avg_sq.view(-1), hyper.beta2, g2 + fp32(hyper.eps1))
+    sign = -1.0 if hyper.maximize else 1.0
+    u = (g * sign) / square_root(v / hyper.correction(hyper.beta2, t))
+    total_u2 = lane_sum(u * u)
+    if not (hyper.propagate or bool(total_u2.isfinite())):
+        skipped += 1
+        return
+    kappa = clip_scale(root_mean(total_u2, g.numel()), hyper.clip_threshold)
+    m_t = momentum(_load_momentum(exp_avg, absmax).view(-1), u, kappa, hyper.beta1)
+    _finish(param, m_t, u, None, None, view, t, hyper)
+    _store_momentum(m_t, u == 0, exp_avg, absmax)
+    exp_avg_sq.copy_(v.view(exp_avg_sq.shape))
+    step += 1
+
+
+def is_finite_number(x: float) -> bool:
+    """Whether ``x`` is a finite number that survives rounding to fp32."""
+    return math.isfinite(x) and math.isfinite(fp32(x))

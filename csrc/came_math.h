@@ -1,0 +1,111 @@
+// The update rule, one scalar expression per function, for float and for vectors of float.
+//
+// The same passes, symbols and order of operations as came8bit/reference.py and docs/algorithm.md.
+// T is float on the GPU and a vector of 16 lanes on the CPU. Nothing here may be contracted into a
+// fused multiply-add: build with -ffp-contract=off, --fmad=false.
+#pragma once
+
+#include <cmath>
+
+#include "dtypes.h"
+
+namespace came8bit {
+
+CAME8BIT_INLINE float sqrt(float x) {
+  return ::sqrtf(x);
+}
+CAME8BIT_INLINE float abs(float x) {
+  return ::fabsf(x);
+}
+CAME8BIT_INLINE float select(bool condition, float yes, float no) {
+  return condition ? yes : no;
+}
+
+// beta*old + (1-beta)*fresh
+template <class T>
+CAME8BIT_INLINE T ema(T old, T beta, T fresh, T one_minus_beta) {
+  return old * beta + fresh * one_minus_beta;
+}
+
+// Mean of g^2 + eps1 from the sum of g^2.
+template <class T>
+CAME8BIT_INLINE T mean_square(T total, T count, T eps1) {
+  return total / count + eps1;
+}
+
+// scale * sqrt(mean(r) / r_i); two roots, so that the quotient cannot overflow.
+template <class T>
+CAME8BIT_INLINE T row_factor(T r, T root_of_mean, T scale) {
+  return (root_of_mean / sqrt(r)) * scale;
+}
+
+// 1 / sqrt(c_j / correction)
+template <class T>
+CAME8BIT_INLINE T column_factor(T c, T correction) {
+  return T(1.0f) / sqrt(c / correction);
+}
+
+// u = g * row * column
+template <class T>
+CAME8BIT_INLINE T precondition(T g, T row, T column) {
+  return (g * row) * column;
+}
+
+// u of a parameter with a full second moment.
+template <class T>
+CAME8BIT_INLINE T precondition_unfactored(T g, T v, T sign, T correction) {
+  return (g * sign) / sqrt(v / correction);
+}
+
+template <class T>
+CAME8BIT_INLINE T root_mean(T total, T count) {
+  return sqrt(total / count);
+}
+
+// kappa = 1 / max(1, rms / clip_threshold)
+template <class T>
+CAME8BIT_INLINE T clip_scale(T rms, T clip_threshold) {
+  const T ratio = rms / clip_threshold;
+  return select(ratio > T(1.0f), T(1.0f) / ratio, T(1.0f));
+}
+
+// Measured over predicted RMS, 1 where that means nothing.
+CAME8BIT_INLINE float next_rms_ratio(float rms, float predicted) {
+  const float ratio = rms / predicted;
+  return ratio > 0.0f && ratio < HUGE_VALF ? ratio : 1.0f;
+}
+
+// Mean of (kappa*u - m_t)^2 + eps2 from sums around kappa_0; delta = kappa - kappa_0.
+template <class T>
+CAME8BIT_INLINE T mean_instability(T d2, T ud, T u2, T two_delta, T delta_squared, T count,
+                                   T beta1_squared, T eps2) {
+  const T square = ((d2 + ud * two_delta) + u2 * delta_squared) / count;
+  return select(square < T(0.0f), T(0.0f), square) * beta1_squared + eps2;
+}
+
+// m_t = beta1*m + (1-beta1)*(kappa*u)
+template <class T>
+CAME8BIT_INLINE T momentum(T m, T u, T kappa, T beta1, T one_minus_beta1) {
+  return m * beta1 + (u * kappa) * one_minus_beta1;
+}
+
+// Cautious mask: same strict sign.
+template <class T>
+CAME8BIT_INLINE auto agrees(T m, T u) -> decltype(m > u) {
+  const T zero(0.0f);
+  return ((m > zero) & (u > zero)) | ((m < zero) & (u < zero));
+}
+
+// (p - p*shrink) - update, shrink = lr*weight_decay
+template <class T>
+CAME8BIT_INLINE T decay_and_apply(T p, T shrink, T update) {
+  return (p - p * shrink) - update;
+}
+
+// 1 / max(agreeing/count, 0.001)
+CAME8BIT_INLINE float cautious_scale(float agreeing, float count) {
+  const float fraction = agreeing / count;
+  return 1.0f / (fraction < 1e-3f ? 1e-3f : fraction);
+}
+
+}  // namespace came8bit

@@ -1,0 +1,127 @@
+#include "blocks.h"
+
+#include "parallel.h"
+
+namespace came8bit {
+namespace {
+
+// What one block needs beside the tensors; the parameter and the gradient where they are strided.
+struct Buffers {
+  alignas(64) float momentum[kBlockSize];
+  alignas(64) float bias[kBlockSize];
+  alignas(64) uint16_t random[3 * 128];
+  alignas(64) float param[kBlockSize];
+  alignas(64) float grad[kBlockSize];
+};
+
+// Cuts a block where rows end and calls run(segment, first element, offset in the block).
+template <class Run>
+void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffers, int64_t first,
+                      int size, const Run& run) {
+  for (int done = 0; done < size;) {
+    const int64_t e = first + done;
+    const int64_t row = e / p.k, column = e % p.k;
+    Segment s = {};
+    s.size = static_cast<int>(p.k - column < size - done ? p.k - column : size - done);
+    s.grad = p.grad.read(e, s.size, buffers.grad);
+    if (factors.row != nullptr) {
+      const int64_t batch_column = row / p.n * p.k + column;
+      s.row_factor = factors.row[row];
+      s.col_factor = factors.col + batch_column;
+      s.update_row = factors.update_row ? factors.update_row[row] : 0.0f;
+      s.update_col = factors.update_col ? factors.update_col + batch_column : nullptr;
+    } else {
+      s.exp_avg_sq = p.exp_avg_sq + e;
+    }
+    if (p.absmax != nullptr) {
+      s.codes = static_cast<const int8_t*>(p.exp_avg) + e;
+      s.exp_avg = buffers.momentum + done;
+      s.bias = buffers.bias + done;
+    } else {
+      s.exp_avg = static_cast<float*>(p.exp_avg) + e;
+    }
+    run(s, e, done);
+    done += s.size;
+  }
+}
+
+template <class Run>
+void for_each_block(const Blocks& blocks, int64_t task, const Run& run) {
+  const int64_t begin = task * kBlocksPerTask;
+  const int64_t end = begin + kBlocksPerTask < blocks.count() ? begin + kBlocksPerTask
+                                                              : blocks.count();
+  for (int64_t block = begin; block < end; ++block) {
+    run(block, blocks.first(block), blocks.size(block));
+  }
+}
+
+}  // namespace
+
+void apply_blocks(const Parameter& p, const StepConstants& constants, const Factors& factors,
+                  int64_t task) {
+  const Kernels& table = kernels();
+  const auto& of_dtype = p.exp_avg_sq ? (p.absmax ? table.apply8_unfactored
+                                                  : table.apply32_unfactored)
+                                      : (p.absmax ? table.apply8 : table.apply32);
+  const auto apply = of_dtype[p.param.dtype()][p.grad.dtype()];
+  const bool draws = constants.stochastic && p.param.dtype() != kFloat32;
+  Buffers buffers;
+  for_each_block(Blocks(p), task, [&](int64_t block, int64_t first, int size) {
+    const uint16_t* random =
+        draws ? table.random_bits(constants, p.offset + static_cast<uint64_t>(first), size,
+                                  buffers.random)
+              : nullptr;
+    for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t e, int done) {
+      s.param = p.param.read(e, s.size, buffers.param);
+      s.absmax = p.absmax ? p.absmax[block] : 0.0f;
+      s.random = random ? random + done : nullptr;
+      apply(constants, s);
+      p.param.write(e, s.size, s.param);
+    });
+    if (p.absmax != nullptr) {
+      table.encode(buffers.momentum, buffers.bias, size, static_cast<int8_t*>(p.exp_avg) + first,
+                   p.absmax + block);
+    }
+  });
+}
+
+int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const Factors& factors,
+                       int64_t task) {
+  const Kernels& table = kernels();
+  const auto& of_dtype = p.exp_avg_sq ? (p.absmax ? table.agreeing8_unfactored
+                                                  : table.agreeing32_unfactored)
+                                      : (p.absmax ? table.agreeing8 : table.agreeing32);
+  const auto agreeing = of_dtype[p.grad.dtype()];
+  Buffers buffers;
+  int64_t total = 0;
+  for_each_block(Blocks(p), task, [&](int64_t block, int64_t first, int size) {
+    for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t, int) {
+      s.absmax = p.absmax ? p.absmax[block] : 0.0f;
+      total += agreeing(constants, s);
+    });
+  });
+  return total;
+}
+
+void quantize(const float* x, int64_t slices, int64_t slice_len, int8_t* codes, float* absmax) {
+  const Blocks blocks(slices, slice_len);
+  const auto encode = kernels().encode;
+  for_each_task(blocks.tasks(), thread_count(), [&](int64_t task, int64_t) {
+    for_each_block(blocks, task, [&](int64_t block, int64_t first, int size) {
+      encode(x + first, nullptr, size, codes + first, absmax + block);
+    });
+  });
+}
+
+void dequantize(const int8_t* codes, const float* absmax, int64_t slices, int64_t slice_len,
+                float* x) {
+  const Blocks blocks(slices, slice_len);
+  const auto decode = kernels().decode;
+  for_each_task(blocks.tasks(), thread_count(), [&](int64_t task, int64_t) {
+    for_each_block(blocks, task, [&](int64_t block, int64_t first, int size) {
+      decode(codes + first, absmax[block], size, x + first);
+    });
+  });
+}
+
+}  // namespace came8bit

@@ -1,0 +1,44 @@
+// Sweep C over blocks of at most 256 values of one slice, and the codec by itself.
+#pragma once
+
+#include "step.h"
+
+namespace came8bit {
+
+constexpr int64_t kBlocksPerTask = 64;
+
+// The blocks of a parameter in row-major order. With fp32 momentum a block is a piece of a row.
+struct Blocks {
+  int64_t slices, slice_len, per_slice;
+
+  Blocks(int64_t slices, int64_t slice_len)
+      : slices(slices), slice_len(slice_len), per_slice((slice_len + kBlockSize - 1) / kBlockSize) {}
+  explicit Blocks(const Parameter& p)
+      : Blocks(p.absmax ? p.slices : p.b * p.n, p.absmax ? p.slice_len : p.k) {}
+
+  int64_t count() const { return slices * per_slice; }
+  int64_t tasks() const { return (count() + kBlocksPerTask - 1) / kBlocksPerTask; }
+  int64_t first(int64_t block) const {
+    return block / per_slice * slice_len + block % per_slice * kBlockSize;
+  }
+  int size(int64_t block) const {
+    const int64_t rest = slice_len - block % per_slice * kBlockSize;
+    return static_cast<int>(rest < kBlockSize ? rest : kBlockSize);
+  }
+};
+
+// Factors that u and the update are made with; null for a full second moment.
+struct Factors {
+  const float *row, *col;                // [b][n], [b][k]
+  const float *update_row, *update_col;  //
+};
+
+// Applies the blocks of one task to the parameter and stores the momentum.
+void apply_blocks(const Parameter& p, const StepConstants& constants, const Factors& factors,
+                  int64_t task);
+
+// How many elements of the task's blocks the cautious mask keeps.
+int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const Factors& factors,
+                       int64_t task);
+
+}  // namespace came8bit

@@ -1,0 +1,126 @@
+// What one instruction set has to provide: loops over tiles, segments and vectors. No allocation, no
+// threads, no knowledge of tensors; `step.cpp` decides who does what.
+#pragma once
+
+#include "../blockwise.h"
+#include "../rounding.h"
+
+namespace came8bit {
+
+enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+constexpr int kDtypes = 3;
+
+constexpr int kLanes = 16;
+constexpr int kChunk = 1024;  // columns of a tile; lane sums are formed per chunk
+constexpr int kGroup = 4;     // rows whose column sums are added as (x0 + x1) + (x2 + x3)
+
+// Rows x at most kChunk columns of a gradient, row-major with `stride` elements between rows.
+struct SecondMomentTile {
+  const void* grad;
+  int64_t stride;
+  int rows, cols;
+  float* row_sum;  // [rows], written
+  float* col_sum;  // [cols], added to
+};
+
+// The same with the momentum: int8 codes with absmax, or fp32.
+struct ResidualTile {
+  const void* grad;
+  int64_t stride;
+  int rows, cols;
+  const void* momentum;
+  int64_t momentum_stride;
+  const float* absmax;  // nullptr for fp32 momentum; blocks start at column 0
+  int64_t absmax_stride;
+  const float* row_factor;  // [rows]
+  const float* col_factor;  // [cols]
+  float kappa_0;
+  float* row_sum[3];  // d*d, u*d, u*u: [rows], written
+  float* col_sum[3];  // [cols], added to
+};
+
+// What is the same for all elements of a parameter in one step.
+struct StepConstants {
+  float kappa, beta1, one_minus_beta1, shrink;
+  float beta2, one_minus_beta2, eps1, sign, correction2, scale;  // only unfactored
+  bool cautious, stochastic;
+  uint64_t seed;
+  uint32_t index, step;
+};
+
+// At most kBlockSize consecutive elements of one row.
+struct Segment {
+  void* param;
+  const void* grad;
+  int size;
+  float row_factor, update_row;  // factored
+  const float* col_factor;
+  const float* update_col;
+  float* exp_avg_sq;    // unfactored
+  const int8_t* codes;  // 8-bit: codes and the absmax they were made with
+  float absmax;
+  float* exp_avg;          // fp32 momentum, read and written; 8-bit: new momentum, written
+  float* bias;             // 8-bit: rounding bias of every element, written
+  const uint16_t* random;  // nullptr where nothing is drawn
+};
+
+struct Vector2 {
+  const float *x, *y;
+};
+
+struct Kernels {
+  void (*second_moment[kDtypes])(const SecondMomentTile&);
+  void (*residual8[kDtypes])(const ResidualTile&);
+  void (*residual32[kDtypes])(const ResidualTile&);
+
+  // Index: parameter dtype, gradient dtype.
+  void (*apply8[kDtypes][kDtypes])(const StepConstants&, const Segment&);
+  void (*apply32[kDtypes][kDtypes])(const StepConstants&, const Segment&);
+  void (*apply8_unfactored[kDtypes][kDtypes])(const StepConstants&, const Segment&);
+  void (*apply32_unfactored[kDtypes][kDtypes])(const StepConstants&, const Segment&);
+
+  // Index: gradient dtype. How many elements the cautious mask keeps.
+  int (*agreeing8[kDtypes])(const StepConstants&, const Segment&);
+  int (*agreeing32[kDtypes])(const StepConstants&, const Segment&);
+  int (*agreeing8_unfactored[kDtypes])(const StepConstants&, const Segment&);
+  int (*agreeing32_unfactored[kDtypes])(const StepConstants&, const Segment&);
+
+  // Lane sum of at most kChunk values of g*g, and of u*u for a full second moment.
+  float (*sum_g2[kDtypes])(const void* grad, int size);
+  float (*sum_u2[kDtypes])(const StepConstants&, const void* grad, const float* exp_avg_sq,
+                           int size);
+
+  // 16 random bits for each of `size` <= kBlockSize elements from row-major index `element` on.
+  // Returns where in `buffer`, which holds 3*128 values, the first one is.
+  const uint16_t* (*random_bits)(const StepConstants&, uint64_t element, int size,
+                                 uint16_t* buffer);
+
+  // bias == nullptr rounds to nearest. Both take at most kBlockSize values.
+  void (*encode)(const float* x, const float* bias, int size, int8_t* codes, float* absmax);
+  void (*decode)(const int8_t* codes, float absmax, int size, float* x);
+
+  // Whole vectors.
+  float (*lane_sum)(const float* x, int64_t size);
+  float (*lane_sum_weighted)(const float* x, const float* w, int64_t size);  // of (x*w)*w
+  void (*add)(float* sum, const float* x, int64_t size);
+  void (*second_moment_ema)(float* fresh, const float* old, const float* sum, int64_t size,
+                            float count, float beta2, float one_minus_beta2, float eps1);
+  void (*row_factors)(float* out, const float* r, int64_t size, float root_of_mean, float scale);
+  void (*col_factors)(float* out, const float* c, int64_t size, float correction);
+  void (*instability_ema)(float* average, const float* d2, const float* ud, const float* u2,
+                          int64_t size, float delta, float count, float beta1_squared, float eps2,
+                          float beta3, float one_minus_beta3);
+};
+
+extern const Kernels kernels_baseline;
+#ifdef CAME8BIT_HAVE_AVX2
+extern const Kernels kernels_avx2;
+#endif
+#ifdef CAME8BIT_HAVE_AVX512
+extern const Kernels kernels_avx512;
+#endif
+
+// The table in use (dispatch.cpp).
+const Kernels& kernels();
+
+}  // namespace came8bit

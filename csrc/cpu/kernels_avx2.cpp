@@ -1,0 +1,6 @@
+#define CAME8BIT_ISA avx2
+#include "isa.h"
+
+namespace came8bit {
+CAME8BIT_DEFINE_KERNELS(kernels_avx2);
+}

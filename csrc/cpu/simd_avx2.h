@@ -1,0 +1,207 @@
+// Sixteen lanes in two 256-bit registers. Needs AVX2 and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../dtypes.h"
+
+namespace came8bit {
+namespace avx2 {
+
+struct F {
+  __m256 a, b;
+  F() = default;
+  CAME8BIT_INLINE F(__m256 x, __m256 y) : a(x), b(y) {}
+  CAME8BIT_INLINE explicit F(float x) : a(_mm256_set1_ps(x)), b(_mm256_set1_ps(x)) {}
+};
+
+struct I {
+  __m256i a, b;
+  I() = default;
+  CAME8BIT_INLINE I(__m256i x, __m256i y) : a(x), b(y) {}
+  CAME8BIT_INLINE explicit I(int32_t x) : a(_mm256_set1_epi32(x)), b(_mm256_set1_epi32(x)) {}
+};
+
+struct M {
+  __m256 a, b;
+};
+
+CAME8BIT_INLINE F operator+(F x, F y) {
+  return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)};
+}
+CAME8BIT_INLINE F operator-(F x, F y) {
+  return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)};
+}
+CAME8BIT_INLINE F operator*(F x, F y) {
+  return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
+}
+CAME8BIT_INLINE F operator/(F x, F y) {
+  return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
+}
+CAME8BIT_INLINE F sqrt(F x) {
+  return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)};
+}
+CAME8BIT_INLINE F abs(F x) {
+  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
+}
+CAME8BIT_INLINE M operator<(F x, F y) {
+  return {_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)};
+}
+CAME8BIT_INLINE M operator>(F x, F y) {
+  return {_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)};
+}
+CAME8BIT_INLINE M operator==(F x, F y) {
+  return {_mm256_cmp_ps(x.a, y.a, _CMP_EQ_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_EQ_OQ)};
+}
+CAME8BIT_INLINE M operator<(I x, I y) {
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(y.a, x.a)),
+          _mm256_castsi256_ps(_mm256_cmpgt_epi32(y.b, x.b))};
+}
+CAME8BIT_INLINE M operator==(I x, I y) {
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(x.a, y.a)),
+          _mm256_castsi256_ps(_mm256_cmpeq_epi32(x.b, y.b))};
+}
+CAME8BIT_INLINE M operator&(M x, M y) {
+  return {_mm256_and_ps(x.a, y.a), _mm256_and_ps(x.b, y.b)};
+}
+CAME8BIT_INLINE M operator|(M x, M y) {
+  return {_mm256_or_ps(x.a, y.a), _mm256_or_ps(x.b, y.b)};
+}
+CAME8BIT_INLINE F select(M m, F yes, F no) {
+  return {_mm256_blendv_ps(no.a, yes.a, m.a), _mm256_blendv_ps(no.b, yes.b, m.b)};
+}
+CAME8BIT_INLINE int count(M m) {
+  const unsigned mask = static_cast<unsigned>(_mm256_movemask_ps(m.a)) |
+                        (static_cast<unsigned>(_mm256_movemask_ps(m.b)) << 8);
+  return _mm_popcnt_u32(mask);
+}
+// The larger; `y` where `x` is NaN.
+CAME8BIT_INLINE F larger(F x, F y) {
+  return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)};
+}
+
+CAME8BIT_INLINE I operator+(I x, I y) {
+  return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
+}
+CAME8BIT_INLINE I operator-(I x, I y) {
+  return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)};
+}
+CAME8BIT_INLINE I operator&(I x, I y) {
+  return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
+}
+CAME8BIT_INLINE I operator|(I x, I y) {
+  return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)};
+}
+CAME8BIT_INLINE I operator^(I x, I y) {
+  return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)};
+}
+template <int n>
+CAME8BIT_INLINE I shift_right(I x, Shift<n>) {
+  return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)};
+}
+CAME8BIT_INLINE I bits(F x) {
+  return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)};
+}
+CAME8BIT_INLINE F from_bits(I x) {
+  return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)};
+}
+CAME8BIT_INLINE I select(M m, I yes, I no) {
+  return bits(select(m, from_bits(yes), from_bits(no)));
+}
+CAME8BIT_INLINE F to_float(I x) {
+  return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)};
+}
+CAME8BIT_INLINE I truncate(F x) {
+  return {_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b)};
+}
+CAME8BIT_INLINE void multiply_wide_256(__m256i a, __m256i m, __m256i& high, __m256i& low) {
+  const __m256i even = _mm256_mul_epu32(a, m);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), m);
+  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
+CAME8BIT_INLINE void multiply_wide(I x, uint32_t factor, I& high, I& low) {
+  const __m256i m = _mm256_set1_epi32(static_cast<int>(factor));
+  multiply_wide_256(x.a, m, high.a, low.a);
+  multiply_wide_256(x.b, m, high.b, low.b);
+}
+
+CAME8BIT_INLINE __m128i load_128(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+CAME8BIT_INLINE F load(const float* p) {
+  return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
+CAME8BIT_INLINE I load(const uint16_t* p) {
+  return {_mm256_cvtepu16_epi32(load_128(p)), _mm256_cvtepu16_epi32(load_128(p + 8))};
+}
+CAME8BIT_INLINE F load(const Bf16* p) {
+  const I x = load(reinterpret_cast<const uint16_t*>(p));
+  return from_bits({_mm256_slli_epi32(x.a, 16), _mm256_slli_epi32(x.b, 16)});
+}
+CAME8BIT_INLINE F load(const Half* p) {
+  return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 8))};
+}
+CAME8BIT_INLINE I load(const int8_t* p) {
+  const __m128i x = load_128(p);
+  return {_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))};
+}
+CAME8BIT_INLINE I load(const int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+CAME8BIT_INLINE void store(float* p, F x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+CAME8BIT_INLINE void store(Half* p, F x) {
+  __m128i* out = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(out, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(out + 1, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+}
+// The upper halves of the lanes.
+CAME8BIT_INLINE void store(Bf16* p, I x) {
+  const __m256i packed =
+      _mm256_packus_epi32(_mm256_srli_epi32(x.a, 16), _mm256_srli_epi32(x.b, 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+CAME8BIT_INLINE void store(int8_t* p, I x) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+// Lane 4q+i of word w goes to p[(4i+q)*4 + w].
+CAME8BIT_INLINE void store_interleaved_256(uint32_t* p, __m256i w0, __m256i w1, __m256i w2,
+                                           __m256i w3) {
+  const __m256i a = _mm256_unpacklo_epi32(w0, w1), b = _mm256_unpackhi_epi32(w0, w1);
+  const __m256i c = _mm256_unpacklo_epi32(w2, w3), d = _mm256_unpackhi_epi32(w2, w3);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_unpacklo_epi64(a, c));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm256_unpackhi_epi64(a, c));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), _mm256_unpacklo_epi64(b, d));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 48), _mm256_unpackhi_epi64(b, d));
+}
+CAME8BIT_INLINE void store_interleaved(uint32_t* p, I w0, I w1, I w2, I w3) {
+  store_interleaved_256(p, w0.a, w1.a, w2.a, w3.a);
+  store_interleaved_256(p + 8, w0.b, w1.b, w2.b, w3.b);
+}
+
+// 16 -> 8 -> 4 -> 2 -> 1, adding the upper half to the lower.
+CAME8BIT_INLINE float sum_lanes(F x) {
+  const __m256 eight = _mm256_add_ps(x.a, x.b);
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  y = _mm_add_ss(y, _mm_shuffle_ps(y, y, 1));
+  return _mm_cvtss_f32(y);
+}
+CAME8BIT_INLINE float largest_lane(F x) {
+  const __m256 eight = _mm256_max_ps(x.a, x.b);
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  y = _mm_max_ss(y, _mm_shuffle_ps(y, y, 1));
+  return _mm_cvtss_f32(y);
+}
+
+}  // namespace avx2
+}  // namespace came8bit

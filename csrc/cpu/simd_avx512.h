@@ -1,0 +1,183 @@
+// Sixteen lanes in one 512-bit register. Needs AVX-512 F, BW, DQ, VL.
+#pragma once
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own intrinsics start from an undefined register on purpose and then warn of it.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+
+#include "../dtypes.h"
+
+namespace came8bit {
+namespace avx512 {
+
+struct F {
+  __m512 v;
+  F() = default;
+  CAME8BIT_INLINE F(__m512 x) : v(x) {}
+  CAME8BIT_INLINE explicit F(float x) : v(_mm512_set1_ps(x)) {}
+};
+
+struct I {
+  __m512i v;
+  I() = default;
+  CAME8BIT_INLINE I(__m512i x) : v(x) {}
+  CAME8BIT_INLINE explicit I(int32_t x) : v(_mm512_set1_epi32(x)) {}
+};
+
+struct M {
+  __mmask16 v;
+};
+
+CAME8BIT_INLINE F operator+(F a, F b) {
+  return _mm512_add_ps(a.v, b.v);
+}
+CAME8BIT_INLINE F operator-(F a, F b) {
+  return _mm512_sub_ps(a.v, b.v);
+}
+CAME8BIT_INLINE F operator*(F a, F b) {
+  return _mm512_mul_ps(a.v, b.v);
+}
+CAME8BIT_INLINE F operator/(F a, F b) {
+  return _mm512_div_ps(a.v, b.v);
+}
+CAME8BIT_INLINE F sqrt(F a) {
+  return _mm512_sqrt_ps(a.v);
+}
+CAME8BIT_INLINE F abs(F a) {
+  return _mm512_abs_ps(a.v);
+}
+CAME8BIT_INLINE M operator<(F a, F b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
+}
+CAME8BIT_INLINE M operator>(F a, F b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)};
+}
+CAME8BIT_INLINE M operator==(F a, F b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)};
+}
+CAME8BIT_INLINE M operator<(I a, I b) {
+  return {_mm512_cmplt_epi32_mask(a.v, b.v)};
+}
+CAME8BIT_INLINE M operator==(I a, I b) {
+  return {_mm512_cmpeq_epi32_mask(a.v, b.v)};
+}
+CAME8BIT_INLINE M operator&(M a, M b) {
+  return {static_cast<__mmask16>(a.v & b.v)};
+}
+CAME8BIT_INLINE M operator|(M a, M b) {
+  return {static_cast<__mmask16>(a.v | b.v)};
+}
+CAME8BIT_INLINE F select(M m, F yes, F no) {
+  return _mm512_mask_blend_ps(m.v, no.v, yes.v);
+}
+CAME8BIT_INLINE I select(M m, I yes, I no) {
+  return _mm512_mask_blend_epi32(m.v, no.v, yes.v);
+}
+CAME8BIT_INLINE int count(M m) {
+  return _mm_popcnt_u32(m.v);
+}
+// The larger; `b` where `a` is NaN.
+CAME8BIT_INLINE F larger(F a, F b) {
+  return _mm512_max_ps(a.v, b.v);
+}
+
+CAME8BIT_INLINE I operator+(I a, I b) {
+  return _mm512_add_epi32(a.v, b.v);
+}
+CAME8BIT_INLINE I operator-(I a, I b) {
+  return _mm512_sub_epi32(a.v, b.v);
+}
+CAME8BIT_INLINE I operator&(I a, I b) {
+  return _mm512_and_si512(a.v, b.v);
+}
+CAME8BIT_INLINE I operator|(I a, I b) {
+  return _mm512_or_si512(a.v, b.v);
+}
+CAME8BIT_INLINE I operator^(I a, I b) {
+  return _mm512_xor_si512(a.v, b.v);
+}
+template <int n>
+CAME8BIT_INLINE I shift_right(I a, Shift<n>) {
+  return _mm512_srli_epi32(a.v, n);
+}
+CAME8BIT_INLINE I bits(F a) {
+  return _mm512_castps_si512(a.v);
+}
+CAME8BIT_INLINE F from_bits(I a) {
+  return _mm512_castsi512_ps(a.v);
+}
+CAME8BIT_INLINE F to_float(I a) {
+  return _mm512_cvtepi32_ps(a.v);
+}
+CAME8BIT_INLINE I truncate(F a) {
+  return _mm512_cvttps_epi32(a.v);
+}
+CAME8BIT_INLINE void multiply_wide(I a, uint32_t factor, I& high, I& low) {
+  const __m512i m = _mm512_set1_epi32(static_cast<int>(factor));
+  const __m512i even = _mm512_mul_epu32(a.v, m);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), m);
+  low = _mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA);
+  high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+}
+
+CAME8BIT_INLINE F load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+CAME8BIT_INLINE F load(const Bf16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+CAME8BIT_INLINE F load(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+CAME8BIT_INLINE I load(const int8_t* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+CAME8BIT_INLINE I load(const uint16_t* p) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+CAME8BIT_INLINE I load(const int32_t* p) {
+  return _mm512_loadu_si512(p);
+}
+CAME8BIT_INLINE void store(float* p, F a) {
+  _mm512_storeu_ps(p, a.v);
+}
+CAME8BIT_INLINE void store(Half* p, F a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+// The upper halves of the lanes.
+CAME8BIT_INLINE void store(Bf16* p, I a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(a.v, 16)));
+}
+CAME8BIT_INLINE void store(int8_t* p, I a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+// Lane 4q+i of word w goes to p[(4i+q)*4 + w].
+CAME8BIT_INLINE void store_interleaved(uint32_t* p, I w0, I w1, I w2, I w3) {
+  const __m512i a = _mm512_unpacklo_epi32(w0.v, w1.v), b = _mm512_unpackhi_epi32(w0.v, w1.v);
+  const __m512i c = _mm512_unpacklo_epi32(w2.v, w3.v), d = _mm512_unpackhi_epi32(w2.v, w3.v);
+  _mm512_storeu_si512(p, _mm512_unpacklo_epi64(a, c));
+  _mm512_storeu_si512(p + 16, _mm512_unpackhi_epi64(a, c));
+  _mm512_storeu_si512(p + 32, _mm512_unpacklo_epi64(b, d));
+  _mm512_storeu_si512(p + 48, _mm512_unpackhi_epi64(b, d));
+}
+
+// 16 -> 8 -> 4 -> 2 -> 1, adding the upper half to the lower.
+CAME8BIT_INLINE float sum_lanes(F a) {
+  const __m256 x = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  y = _mm_add_ss(y, _mm_shuffle_ps(y, y, 1));
+  return _mm_cvtss_f32(y);
+}
+CAME8BIT_INLINE float largest_lane(F a) {
+  return _mm512_reduce_max_ps(a.v);
+}
+
+}  // namespace avx512
+}  // namespace came8bit

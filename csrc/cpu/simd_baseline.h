@@ -1,0 +1,222 @@
+// Sixteen lanes in plain C++, for every processor. With GCC and Clang as four 128-bit vectors (their
+// vector extension), elsewhere as sixteen scalars.
+#pragma once
+
+#include "../rounding.h"
+
+namespace came8bit {
+namespace baseline {
+
+#if defined(__GNUC__)
+constexpr int kWide = 4;
+typedef float Float __attribute__((vector_size(16)));
+typedef int32_t Int __attribute__((vector_size(16)));
+typedef Int Bool;  // 0 or -1
+CAME8BIT_INLINE Float splat(float x) {
+  return Float{x, x, x, x};
+}
+CAME8BIT_INLINE Int splat(int32_t x) {
+  return Int{x, x, x, x};
+}
+CAME8BIT_INLINE Bool all_bits(Bool condition) {
+  return condition;
+}
+#else
+constexpr int kWide = 1;
+typedef float Float;
+typedef int32_t Int;
+typedef int32_t Bool;
+CAME8BIT_INLINE Float splat(float x) {
+  return x;
+}
+CAME8BIT_INLINE Int splat(int32_t x) {
+  return x;
+}
+CAME8BIT_INLINE Bool all_bits(bool condition) {
+  return -static_cast<int32_t>(condition);
+}
+#endif
+constexpr int kParts = 16 / kWide;
+
+struct F {
+  Float v[kParts];
+  F() = default;
+  CAME8BIT_INLINE explicit F(float x) {
+    for (Float& part : v) part = splat(x);
+  }
+};
+
+struct I {
+  Int v[kParts];
+  I() = default;
+  CAME8BIT_INLINE explicit I(int32_t x) {
+    for (Int& part : v) part = splat(x);
+  }
+};
+
+struct M {
+  Bool v[kParts];
+};
+
+template <class To, class From>
+CAME8BIT_INLINE To reinterpret(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same bits, another type");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// Defines `R signature` part by part, or lane by lane through an array.
+#define CAME8BIT_PARTS(R, signature, expression)              \
+  CAME8BIT_INLINE R signature {                               \
+    R out;                                                    \
+    for (int i = 0; i < kParts; ++i) out.v[i] = (expression); \
+    return out;                                               \
+  }
+#define CAME8BIT_LANES(R, Lane, signature, expression)    \
+  CAME8BIT_INLINE R signature {                           \
+    Lane lanes[16];                                       \
+    for (int i = 0; i < 16; ++i) lanes[i] = (expression); \
+    R out;                                                \
+    memcpy(&out, lanes, sizeof out);                      \
+    return out;                                           \
+  }
+
+CAME8BIT_PARTS(F, operator+(F a, F b), a.v[i] + b.v[i])
+CAME8BIT_PARTS(F, operator-(F a, F b), a.v[i] - b.v[i])
+CAME8BIT_PARTS(F, operator*(F a, F b), a.v[i] * b.v[i])
+CAME8BIT_PARTS(F, operator/(F a, F b), a.v[i] / b.v[i])
+CAME8BIT_PARTS(M, operator<(F a, F b), all_bits(a.v[i] < b.v[i]))
+CAME8BIT_PARTS(M, operator>(F a, F b), all_bits(a.v[i] > b.v[i]))
+CAME8BIT_PARTS(M, operator==(F a, F b), all_bits(a.v[i] == b.v[i]))
+CAME8BIT_PARTS(M, operator<(I a, I b), all_bits(a.v[i] < b.v[i]))
+CAME8BIT_PARTS(M, operator==(I a, I b), all_bits(a.v[i] == b.v[i]))
+CAME8BIT_PARTS(M, operator&(M a, M b), a.v[i] & b.v[i])
+CAME8BIT_PARTS(M, operator|(M a, M b), a.v[i] | b.v[i])
+CAME8BIT_PARTS(I, operator-(I a, I b), a.v[i] - b.v[i])
+CAME8BIT_PARTS(I, operator&(I a, I b), a.v[i] & b.v[i])
+CAME8BIT_PARTS(I, operator|(I a, I b), a.v[i] | b.v[i])
+CAME8BIT_PARTS(I, operator^(I a, I b), a.v[i] ^ b.v[i])
+CAME8BIT_PARTS(I, bits(F a), reinterpret<Int>(a.v[i]))
+CAME8BIT_PARTS(F, from_bits(I a), reinterpret<Float>(a.v[i]))
+CAME8BIT_PARTS(I, select(M m, I yes, I no), (m.v[i] & yes.v[i]) | (~m.v[i] & no.v[i]))
+
+CAME8BIT_INLINE F select(M m, F yes, F no) {
+  return from_bits(select(m, bits(yes), bits(no)));
+}
+CAME8BIT_INLINE F abs(F a) {
+  return from_bits(bits(a) & I(0x7fffffff));
+}
+// The larger; `b` where `a` is NaN.
+CAME8BIT_INLINE F larger(F a, F b) {
+  return select(a > b, a, b);
+}
+
+// Lane access for what the vector extension does not have.
+template <class Lane, class V>
+struct Lanes {
+  Lane v[16];
+  explicit CAME8BIT_INLINE Lanes(V x) { memcpy(v, &x, sizeof v); }
+  CAME8BIT_INLINE Lane operator[](int i) const { return v[i]; }
+};
+typedef Lanes<float, F> FloatLanes;
+typedef Lanes<int32_t, I> IntLanes;
+typedef Lanes<uint32_t, I> UintLanes;
+
+CAME8BIT_LANES(F, float, sqrt_lanes(FloatLanes a), came8bit::sqrt(a[i]))
+CAME8BIT_LANES(F, float, float_lanes(IntLanes a), static_cast<float>(a[i]))
+CAME8BIT_LANES(I, uint32_t, add_lanes(UintLanes a, UintLanes b), a[i] + b[i])
+template <int n>
+CAME8BIT_LANES(I, uint32_t, shift_lanes(UintLanes a), a[i] >> n)
+// Only for values that fit; others give some code that the caller replaces.
+CAME8BIT_LANES(I, int32_t, truncate_lanes(FloatLanes a),
+               came8bit::abs(a[i]) < 0x1p31f ? static_cast<int32_t>(a[i]) : 0)
+
+CAME8BIT_INLINE F sqrt(F a) {
+  return sqrt_lanes(FloatLanes(a));
+}
+CAME8BIT_INLINE F to_float(I a) {
+  return float_lanes(IntLanes(a));
+}
+CAME8BIT_INLINE I truncate(F a) {
+  return truncate_lanes(FloatLanes(a));
+}
+CAME8BIT_INLINE I operator+(I a, I b) {
+  return add_lanes(UintLanes(a), UintLanes(b));
+}
+template <int n>
+CAME8BIT_INLINE I shift_right(I a, Shift<n>) {
+  return shift_lanes<n>(UintLanes(a));
+}
+CAME8BIT_INLINE int count(M m) {
+  const IntLanes lanes(reinterpret<I>(m));
+  int total = 0;
+  for (int i = 0; i < 16; ++i) total -= lanes[i];
+  return total;
+}
+CAME8BIT_INLINE void multiply_wide(I a, uint32_t factor, I& high, I& low) {
+  const UintLanes lanes(a);
+  uint32_t upper[16], lower[16];
+  for (int i = 0; i < 16; ++i) came8bit::multiply_wide(lanes[i], factor, upper[i], lower[i]);
+  memcpy(&high, upper, sizeof high);
+  memcpy(&low, lower, sizeof low);
+}
+
+CAME8BIT_INLINE F load(const float* p) {
+  F out;
+  memcpy(&out, p, sizeof out);
+  return out;
+}
+CAME8BIT_INLINE I load(const int32_t* p) {
+  I out;
+  memcpy(&out, p, sizeof out);
+  return out;
+}
+CAME8BIT_LANES(F, uint32_t, load(const Bf16* p), static_cast<uint32_t>(p[i].bits) << 16)
+CAME8BIT_LANES(F, float, load(const Half* p), half_to_float(p[i]))
+CAME8BIT_LANES(I, int32_t, load(const int8_t* p), p[i])
+CAME8BIT_LANES(I, int32_t, load(const uint16_t* p), p[i])
+#undef CAME8BIT_PARTS
+#undef CAME8BIT_LANES
+
+CAME8BIT_INLINE void store(float* p, F a) {
+  memcpy(p, &a, sizeof a);
+}
+CAME8BIT_INLINE void store(Half* p, F a) {
+  const FloatLanes lanes(a);
+  for (int i = 0; i < 16; ++i) p[i] = float_to_half(lanes[i]);
+}
+// The upper halves of the lanes.
+CAME8BIT_INLINE void store(Bf16* p, I a) {
+  const UintLanes lanes(a);
+  for (int i = 0; i < 16; ++i) p[i].bits = static_cast<uint16_t>(lanes[i] >> 16);
+}
+CAME8BIT_INLINE void store(int8_t* p, I a) {
+  const IntLanes lanes(a);
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(lanes[i]);
+}
+// Lane 4q+i of word w goes to p[(4i+q)*4 + w].
+CAME8BIT_INLINE void store_interleaved(uint32_t* p, I w0, I w1, I w2, I w3) {
+  const UintLanes words[4] = {UintLanes(w0), UintLanes(w1), UintLanes(w2), UintLanes(w3)};
+  for (int lane = 0; lane < 16; ++lane) {
+    for (int w = 0; w < 4; ++w) p[(lane % 4 * 4 + lane / 4) * 4 + w] = words[w][lane];
+  }
+}
+
+// 16 -> 8 -> 4 -> 2 -> 1, adding the upper half to the lower.
+CAME8BIT_INLINE float sum_lanes(F a) {
+  FloatLanes lanes(a);
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes.v[i] = lanes[i] + lanes[i + half];
+  }
+  return lanes[0];
+}
+CAME8BIT_INLINE float largest_lane(F a) {
+  const FloatLanes lanes(a);
+  float largest = lanes[0];
+  for (float lane : lanes.v) largest = lane > largest ? lane : largest;
+  return largest;
+}
+
+}  // namespace baseline
+}  // namespace came8bit

@@ -1,0 +1,200 @@
+#include "tiles.h"
+
+#include <algorithm>
+
+namespace came8bit {
+namespace {
+
+constexpr int64_t kColumnPartBytes = 2 << 20;
+
+// As slab_rows in came8bit/reference.py.
+int64_t slab_rows(int64_t b, int64_t n, int64_t k) {
+  int64_t rows = 64;
+  while (rows * 2 <= std::min<int64_t>(n / 32, 1024)) rows *= 2;
+  while (rows < 1024 && b * ((n + rows - 1) / rows) * k * 12 > kColumnPartBytes) rows *= 2;
+  return rows;
+}
+
+// One task of a grid.
+struct Tile {
+  int64_t batch, slab, strip;
+  int64_t row, col;  // first one, in its matrix
+  int rows, cols;
+
+  Tile(const Grid& grid, int64_t task) {
+    strip = task % grid.strips;
+    slab = task / grid.strips % grid.slabs;
+    batch = task / grid.strips / grid.slabs;
+    row = slab * grid.slab_rows;
+    col = strip * kChunk;
+    rows = static_cast<int>(std::min(grid.slab_rows, grid.n - row));
+    cols = static_cast<int>(std::min<int64_t>(kChunk, grid.k - col));
+  }
+};
+
+float* row_part(const Grid& grid, const Workspace& w, int sum, const Tile& t) {
+  return w.row_part[sum] + (t.strip * grid.b + t.batch) * grid.n + t.row;
+}
+
+float* zeroed_col_part(const Grid& grid, const Workspace& w, int sum, const Tile& t) {
+  float* part = w.col_part[sum] + (t.slab * grid.b + t.batch) * grid.k + t.col;
+  std::fill(part, part + t.cols, 0.0f);
+  return part;
+}
+
+// Four rows of a tile in one piece, for what the kernels cannot read where it is.
+struct GroupBuffer {
+  alignas(64) float value[kGroup * kChunk];
+};
+
+void gather(const Strided& from, int64_t first, int64_t row_stride, int rows, int cols,
+            GroupBuffer& buffer) {
+  for (int i = 0; i < rows; ++i) {
+    char* out = reinterpret_cast<char*>(buffer.value) + i * kChunk * from.itemsize();
+    from.read(first + i * row_stride, cols, out);
+  }
+}
+
+// Momentum in 8 bits whose blocks do not begin with the rows.
+void gather_momentum(const Parameter& p, int64_t first, int rows, int cols, GroupBuffer& buffer) {
+  const int64_t per_slice = (p.slice_len + kBlockSize - 1) / kBlockSize;
+  for (int i = 0; i < rows; ++i) {
+    for (int done = 0; done < cols;) {
+      const int64_t e = first + i * p.k + done;
+      const int64_t in_slice = e % p.slice_len;
+      const int64_t to_end = std::min(kBlockSize - in_slice % kBlockSize, p.slice_len - in_slice);
+      const int size = static_cast<int>(std::min<int64_t>(to_end, cols - done));
+      kernels().decode(static_cast<const int8_t*>(p.exp_avg) + e,
+                       p.absmax[e / p.slice_len * per_slice + in_slice / kBlockSize], size,
+                       buffer.value + i * kChunk + done);
+      done += size;
+    }
+  }
+}
+
+bool blocks_begin_with_rows(const Parameter& p) {
+  return p.slice_len == p.k || p.k % kBlockSize == 0;
+}
+
+}  // namespace
+
+Grid::Grid(const Parameter& p) : b(p.b), n(p.n), k(p.k), slab_rows(came8bit::slab_rows(b, n, k)) {
+  slabs = (n + slab_rows - 1) / slab_rows;
+  strips = (k + kChunk - 1) / kChunk;
+}
+
+int64_t Workspace::floats(const Grid& g) {
+  return g.b * g.n * (5 + 3 * g.strips) + g.b * g.k * (5 + 3 * g.slabs);
+}
+
+void Workspace::lay_out(const Grid& g) {
+  const int64_t rows = g.b * g.n, cols = g.b * g.k;
+  float* next = memory_.data();
+  const auto take = [&next](int64_t size) {
+    float* taken = next;
+    next += size;
+    return taken;
+  };
+  row_factor = take(rows);
+  col_factor = take(cols);
+  row_new = take(rows);
+  col_new = take(cols);
+  for (int s = 0; s < 3; ++s) {
+    row_sum[s] = take(rows);
+    col_sum[s] = take(cols);
+    row_part[s] = take(rows * g.strips);
+    col_part[s] = take(cols * g.slabs);
+  }
+}
+
+void second_moment_task(const Parameter& p, const Grid& grid, Workspace& w, int64_t task) {
+  const Tile t(grid, task);
+  const int64_t first = (t.batch * p.n + t.row) * p.k + t.col;
+  const auto second_moment = kernels().second_moment[p.grad.dtype()];
+  SecondMomentTile tile = {};
+  tile.cols = t.cols;
+  tile.row_sum = row_part(grid, w, 0, t);
+  tile.col_sum = zeroed_col_part(grid, w, 0, t);
+  if (p.grad.contiguous()) {
+    tile.grad = p.grad.at(first);
+    tile.stride = p.k;
+    tile.rows = t.rows;
+    second_moment(tile);
+    return;
+  }
+  GroupBuffer grad;
+  tile.grad = grad.value;
+  tile.stride = kChunk;
+  for (int i = 0; i < t.rows; i += kGroup, tile.row_sum += kGroup) {
+    tile.rows = std::min(kGroup, t.rows - i);
+    gather(p.grad, first + i * p.k, p.k, tile.rows, t.cols, grad);
+    second_moment(tile);
+  }
+}
+
+void residual_task(const Parameter& p, const Grid& grid, Workspace& w, float kappa_0,
+                   int64_t task) {
+  const Tile t(grid, task);
+  const int64_t row = t.batch * p.n + t.row;
+  const int64_t first = row * p.k + t.col;
+  const bool coded = p.absmax != nullptr && blocks_begin_with_rows(p);
+  const bool decoded = p.absmax != nullptr && !coded;
+  const Kernels& table = kernels();
+  const auto residual = (coded ? table.residual8 : table.residual32)[p.grad.dtype()];
+  const int64_t itemsize = coded ? sizeof(int8_t) : sizeof(float);
+
+  ResidualTile tile = {};
+  tile.grad = p.grad.contiguous() ? p.grad.at(first) : nullptr;
+  tile.stride = tile.momentum_stride = p.k;
+  tile.rows = t.rows;
+  tile.cols = t.cols;
+  tile.momentum = static_cast<const char*>(p.exp_avg) + first * itemsize;
+  if (coded) {
+    tile.absmax_stride = (p.k + kBlockSize - 1) / kBlockSize;
+    tile.absmax = p.absmax + row * tile.absmax_stride + t.col / kBlockSize;
+  }
+  tile.row_factor = w.row_factor + row;
+  tile.col_factor = w.col_factor + t.batch * p.k + t.col;
+  tile.kappa_0 = kappa_0;
+  for (int s = 0; s < 3; ++s) {
+    tile.row_sum[s] = row_part(grid, w, s, t);
+    tile.col_sum[s] = zeroed_col_part(grid, w, s, t);
+  }
+  if (p.grad.contiguous() && !decoded) {
+    residual(tile);
+    return;
+  }
+  GroupBuffer grad, momentum;
+  for (int i = 0; i < t.rows; i += kGroup) {
+    const int64_t e = first + i * p.k;
+    tile.rows = std::min(kGroup, t.rows - i);
+    tile.grad = p.grad.contiguous() ? p.grad.at(e) : grad.value;
+    if (!p.grad.contiguous()) {
+      gather(p.grad, e, p.k, tile.rows, t.cols, grad);
+      tile.stride = kChunk;
+    }
+    if (decoded) {
+      gather_momentum(p, e, tile.rows, t.cols, momentum);
+      tile.momentum = momentum.value;
+      tile.momentum_stride = kChunk;
+    }
+    residual(tile);
+    tile.row_factor += kGroup;
+    for (float*& sum : tile.row_sum) sum += kGroup;
+    if (!decoded) tile.momentum = static_cast<const char*>(tile.momentum) + kGroup * p.k * itemsize;
+    if (coded) tile.absmax += kGroup * tile.absmax_stride;
+  }
+}
+
+void add_parts(const Grid& grid, Workspace& w, int sums) {
+  const auto add = kernels().add;
+  const int64_t rows = grid.b * grid.n, cols = grid.b * grid.k;
+  for (int s = 0; s < sums; ++s) {
+    std::fill(w.row_sum[s], w.row_sum[s] + rows, 0.0f);
+    std::fill(w.col_sum[s], w.col_sum[s] + cols, 0.0f);
+    for (int64_t i = 0; i < grid.strips; ++i) add(w.row_sum[s], w.row_part[s] + i * rows, rows);
+    for (int64_t i = 0; i < grid.slabs; ++i) add(w.col_sum[s], w.col_part[s] + i * cols, cols);
+  }
+}
+
+}  // namespace came8bit

@@ -1,0 +1,47 @@
+// Sweeps A and B over tiles of a parameter: which rows and columns a task owns, and where its
+// partial sums go. The grid depends on the shape alone, so the order of additions does, too.
+#pragma once
+
+#include "step.h"
+
+namespace came8bit {
+
+// Slabs of rows times strips of kChunk columns, for each of b matrices.
+struct Grid {
+  int64_t b, n, k, slab_rows, slabs, strips;
+
+  explicit Grid(const Parameter& p);
+  int64_t tasks() const { return b * slabs * strips; }
+};
+
+// Work arrays of one parameter at a time; grown, never shrunk, during a call.
+class Workspace {
+ public:
+  float *row_factor, *col_factor;  // [b][n], [b][k]
+  float *row_new, *col_new;        // second moments before they are stored; then update factors
+  float* row_sum[3];               // [b][n]
+  float* col_sum[3];               // [b][k]
+  float* row_part[3];              // [strips][b][n]
+  float* col_part[3];              // [slabs][b][k]
+
+  static int64_t floats(const Grid& grid);
+  void reserve(int64_t floats) {
+    if (static_cast<int64_t>(memory_.size()) < floats) memory_.resize(floats);
+  }
+  void lay_out(const Grid& grid);
+  float* scratch() { return memory_.data(); }
+
+ private:
+  std::vector<float> memory_;
+};
+
+// Sums of g*g into row_part[0], col_part[0].
+void second_moment_task(const Parameter& p, const Grid& grid, Workspace& w, int64_t task);
+
+// Sums of d*d, u*d, u*u into row_part, col_part.
+void residual_task(const Parameter& p, const Grid& grid, Workspace& w, float kappa_0, int64_t task);
+
+// Adds the parts of sums 0..sums-1, in order, to row_sum and col_sum.
+void add_parts(const Grid& grid, Workspace& w, int sums);
+
+}  // namespace came8bit

@@ -1,0 +1,85 @@
+// Philox4x32-10 and the rounding to bf16 and fp16: see came8bit/rounding.py for the rules.
+//
+// F is a float type, I its 32-bit integer type; both may be vectors, whose integer functions come
+// with them. Here are those of a single float.
+#pragma once
+
+#include "came_math.h"
+
+namespace came8bit {
+
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u;
+constexpr uint32_t kPhiloxM1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u;
+constexpr uint32_t kPhiloxW1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+
+CAME8BIT_INLINE int32_t bits(float x) {
+  return static_cast<int32_t>(float_bits(x));
+}
+CAME8BIT_INLINE float from_bits(int32_t pattern) {
+  return bits_float(static_cast<uint32_t>(pattern));
+}
+CAME8BIT_INLINE float to_float(int32_t x) {
+  return static_cast<float>(x);
+}
+CAME8BIT_INLINE int32_t truncate(float x) {
+  return static_cast<int32_t>(x);
+}
+CAME8BIT_INLINE int32_t select(bool condition, int32_t yes, int32_t no) {
+  return condition ? yes : no;
+}
+template <int n>
+CAME8BIT_INLINE int32_t shift_right(int32_t x, Shift<n>) {
+  return static_cast<int32_t>(static_cast<uint32_t>(x) >> n);
+}
+CAME8BIT_INLINE void multiply_wide(uint32_t a, uint32_t factor, uint32_t& high, uint32_t& low) {
+  const uint64_t product = static_cast<uint64_t>(a) * factor;
+  high = static_cast<uint32_t>(product >> 32);
+  low = static_cast<uint32_t>(product);
+}
+
+// Replaces the counter by four random words.
+template <class I>
+CAME8BIT_INLINE void philox(I& c0, I& c1, I& c2, I& c3, uint64_t seed) {
+  uint32_t k0 = static_cast<uint32_t>(seed);
+  uint32_t k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    I high0, low0, high1, low1;
+    multiply_wide(c0, kPhiloxM0, high0, low0);
+    multiply_wide(c2, kPhiloxM1, high1, low1);
+    c0 = high1 ^ c1 ^ I(static_cast<int32_t>(k0));
+    c1 = low1;
+    c2 = high0 ^ c3 ^ I(static_cast<int32_t>(k1));
+    c3 = low0;
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+}
+
+// Upper half of the result is the bf16 pattern. `random` holds 16 random bits; `stochastic` false
+// rounds to nearest even.
+template <class F, class I>
+CAME8BIT_INLINE I round_bf16(F value, I random, bool stochastic) {
+  const I pattern = bits(value);
+  const I magnitude = pattern & I(0x7fffffff);
+  const I to_nearest = (shift_right(pattern, Shift<16>()) & I(1)) + I(0x7fff);
+  const I below_largest = stochastic ? random : to_nearest;
+  const I raised = pattern + select(magnitude < I(0x7f7f0000), below_largest, to_nearest);
+  return select(I(0x7f800000) < magnitude, I(0x7fc00000), raised);
+}
+
+// A value that fp16 holds exactly, or one that a cast rounds to nearest (overflow, NaN).
+template <class F, class I>
+CAME8BIT_INLINE F round_fp16(F value, I random) {
+  const I pattern = bits(value);
+  const F magnitude = abs(value);
+  const F normal = from_bits((pattern + shift_right(random, Shift<3>())) & I(~0x1fff));
+  const auto is_tiny = magnitude < F(0x1p-14f);
+  const I fixed = truncate(select(is_tiny, magnitude, F(0.0f)) * F(0x1p40f)) + random;
+  const F tiny = to_float(shift_right(fixed, Shift<16>())) * F(0x1p-24f);
+  const F subnormal = from_bits(bits(tiny) | (pattern & I(static_cast<int32_t>(0x80000000u))));
+  return select(magnitude < F(65504.0f), select(is_tiny, subnormal, normal), value);
+}
+
+}  // namespace came8bit

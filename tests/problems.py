@@ -1,0 +1,143 @@
+"""Random parameters with their state, for tests that compare two executions of the rule."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from came8bit import _ops, quant, reference
+
+HYPER = dict(
+    beta1=0.9,
+    beta2=0.999,
+    beta3=0.9999,
+    eps1=1e-30,
+    eps2=1e-16,
+    clip_threshold=1.0,
+    lr=1e-3,
+    weight_decay=0.01,
+)
+OPTIONS = dict(
+    stochastic=True,
+    cautious=False,
+    propagate=False,
+    maximize=False,
+    bias_correction=False,
+    seed=1234567890123,
+)
+
+
+@dataclass
+class Problem:
+    """One parameter, its state in the order the operators take it, and its view."""
+
+    param: Tensor
+    state: dict[str, Tensor]
+    view: reference.View
+    factored: bool
+
+    def run_op(self, grad: Tensor, **changes: object) -> None:
+        """One step through the dispatcher."""
+        run_ops([self], [grad], **changes)
+
+    def run_reference(self, grad: Tensor, **changes: object) -> None:
+        """One step of the specification."""
+        hyper = reference.Hyper(**{**HYPER, **OPTIONS, **changes})  # type: ignore[arg-type]
+        absmax = self.state.get("absmax")
+        rest = [t for name, t in self.state.items() if name not in ("exp_avg", "absmax")]
+        run = reference.factored_step_ if self.factored else reference.unfactored_step_
+        run(self.param, grad, self.state["exp_avg"], absmax, *rest, self.view, hyper)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a step may change."""
+        return {"param": self.param, **self.state}
+
+    def copy(self) -> Problem:
+        """Deep copy with the same strides."""
+        return copy.deepcopy(self)
+
+
+def run_ops(problems: list[Problem], grads: list[Tensor], **changes: object) -> None:
+    """One operator call for several problems of the same kind."""
+    values = {**HYPER, **OPTIONS, **changes}
+    hyper = [float(values[name]) for name in HYPER]  # type: ignore[arg-type]
+    options = [int(values[name]) for name in OPTIONS]  # type: ignore[call-overload]
+    columns = {name: [p.state[name] for p in problems] for name in problems[0].state}
+    exp_avg, absmax = columns.pop("exp_avg"), columns.pop("absmax", [])
+    views = [x for p in problems for x in (*p.view.shape, p.view.index, p.view.offset)]
+    op = _ops.factored_step_ if problems[0].factored else _ops.unfactored_step_
+    params = [p.param for p in problems]
+    lr = values.get("lr_tensor")
+    op(params, grads, exp_avg, absmax, *columns.values(), views, lr, hyper, options)
+
+
+def make_problem(
+    shape: tuple[int, ...],
+    *,
+    factored: bool = True,
+    bits: int = 8,
+    dtype: torch.dtype = torch.float32,
+    batched: bool = False,
+    index: int = 3,
+    offset: int = 0,
+    generator: torch.Generator,
+) -> Problem:
+    """A parameter of ``shape`` with fresh state; ``batched`` factors the last two dimensions."""
+    param = (torch.randn(shape, generator=generator) * 0.05).to(dtype)
+    b, n = (math.prod(shape[:-2]), shape[-2]) if batched else (1, shape[0] if shape else 1)
+    k = math.prod(shape) // (b * n) if b * n else 0
+    state: dict[str, Tensor] = {}
+    if bits == 8:
+        state["exp_avg"] = torch.zeros(shape, dtype=torch.int8)
+        state["absmax"] = torch.zeros(quant.absmax_shape(shape))
+    else:
+        state["exp_avg"] = torch.zeros(shape)
+    if factored:
+        for name, size in (("sq_row", n), ("sq_col", k), ("res_row", n), ("res_col", k)):
+            state[f"exp_avg_{name}"] = torch.zeros(b, size)
+        state["rms_ratio"] = torch.ones(())
+    else:
+        state["exp_avg_sq"] = torch.zeros(shape)
+    state["step"] = torch.zeros((), dtype=torch.int64)
+    state["skipped"] = torch.zeros((), dtype=torch.int64)
+    return Problem(param, state, reference.View(b, n, k, index, offset), factored)
+
+
+def random_grad(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, zeros: float = 0.1
+) -> Tensor:
+    """Gradient with very different rows and columns and a share of exact zeros."""
+    grad = torch.randn(shape, generator=generator)
+    for dim in range(len(shape)):
+        size = [1] * len(shape)
+        size[dim] = shape[dim]
+        grad = grad * torch.exp(torch.randn(size, generator=generator))
+    keep = torch.rand(shape, generator=generator) >= zeros
+    return (grad * keep).to(dtype)
+
+
+def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    """Every tensor equal to the last bit (NaN equals NaN), with a readable difference."""
+    for name, tensor in expected.items():
+        if not equal_bits(got[name], tensor):
+            a, b = got[name].double(), tensor.double()
+            wrong = ~((a == b) | (a.isnan() & b.isnan()))
+            first = wrong.nonzero()[0].tolist()
+            raise AssertionError(
+                f"{what}: {name} differs in {int(wrong.sum())} of {wrong.numel()} elements, "
+                f"first at {first}: got {a[tuple(first)]!r}, expected {b[tuple(first)]!r}"
+            )
+
+
+def equal_bits(a: Tensor, b: Tensor) -> bool:
+    """``torch.equal`` where NaN equals NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    both_nan = a.isnan() & b.isnan()
+    return torch.equal(torch.where(both_nan, 0, a), torch.where(both_nan, 0, b))
