@@ -5,8 +5,12 @@ Every slice is cut into blocks of :data:`BLOCK_SIZE` consecutive values in row-m
 one shorter, so a block never crosses a slice and a row shard owns whole blocks.  A block keeps
 ``absmax``, its largest finite magnitude, and one int8 code per value:
 
-    code  = sign(x) * trunc(127 * compand(|x| / absmax) + bias)        -127 ... 127
+    code  = sign(x) * floor(127 * compand(|x| / absmax) + bias)        -127 ... 127
     value = sign(code) * expand(|code| / 127) * absmax
+
+The kernels' map is the square root, whose inverse is a square: there the code is the largest whole
+``q`` with ``(q - bias)**2 <= 16129 * |x| / absmax``, decided by that comparison and not by a root,
+so any processor's fast approximate root may make the first guess.
 
 ``bias`` is 1/2 (nearest in the companded domain), or :data:`DECAY_BIAS` for values whose update is
 zero: those round toward zero, because with nearest rounding ``m <- beta1 * m`` has fixed points
@@ -120,13 +124,24 @@ def quantize_blockwise(
     live = absmax > 0
     inverse = torch.where(live, 1.0 / torch.where(live, absmax, 1.0), 0.0)
     y = torch.where(finite, magnitude, 0.0) * inverse.unsqueeze(-1)
-    bias: float | Tensor = 0.5
+    bias = torch.full_like(y, 0.5)
     if decaying is not None:
-        bias = torch.where(_to_blocks(decaying), DECAY_BIAS, 0.5)
-    level = (compand(y) * 127.0 + bias).to(torch.int32)
+        bias = torch.where(_to_blocks(decaying), DECAY_BIAS, bias)
+    level = _sqrt_level(y, bias) if code == "sqrt" else compand(y) * 127.0 + bias
+    level = level.to(torch.int32)
     signed = torch.where(blocks < 0, -level, level)
     codes = torch.where(finite, signed, NAN_CODE).to(torch.int8)
     return _from_blocks(codes, x.shape).contiguous(), absmax
+
+
+def _sqrt_level(y: Tensor, bias: Tensor) -> Tensor:
+    """The largest whole ``q`` with ``(q - bias)**2 <= 16129*y``, as fp32."""
+    square = y * 16129.0
+    level = (square.sqrt().floor() - 1.0).clamp_(min=0.0)
+    for _ in range(3):
+        edge = level + (1.0 - bias)
+        level = torch.where(edge * edge > square, level, level + 1.0)
+    return level
 
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, *, code: str = "sqrt") -> Tensor:

@@ -6,7 +6,7 @@ square root of fp32 values appear, one rounding each, so compiled code can be eq
 
 A parameter is a batch of ``b`` matrices of ``n`` rows and ``k`` columns in its row-major order:
 ``g`` gradient, ``r, c`` second moment (row, column), ``R, C`` instability, ``m`` momentum,
-``u`` preconditioned gradient, ``kappa`` the scale that clips ``u``.
+``u`` preconditioned gradient, ``kappa`` the scale that clips ``u``, ``w`` its part of the momentum.
 """
 
 from __future__ import annotations
@@ -186,14 +186,19 @@ def mean_instability(
     return square * fp32(beta1 * beta1) + fp32(eps2)
 
 
-def momentum(m: Tensor, u: Tensor, kappa: Tensor, beta1: float) -> Tensor:
-    """``m_t = beta1*m + (1-beta1)*(kappa*u)``."""
-    return m * fp32(beta1) + (u * kappa) * fp32(1.0 - beta1)
+def gain(kappa: Tensor, beta1: float) -> Tensor:
+    """``kappa*(1-beta1)``: what ``u`` is multiplied by on its way into the momentum."""
+    return kappa * fp32(1.0 - beta1)
 
 
-def agrees(m: Tensor, u: Tensor) -> Tensor:
+def momentum(decayed: Tensor, w: Tensor) -> Tensor:
+    """``m_t = beta1*m + w``, ``w = gain*u``; see :func:`_decayed_momentum` for the first term."""
+    return decayed + w
+
+
+def agrees(m: Tensor, w: Tensor) -> Tensor:
     """Cautious mask (arXiv 2411.16085): momentum and gradient have the same strict sign."""
-    return ((m > 0) & (u > 0)) | ((m < 0) & (u < 0))
+    return ((m > 0) & (w > 0)) | ((m < 0) & (w < 0))
 
 
 def cautious_scale(mask: Tensor) -> Tensor:
@@ -223,6 +228,13 @@ class View:
 
 def _load_momentum(exp_avg: Tensor, absmax: Tensor | None) -> Tensor:
     return exp_avg if absmax is None else dequantize_blockwise(exp_avg, absmax)
+
+
+def _decayed_momentum(exp_avg: Tensor, absmax: Tensor | None, beta1: float) -> Tensor:
+    """``beta1*m``; with 8 bits the scale of the block is multiplied, not every value."""
+    if absmax is None:
+        return exp_avg * fp32(beta1)
+    return dequantize_blockwise(exp_avg, absmax * fp32(beta1))
 
 
 def _store_momentum(
@@ -263,7 +275,7 @@ def apply_(
 def _finish(
     param: Tensor,
     m_t: Tensor,
-    u: Tensor,
+    w: Tensor,
     row: Tensor | None,
     col: Tensor | None,
     view: View,
@@ -275,7 +287,7 @@ def _finish(
     scale: Tensor = torch.tensor(lr) / torch.tensor(hyper.correction(hyper.beta1, step))
     scale = scale.to(m_t.device)
     if hyper.cautious:
-        mask = agrees(m_t, u)
+        mask = agrees(m_t, w)
         scale = scale * cautious_scale(mask)
     if row is None or col is None:
         update = m_t * scale
@@ -346,12 +358,14 @@ def factored_step_(
     res_row = ema(exp_avg_res_row, hyper.beta3, s_row)
     res_col = ema(exp_avg_res_col, hyper.beta3, s_col)
 
-    m_t = momentum(m, u, kappa, hyper.beta1)
+    # w = gain*u, with the gain multiplied into the row factor.
+    w = (g * (a * gain(kappa, hyper.beta1)).unsqueeze(-1)) * c_factor.unsqueeze(-2)
+    m_t = momentum(_decayed_momentum(exp_avg, absmax, hyper.beta1).view(b, n, k), w)
     row = row_factor(res_row, 1.0)
     col = column_factor(res_col, hyper.correction(hyper.beta3, t))
-    _finish(param, m_t, u, row, col, view, t, hyper)
+    _finish(param, m_t, w, row, col, view, t, hyper)
 
-    _store_momentum(m_t, u == 0, exp_avg, absmax)
+    _store_momentum(m_t, w == 0, exp_avg, absmax)
     exp_avg_sq_row.copy_(r)
     exp_avg_sq_col.copy_(c)
     exp_avg_res_row.copy_(res_row)
@@ -391,9 +405,10 @@ def unfactored_step_(
         skipped += 1
         return
     kappa = clip_scale(root_mean(total_u2, g.numel()), hyper.clip_threshold)
-    m_t = momentum(_load_momentum(exp_avg, absmax).view(-1), u, kappa, hyper.beta1)
-    _finish(param, m_t, u, None, None, view, t, hyper)
-    _store_momentum(m_t, u == 0, exp_avg, absmax)
+    w = u * gain(kappa, hyper.beta1)
+    m_t = momentum(_decayed_momentum(exp_avg, absmax, hyper.beta1).view(-1), w)
+    _finish(param, m_t, w, None, None, view, t, hyper)
+    _store_momentum(m_t, w == 0, exp_avg, absmax)
     exp_avg_sq.copy_(v.view(exp_avg_sq.shape))
     step += 1
 

@@ -83,17 +83,23 @@ CAME8BIT_INLINE T mean_instability(T d2, T ud, T u2, T two_delta, T delta_square
   return select(square < T(0.0f), T(0.0f), square) * beta1_squared + eps2;
 }
 
-// m_t = beta1*m + (1-beta1)*(kappa*u)
+// What u is multiplied by on its way into the momentum.
 template <class T>
-CAME8BIT_INLINE T momentum(T m, T u, T kappa, T beta1, T one_minus_beta1) {
-  return m * beta1 + (u * kappa) * one_minus_beta1;
+CAME8BIT_INLINE T gain(T kappa, T one_minus_beta1) {
+  return kappa * one_minus_beta1;
+}
+
+// m_t = beta1*m + w, w = gain*u. With 8 bits `decayed` is decoded with beta1*absmax.
+template <class T>
+CAME8BIT_INLINE T momentum(T decayed, T w) {
+  return decayed + w;
 }
 
 // Cautious mask: same strict sign.
 template <class T>
-CAME8BIT_INLINE auto agrees(T m, T u) -> decltype(m > u) {
+CAME8BIT_INLINE auto agrees(T m, T w) -> decltype(m > w) {
   const T zero(0.0f);
-  return ((m > zero) & (u > zero)) | ((m < zero) & (u < zero));
+  return ((m > zero) & (w > zero)) | ((m < zero) & (w < zero));
 }
 
 // (p - p*shrink) - update, shrink = lr*weight_decay

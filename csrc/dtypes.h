@@ -15,6 +15,15 @@
 
 namespace came8bit {
 
+// A hint that the cache line at `p` will be read soon; any address is allowed.
+CAME8BIT_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__) && !defined(__CUDACC__)
+  __builtin_prefetch(p);
+#else
+  static_cast<void>(p);
+#endif
+}
+
 struct Bf16 {
   uint16_t bits;
 };

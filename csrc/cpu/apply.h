@@ -7,11 +7,10 @@ namespace {
 
 // Constants of a step, broadcast.
 struct Broadcast {
-  F kappa, beta1, one_minus_beta1, shrink, beta2, one_minus_beta2, eps1, sign, correction2, scale;
+  F gain, beta1, shrink, beta2, one_minus_beta2, eps1, sign, correction2, scale;
   explicit CAME8BIT_INLINE Broadcast(const StepConstants& c)
-      : kappa(c.kappa),
+      : gain(c.gain),
         beta1(c.beta1),
-        one_minus_beta1(c.one_minus_beta1),
         shrink(c.shrink),
         beta2(c.beta2),
         one_minus_beta2(c.one_minus_beta2),
@@ -25,24 +24,22 @@ CAME8BIT_INLINE F full_second_moment(F g, F old, const Broadcast& c) {
   return ema(old, c.beta2, g * g + c.eps1, c.one_minus_beta2);
 }
 
-// u and m_t of the lanes at `j`; for a full second moment also its new value.
+// w and m_t of the lanes at `j`; for a full second moment also its new value.
 template <class G, bool is8bit, bool factored>
-CAME8BIT_INLINE void load_update(const Broadcast& c, const Segment& s, F row_factor, F absmax,
-                                 int j, int size, F& u, F& m_t, F& v) {
+CAME8BIT_INLINE void load_update(const Broadcast& c, const Segment& s, F row_gain, F absmax, int j,
+                                 int size, F& w, F& m_t, F& v) {
   const F g = load_some(static_cast<const G*>(s.grad) + j, size);
   if constexpr (factored) {
-    u = precondition(g, row_factor, load_some(s.col_factor + j, size));
+    w = precondition(g, row_gain, load_some(s.col_factor + j, size));
   } else {
     v = full_second_moment(g, load_some(s.exp_avg_sq + j, size), c);
-    u = precondition_unfactored(g, v, c.sign, c.correction2);
+    w = precondition_unfactored(g, v, c.sign, c.correction2) * c.gain;
   }
-  F m;
   if constexpr (is8bit) {
-    m = load_momentum(s.codes + j, size, absmax);
+    m_t = momentum(decode_lanes(load_some(s.codes + j, size), absmax), w);
   } else {
-    m = load_momentum(s.exp_avg + j, size, absmax);
+    m_t = momentum(load_some(s.exp_avg + j, size) * c.beta1, w);
   }
-  m_t = momentum(m, u, c.kappa, c.beta1, c.one_minus_beta1);
 }
 
 CAME8BIT_INLINE void store_param(float* p, F value, const uint16_t*, int size) {
@@ -56,13 +53,19 @@ CAME8BIT_INLINE void store_param(Half* p, F value, const uint16_t* random, int s
   store_some(p, random ? round_fp16(value, load_some(random, size)) : value, size);
 }
 
+// How many elements ahead sweep C asks for memory; while a block is encoded no load is under way.
+constexpr int kAhead = 1536;
+
 template <class P, class G, bool is8bit, bool factored>
-void apply(const StepConstants& constants, const Segment& s) {
+float apply(const StepConstants& constants, const Segment& s) {
   const Broadcast c(constants);
-  const F row_factor(s.row_factor), update_row(s.update_row), absmax(s.absmax);
+  const F row_gain(s.row_gain), update_row(s.update_row), absmax(s.absmax);
+  F largest(0.0f);
   const auto lanes = [&](int j, int size) CAME8BIT_LAMBDA {
-    F u, m_t, v;
-    load_update<G, is8bit, factored>(c, s, row_factor, absmax, j, size, u, m_t, v);
+    prefetch(static_cast<const G*>(s.grad) + j + kAhead);
+    prefetch(static_cast<const P*>(s.param) + j + kAhead);
+    F w, m_t, v;
+    load_update<G, is8bit, factored>(c, s, row_gain, absmax, j, size, w, m_t, v);
     F update;
     if constexpr (factored) {
       update = precondition(m_t, update_row, load_some(s.update_col + j, size));
@@ -70,32 +73,36 @@ void apply(const StepConstants& constants, const Segment& s) {
       update = m_t * c.scale;
       store_some(s.exp_avg_sq + j, v, size);
     }
-    if (constants.cautious) update = select(agrees(m_t, u), update, F(0.0f));
+    if (constants.cautious) update = select(agrees(m_t, w), update, F(0.0f));
     P* p = static_cast<P*>(s.param) + j;
     store_param(p, decay_and_apply(load_some(p, size), c.shrink, update),
                 s.random ? s.random + j : nullptr, size);
     store_some(s.exp_avg + j, m_t, size);
     if constexpr (is8bit) {
-      const F bias = select(u == F(0.0f), F(kDecayBias), F(kNearestBias));
-      store_some(s.bias + j, bias, size);
+      largest = larger(abs(m_t), largest);
+      store_some(s.step + j, select(w == F(0.0f), F(kDecayStep), F(kNearestStep)), size);
     }
   };
   int j = 0;
   for (; j + kLanes <= s.size; j += kLanes) lanes(j, kLanes);
-  if (j < s.size) lanes(j, s.size - j);
+  if (j < s.size) {
+    // Lanes past the end hold zeros in every input, so m_t is 0 there and cannot be the largest.
+    lanes(j, s.size - j);
+  }
+  return is8bit ? largest_lane(largest) : 0.0f;
 }
 
 template <class G, bool is8bit, bool factored>
 int agreeing(const StepConstants& constants, const Segment& s) {
   const Broadcast c(constants);
-  const F row_factor(s.row_factor), absmax(s.absmax);
+  const F row_gain(s.row_gain), absmax(s.absmax);
   int total = 0;
   for (int j = 0; j < s.size; j += kLanes) {
     const int size = s.size - j < kLanes ? s.size - j : kLanes;
-    F u, m_t, v;
-    load_update<G, is8bit, factored>(c, s, row_factor, absmax, j, size, u, m_t, v);
-    // Lanes past the end have u == 0 and are never counted.
-    total += count(agrees(m_t, u));
+    F w, m_t, v;
+    load_update<G, is8bit, factored>(c, s, row_gain, absmax, j, size, w, m_t, v);
+    // Lanes past the end have w == 0 (or NaN) and are never counted.
+    total += count(agrees(m_t, w));
   }
   return total;
 }
@@ -123,30 +130,64 @@ const uint16_t* random_bits(const StepConstants& c, uint64_t element, int size, 
   return buffer + (element - first * 8);
 }
 
-void encode(const float* x, const float* bias, int size, int8_t* codes, float* absmax) {
-  const F infinity(INFINITY), zero(0.0f);
-  F largest = zero;
-  for (int j = 0; j < size; j += kLanes) {
-    const F magnitude = abs(load_some(x + j, size - j));
-    largest = larger(select(magnitude < infinity, magnitude, zero), largest);
+// Calls lanes(j, size) for all of [0, size), full vectors first.
+template <class LanesOf>
+CAME8BIT_INLINE void for_lanes(int size, LanesOf lanes) {
+  int j = 0;
+  for (; j + kLanes <= size; j += kLanes) lanes(j, kLanes);
+  if (j < size) lanes(j, size - j);
+}
+
+float largest_magnitude(const float* x, int size) {
+  F largest(0.0f);
+  for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
+    largest = larger(abs(load_some(x + j, some)), largest);
+  });
+  return largest_lane(largest);
+}
+
+// The largest magnitude below infinity, for the rare block that has an infinity.
+float largest_finite(const float* x, int size) {
+  F largest(0.0f);
+  for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
+    const F magnitude = abs(load_some(x + j, some));
+    largest = larger(select(magnitude < F(INFINITY), magnitude, F(0.0f)), largest);
+  });
+  return largest_lane(largest);
+}
+
+// The codes of one vector, and the sign of its values.
+CAME8BIT_INLINE I encode_lanes(F value, F inverse, F step) {
+  const F square = level_square(value, inverse);
+  const F level = code_level(square, rough_root(square), step);
+  // The truncation of NaN is the smallest integer, which the store saturates to kNanCode.
+  const I sign = bits(value) & I(static_cast<int32_t>(0x80000000u));
+  return truncate(from_bits(bits(level) | sign));
+}
+
+float encode(const float* x, const float* step, float largest, int size, int8_t* codes) {
+  const bool has_infinity = largest == INFINITY;
+  if (has_infinity) largest = largest_finite(x, size);
+  const F inverse(inverse_absmax(largest));
+  const auto lanes = [&](int j, int some) CAME8BIT_LAMBDA {
+    F value = load_some(x + j, some);
+    if (has_infinity) value = select(abs(value) < F(INFINITY), value, F(NAN));
+    return encode_lanes(value, inverse, step ? load_some(step + j, some) : F(kNearestStep));
+  };
+  constexpr int k = kLanes;
+  int j = 0;
+  for (; j + 4 * k <= size; j += 4 * k) {
+    store_codes(codes + j, lanes(j, k), lanes(j + k, k), lanes(j + 2 * k, k), lanes(j + 3 * k, k));
   }
-  const float block = largest_lane(largest);
-  *absmax = block < kSmallestAbsmax ? 0.0f : block;
-  const F inverse(inverse_absmax(block)), nearest(kNearestBias);
-  for (int j = 0; j < size; j += kLanes) {
-    const F value = load_some(x + j, size - j);
-    const F round = bias ? load_some(bias + j, size - j) : nearest;
-    const I level = truncate(code_level(value, inverse, round));
-    const I code = select(value < zero, I(0) - level, level);
-    store_some(codes + j, select(abs(value) < infinity, code, I(kNanCode)), size - j);
-  }
+  for (; j < size; j += k) store_some(codes + j, lanes(j, size - j), size - j);
+  return largest < kSmallestAbsmax ? 0.0f : largest;
 }
 
 void decode(const int8_t* codes, float absmax, int size, float* x) {
   const F scale(absmax);
-  for (int j = 0; j < size; j += kLanes) {
-    store_some(x + j, decode_lanes(load_some(codes + j, size - j), scale), size - j);
-  }
+  for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
+    store_some(x + j, decode_lanes(load_some(codes + j, some), scale), some);
+  });
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "blocks.h"
 
+#include <algorithm>
+
 #include "parallel.h"
 
 namespace came8bit {
@@ -8,7 +10,7 @@ namespace {
 // What one block needs beside the tensors; the parameter and the gradient where they are strided.
 struct Buffers {
   alignas(64) float momentum[kBlockSize];
-  alignas(64) float bias[kBlockSize];
+  alignas(64) float step[kBlockSize];
   alignas(64) uint16_t random[3 * 128];
   alignas(64) float param[kBlockSize];
   alignas(64) float grad[kBlockSize];
@@ -24,9 +26,9 @@ void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffe
     Segment s = {};
     s.size = static_cast<int>(p.k - column < size - done ? p.k - column : size - done);
     s.grad = p.grad.read(e, s.size, buffers.grad);
-    if (factors.row != nullptr) {
+    if (factors.row_gain != nullptr) {
       const int64_t batch_column = row / p.n * p.k + column;
-      s.row_factor = factors.row[row];
+      s.row_gain = factors.row_gain[row];
       s.col_factor = factors.col + batch_column;
       s.update_row = factors.update_row ? factors.update_row[row] : 0.0f;
       s.update_col = factors.update_col ? factors.update_col + batch_column : nullptr;
@@ -36,7 +38,7 @@ void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffe
     if (p.absmax != nullptr) {
       s.codes = static_cast<const int8_t*>(p.exp_avg) + e;
       s.exp_avg = buffers.momentum + done;
-      s.bias = buffers.bias + done;
+      s.step = buffers.step + done;
     } else {
       s.exp_avg = static_cast<float*>(p.exp_avg) + e;
     }
@@ -71,16 +73,17 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
         draws ? table.random_bits(constants, p.offset + static_cast<uint64_t>(first), size,
                                   buffers.random)
               : nullptr;
+    float largest = 0.0f;
     for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t e, int done) {
       s.param = p.param.read(e, s.size, buffers.param);
-      s.absmax = p.absmax ? p.absmax[block] : 0.0f;
+      s.absmax = p.absmax ? p.absmax[block] * constants.beta1 : 0.0f;
       s.random = random ? random + done : nullptr;
-      apply(constants, s);
+      largest = std::max(largest, apply(constants, s));
       p.param.write(e, s.size, s.param);
     });
     if (p.absmax != nullptr) {
-      table.encode(buffers.momentum, buffers.bias, size, static_cast<int8_t*>(p.exp_avg) + first,
-                   p.absmax + block);
+      p.absmax[block] = table.encode(buffers.momentum, buffers.step, largest, size,
+                                     static_cast<int8_t*>(p.exp_avg) + first);
     }
   });
 }
@@ -96,7 +99,7 @@ int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const
   int64_t total = 0;
   for_each_block(Blocks(p), task, [&](int64_t block, int64_t first, int size) {
     for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t, int) {
-      s.absmax = p.absmax ? p.absmax[block] : 0.0f;
+      s.absmax = p.absmax ? p.absmax[block] * constants.beta1 : 0.0f;
       total += agreeing(constants, s);
     });
   });
@@ -105,10 +108,11 @@ int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const
 
 void quantize(const float* x, int64_t slices, int64_t slice_len, int8_t* codes, float* absmax) {
   const Blocks blocks(slices, slice_len);
-  const auto encode = kernels().encode;
+  const Kernels& table = kernels();
   for_each_task(blocks.tasks(), thread_count(), [&](int64_t task, int64_t) {
     for_each_block(blocks, task, [&](int64_t block, int64_t first, int size) {
-      encode(x + first, nullptr, size, codes + first, absmax + block);
+      const float largest = table.largest_magnitude(x + first, size);
+      absmax[block] = table.encode(x + first, nullptr, largest, size, codes + first);
     });
   });
 }

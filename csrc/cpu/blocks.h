@@ -29,7 +29,7 @@ struct Blocks {
 
 // Factors that u and the update are made with; null for a full second moment.
 struct Factors {
-  const float *row, *col;                // [b][n], [b][k]
+  const float *row_gain, *col;           // [b][n], [b][k]; row factor times gain
   const float *update_row, *update_col;  //
 };
 

@@ -69,6 +69,11 @@ void add(float* sum, const float* x, int64_t size) {
   });
 }
 
+void scale(float* x, int64_t size, float factor) {
+  fill(x, size,
+       [&](int64_t j, int some) CAME8BIT_LAMBDA { return load_some(x + j, some) * F(factor); });
+}
+
 void second_moment_ema(float* fresh, const float* old, const float* sum, int64_t size, float count,
                        float beta2, float one_minus_beta2, float eps1) {
   fill(fresh, size, [&](int64_t j, int some) CAME8BIT_LAMBDA {
@@ -132,11 +137,13 @@ void instability_ema(float* average, const float* d2, const float* ud, const flo
         {sum_g2<float>, sum_g2<Bf16>, sum_g2<Half>},                                    \
         {sum_u2<float>, sum_u2<Bf16>, sum_u2<Half>},                                    \
         random_bits,                                                                    \
+        largest_magnitude,                                                              \
         CAME8BIT_ISA::encode,                                                           \
         CAME8BIT_ISA::decode,                                                           \
         lane_sum,                                                                       \
         lane_sum_weighted,                                                              \
         add,                                                                            \
+        scale,                                                                          \
         second_moment_ema,                                                              \
         row_factors,                                                                    \
         col_factors,                                                                    \

@@ -41,7 +41,7 @@ struct ResidualTile {
 
 // What is the same for all elements of a parameter in one step.
 struct StepConstants {
-  float kappa, beta1, one_minus_beta1, shrink;
+  float gain, beta1, shrink;
   float beta2, one_minus_beta2, eps1, sign, correction2, scale;  // only unfactored
   bool cautious, stochastic;
   uint64_t seed;
@@ -53,14 +53,14 @@ struct Segment {
   void* param;
   const void* grad;
   int size;
-  float row_factor, update_row;  // factored
+  float row_gain, update_row;  // factored; row factor of u times gain
   const float* col_factor;
   const float* update_col;
   float* exp_avg_sq;    // unfactored
-  const int8_t* codes;  // 8-bit: codes and the absmax they were made with
+  const int8_t* codes;  // 8-bit: codes, and the absmax they were made with times beta1
   float absmax;
   float* exp_avg;          // fp32 momentum, read and written; 8-bit: new momentum, written
-  float* bias;             // 8-bit: rounding bias of every element, written
+  float* step;             // 8-bit: kNearestStep or kDecayStep of every element, written
   const uint16_t* random;  // nullptr where nothing is drawn
 };
 
@@ -74,10 +74,11 @@ struct Kernels {
   void (*residual32[kDtypes])(const ResidualTile&);
 
   // Index: parameter dtype, gradient dtype.
-  void (*apply8[kDtypes][kDtypes])(const StepConstants&, const Segment&);
-  void (*apply32[kDtypes][kDtypes])(const StepConstants&, const Segment&);
-  void (*apply8_unfactored[kDtypes][kDtypes])(const StepConstants&, const Segment&);
-  void (*apply32_unfactored[kDtypes][kDtypes])(const StepConstants&, const Segment&);
+  // Returns the largest magnitude of the new momentum that is not NaN (0 for fp32 momentum).
+  float (*apply8[kDtypes][kDtypes])(const StepConstants&, const Segment&);
+  float (*apply32[kDtypes][kDtypes])(const StepConstants&, const Segment&);
+  float (*apply8_unfactored[kDtypes][kDtypes])(const StepConstants&, const Segment&);
+  float (*apply32_unfactored[kDtypes][kDtypes])(const StepConstants&, const Segment&);
 
   // Index: gradient dtype. How many elements the cautious mask keeps.
   int (*agreeing8[kDtypes])(const StepConstants&, const Segment&);
@@ -95,14 +96,17 @@ struct Kernels {
   const uint16_t* (*random_bits)(const StepConstants&, uint64_t element, int size,
                                  uint16_t* buffer);
 
-  // bias == nullptr rounds to nearest. Both take at most kBlockSize values.
-  void (*encode)(const float* x, const float* bias, int size, int8_t* codes, float* absmax);
+  // The three take at most kBlockSize values. `largest` is what `largest_magnitude` returns, and
+  // step == nullptr rounds to nearest. `encode` returns the absmax of the block.
+  float (*largest_magnitude)(const float* x, int size);
+  float (*encode)(const float* x, const float* step, float largest, int size, int8_t* codes);
   void (*decode)(const int8_t* codes, float absmax, int size, float* x);
 
   // Whole vectors.
   float (*lane_sum)(const float* x, int64_t size);
   float (*lane_sum_weighted)(const float* x, const float* w, int64_t size);  // of (x*w)*w
   void (*add)(float* sum, const float* x, int64_t size);
+  void (*scale)(float* x, int64_t size, float factor);
   void (*second_moment_ema)(float* fresh, const float* old, const float* sum, int64_t size,
                             float count, float beta2, float one_minus_beta2, float eps1);
   void (*row_factors)(float* out, const float* r, int64_t size, float root_of_mean, float scale);

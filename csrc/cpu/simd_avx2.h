@@ -112,8 +112,20 @@ CAME8BIT_INLINE I select(M m, I yes, I no) {
 CAME8BIT_INLINE F to_float(I x) {
   return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)};
 }
+// NaN and what does not fit give INT32_MIN.
 CAME8BIT_INLINE I truncate(F x) {
   return {_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b)};
+}
+// Toward zero.
+CAME8BIT_INLINE F whole(F x) {
+  constexpr int kMode = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, kMode), _mm256_round_ps(x.b, kMode)};
+}
+// Square root of 0 ... 2^14 with an error below 0.05; NaN for NaN.
+CAME8BIT_INLINE F rough_root(F x) {
+  const __m256 tiny = _mm256_set1_ps(1e-20f);
+  return {_mm256_mul_ps(x.a, _mm256_rsqrt_ps(_mm256_max_ps(tiny, x.a))),
+          _mm256_mul_ps(x.b, _mm256_rsqrt_ps(_mm256_max_ps(tiny, x.b)))};
 }
 CAME8BIT_INLINE void multiply_wide_256(__m256i a, __m256i m, __m256i& high, __m256i& low) {
   const __m256i even = _mm256_mul_epu32(a, m);
@@ -166,11 +178,19 @@ CAME8BIT_INLINE void store(Bf16* p, I x) {
       _mm256_packus_epi32(_mm256_srli_epi32(x.a, 16), _mm256_srli_epi32(x.b, 16));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
+// Saturates.
 CAME8BIT_INLINE void store(int8_t* p, I x) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
   const __m128i bytes =
       _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+// 64 codes; saturates.
+CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
+  store(p, a);
+  store(p + 16, b);
+  store(p + 32, c);
+  store(p + 48, d);
 }
 // Lane 4q+i of word w goes to p[(4i+q)*4 + w].
 CAME8BIT_INLINE void store_interleaved_256(uint32_t* p, __m256i w0, __m256i w1, __m256i w2,

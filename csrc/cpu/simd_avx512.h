@@ -112,8 +112,17 @@ CAME8BIT_INLINE F from_bits(I a) {
 CAME8BIT_INLINE F to_float(I a) {
   return _mm512_cvtepi32_ps(a.v);
 }
+// NaN and what does not fit give INT32_MIN.
 CAME8BIT_INLINE I truncate(F a) {
   return _mm512_cvttps_epi32(a.v);
+}
+// Toward zero.
+CAME8BIT_INLINE F whole(F a) {
+  return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+}
+// Square root of 0 ... 2^14 with an error below 0.05; NaN for NaN.
+CAME8BIT_INLINE F rough_root(F a) {
+  return _mm512_mul_ps(a.v, _mm512_rsqrt14_ps(_mm512_max_ps(_mm512_set1_ps(1e-20f), a.v)));
 }
 CAME8BIT_INLINE void multiply_wide(I a, uint32_t factor, I& high, I& low) {
   const __m512i m = _mm512_set1_epi32(static_cast<int>(factor));
@@ -154,8 +163,16 @@ CAME8BIT_INLINE void store(Bf16* p, I a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(a.v, 16)));
 }
+// Saturates.
 CAME8BIT_INLINE void store(int8_t* p, I a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
+}
+// 64 codes; saturates.
+CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
+  const __m512i ab = _mm512_packs_epi32(a.v, b.v), cd = _mm512_packs_epi32(c.v, d.v);
+  // The packs work within 128 bits and leave the 32-bit groups in the order a0 b0 c0 d0 a1 ...
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)));
 }
 // Lane 4q+i of word w goes to p[(4i+q)*4 + w].
 CAME8BIT_INLINE void store_interleaved(uint32_t* p, I w0, I w1, I w2, I w3) {

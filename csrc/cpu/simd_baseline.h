@@ -128,9 +128,9 @@ CAME8BIT_LANES(F, float, float_lanes(IntLanes a), static_cast<float>(a[i]))
 CAME8BIT_LANES(I, uint32_t, add_lanes(UintLanes a, UintLanes b), a[i] + b[i])
 template <int n>
 CAME8BIT_LANES(I, uint32_t, shift_lanes(UintLanes a), a[i] >> n)
-// Only for values that fit; others give some code that the caller replaces.
+// NaN and what does not fit give INT32_MIN.
 CAME8BIT_LANES(I, int32_t, truncate_lanes(FloatLanes a),
-               came8bit::abs(a[i]) < 0x1p31f ? static_cast<int32_t>(a[i]) : 0)
+               came8bit::abs(a[i]) < 0x1p31f ? static_cast<int32_t>(a[i]) : INT32_MIN)
 
 CAME8BIT_INLINE F sqrt(F a) {
   return sqrt_lanes(FloatLanes(a));
@@ -140,6 +140,13 @@ CAME8BIT_INLINE F to_float(I a) {
 }
 CAME8BIT_INLINE I truncate(F a) {
   return truncate_lanes(FloatLanes(a));
+}
+// Toward zero; NaN gives a number that a store of codes saturates to kNanCode.
+CAME8BIT_INLINE F whole(F a) {
+  return to_float(truncate(a));
+}
+CAME8BIT_INLINE F rough_root(F a) {
+  return sqrt(a);
 }
 CAME8BIT_INLINE I operator+(I a, I b) {
   return add_lanes(UintLanes(a), UintLanes(b));
@@ -191,9 +198,20 @@ CAME8BIT_INLINE void store(Bf16* p, I a) {
   const UintLanes lanes(a);
   for (int i = 0; i < 16; ++i) p[i].bits = static_cast<uint16_t>(lanes[i] >> 16);
 }
+// Saturates.
 CAME8BIT_INLINE void store(int8_t* p, I a) {
   const IntLanes lanes(a);
-  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(lanes[i]);
+  for (int i = 0; i < 16; ++i) {
+    const int32_t x = lanes[i];
+    p[i] = static_cast<int8_t>(x < -128 ? -128 : x > 127 ? 127 : x);
+  }
+}
+// 64 codes; saturates.
+CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
+  store(p, a);
+  store(p + 16, b);
+  store(p + 32, c);
+  store(p + 48, d);
 }
 // Lane 4q+i of word w goes to p[(4i+q)*4 + w].
 CAME8BIT_INLINE void store_interleaved(uint32_t* p, I w0, I w1, I w2, I w3) {

@@ -21,9 +21,8 @@ float correction(const Settings& s, double beta, int64_t step) {
 
 StepConstants constants_of(const Parameter& p, const Settings& s, int64_t step, float kappa) {
   StepConstants c = {};
-  c.kappa = kappa;
+  c.gain = gain(kappa, static_cast<float>(1.0 - s.beta1));
   c.beta1 = static_cast<float>(s.beta1);
-  c.one_minus_beta1 = static_cast<float>(1.0 - s.beta1);
   c.shrink = s.shrink;
   c.beta2 = static_cast<float>(s.beta2);
   c.one_minus_beta2 = static_cast<float>(1.0 - s.beta2);
@@ -142,6 +141,7 @@ void step_factored(const Parameter& p, const Settings& s, Workspace& w, int64_t 
 
   const Kernels& table = kernels();
   const StepConstants c = constants_of(p, s, *p.step, kappa);
+  table.scale(w.row_factor, p.b * p.n, c.gain);
   Factors factors = {w.row_factor, w.col_factor, nullptr, nullptr};
   float scale = c.scale;
   if (s.cautious) scale = scale * cautious_factor(p, c, factors, workers);
@@ -199,7 +199,8 @@ void step_unfactored(const Parameter& p, const Settings& s, Workspace& w, int64_
       });
   if (skip(p, s, total_u2)) return;
   ++*p.step;
-  c.kappa = clip_scale(root_mean(total_u2, static_cast<float>(p.numel())), s.clip_threshold);
+  const float rms = root_mean(total_u2, static_cast<float>(p.numel()));
+  c.gain = gain(clip_scale(rms, s.clip_threshold), static_cast<float>(1.0 - s.beta1));
   const Factors none = {};
   if (s.cautious) c.scale = c.scale * cautious_factor(p, c, none, workers);
   apply_all(p, c, none, workers);

@@ -50,6 +50,7 @@ void second_moment(const SecondMomentTile& tile) {
     const auto column = [&](int j, int size) CAME8BIT_LAMBDA {
       F square[kGroup];
       for (int q = 0; q < kGroup; ++q) {
+        prefetch(g[q] + kGroup * tile.stride + j);  // the rows that come next
         const F x = load_some(g[q] + j, size);
         square[q] = x * x;
         row[q] = row[q] + square[q];
@@ -98,6 +99,7 @@ void residual(const ResidualTile& tile) {
         const F col_factor = load_some(tile.col_factor + j, size);
         F d2[kGroup], ud[kGroup], u2[kGroup];
         for (int q = 0; q < kGroup; ++q) {
+          prefetch(g[q] + kGroup * tile.stride + j);  // the rows that come next
           const F u = precondition(load_some(g[q] + j, size), factor[q], col_factor);
           const F d = u * kappa_0 - load_momentum(m[q] + j, size, scale[q]);
           d2[q] = d * d;

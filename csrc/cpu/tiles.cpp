@@ -83,16 +83,23 @@ Grid::Grid(const Parameter& p) : b(p.b), n(p.n), k(p.k), slab_rows(came8bit::sla
   strips = (k + kChunk - 1) / kChunk;
 }
 
+// Rounded up to whole cache lines.
+int64_t whole_lines(int64_t floats) {
+  return (floats + kLanes - 1) / kLanes * kLanes;
+}
+
 int64_t Workspace::floats(const Grid& g) {
-  return g.b * g.n * (5 + 3 * g.strips) + g.b * g.k * (5 + 3 * g.slabs);
+  const int64_t rows = g.b * g.n, cols = g.b * g.k;
+  return 5 * (whole_lines(rows) + whole_lines(cols)) +
+         3 * (whole_lines(rows * g.strips) + whole_lines(cols * g.slabs));
 }
 
 void Workspace::lay_out(const Grid& g) {
   const int64_t rows = g.b * g.n, cols = g.b * g.k;
-  float* next = memory_.data();
+  float* next = scratch();
   const auto take = [&next](int64_t size) {
     float* taken = next;
-    next += size;
+    next += whole_lines(size);
     return taken;
   };
   row_factor = take(rows);

@@ -26,10 +26,14 @@ class Workspace {
 
   static int64_t floats(const Grid& grid);
   void reserve(int64_t floats) {
-    if (static_cast<int64_t>(memory_.size()) < floats) memory_.resize(floats);
+    if (static_cast<int64_t>(memory_.size()) < floats + kLanes) memory_.resize(floats + kLanes);
   }
   void lay_out(const Grid& grid);
-  float* scratch() { return memory_.data(); }
+  // The beginning, on a cache line: vectors that straddle two lines cost twice.
+  float* scratch() {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.data());
+    return reinterpret_cast<float*>((address + 63) / 64 * 64);
+  }
 
  private:
   std::vector<float> memory_;

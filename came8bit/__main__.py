@@ -1,0 +1,8 @@
+"""``python -m came8bit``: the same as the ``came8bit`` command."""
+
+import sys
+
+from came8bit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""The ``came8bit`` command.
+
+Each subcommand is a module with two functions: ``add_parser(subparsers)``, which declares its
+arguments and must be cheap, and ``run(args) -> int``, which does the work and returns the exit
+code. To add one, write the module and name it in :data:`_COMMANDS`.
+
+Exit codes: 0 done; 1 something that was asked for failed; 2 the command line or a file it names is
+wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from came8bit.cli import info, tradeoff
+from came8bit.cli.environment import package_version
+from came8bit.cli.errors import CliError
+
+_COMMANDS = (info, tradeoff)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="came8bit", description="CAME with 8-bit momentum for PyTorch: tools."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"came8bit {package_version('came8bit')}"
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's own) and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(words)
+    args.command_line = words  # reports say how to make them again
+    try:
+        return int(args.run(args))
+    except CliError as error:
+        print(f"came8bit {args.command}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"came8bit {args.command}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,89 @@
+"""The optimizers that are compared: how each is built, and whether it can be."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from came8bit.cli.errors import CliError
+
+Parameters = Iterable[torch.nn.Parameter]
+Build = Callable[[Parameters, float, float], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One optimizer.
+
+    Attributes:
+        label: Its name in tables and pictures.
+        package: The PyPI package to install if it is missing.
+        module, attribute: Where its class is found.
+        slow_on_cpu: Whether its step has no fast CPU implementation.
+        build: Makes it from parameters, learning rate and weight decay.
+    """
+
+    label: str
+    package: str
+    module: str
+    attribute: str
+    slow_on_cpu: bool
+    build: Build
+
+
+def _build(module: str, attribute: str, **extra: object) -> Build:
+    def build(params: Parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        make = getattr(importlib.import_module(module), attribute)
+        optimizer: torch.optim.Optimizer = make(params, lr=lr, weight_decay=weight_decay, **extra)
+        return optimizer
+
+    return build
+
+
+def _spec(
+    label: str, package: str, module: str, attribute: str, slow: bool = False, **extra: object
+) -> OptimizerSpec:
+    return OptimizerSpec(
+        label, package, module, attribute, slow, _build(module, attribute, **extra)
+    )
+
+
+#: Keys are the names on the command line. AdamW is the fused one: the fastest torch has.
+OPTIMIZERS = {
+    "adamw": _spec("AdamW", "torch", "torch.optim", "AdamW", fused=True),
+    "adamw8bit": _spec("AdamW8bit", "bitsandbytes", "bitsandbytes.optim", "AdamW8bit", slow=True),
+    "came-pytorch": _spec("came-pytorch", "came-pytorch==0.1.3", "came_pytorch", "CAME", slow=True),
+    "came": _spec("CAME", "came8bit", "came8bit", "CAME"),
+    "came8bit": _spec("CAME8bit", "came8bit", "came8bit", "CAME8bit"),
+}
+
+
+def label(name: str) -> str:
+    """Return the optimizer's name for readers."""
+    return OPTIMIZERS[name].label
+
+
+def check_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names as given, once each; raises CliError that lists the known ones otherwise."""
+    unknown = [name for name in names if name not in OPTIMIZERS]
+    if unknown:
+        raise CliError(
+            f"unknown optimizer {', '.join(map(repr, unknown))}; known: {', '.join(OPTIMIZERS)}"
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def why_unavailable(name: str) -> str | None:
+    """Return why the optimizer cannot be run here and what to do, or None if it is installed.
+
+    Looks only whether the package is there. One that is there and cannot be imported is a failure
+    of the run, not something to skip.
+    """
+    spec = OPTIMIZERS[name]
+    if importlib.util.find_spec(spec.module.partition(".")[0]) is None:
+        return f"not installed: pip install '{spec.package}'"
+    return None

@@ -1,0 +1,227 @@
+"""One training run, on accelerate's loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from came8bit.cli.tradeoff.config import RunSpec, TaskConfig
+from came8bit.cli.tradeoff.data import Data, Item, eval_items, train_items
+from came8bit.cli.tradeoff.measure import (
+    PeakMemory,
+    Stopwatch,
+    parameter_count,
+    state_bytes,
+    wide_fraction,
+)
+from came8bit.cli.tradeoff.models import build_model, logits
+from came8bit.cli.tradeoff.optimizers import OPTIMIZERS
+
+#: Called after each optimizer step with (steps done, training loss).
+Progress = Callable[[int, float], None]
+
+_EVAL_PARTS = 32  # the evaluation set is reported in so many equal pieces, to show its own noise
+
+
+@dataclass
+class RunResult:
+    """What one run gave: losses in nat per byte or per image, times in ms, sizes in bytes.
+
+    Attributes:
+        status: ``"ok"`` or ``"failed"``; then ``error`` says why, and the numbers stop there.
+        train_losses: One per step, on the batch of that step before its update.
+        evaluations: ``[step, loss]`` pairs, the last one at the end.
+        loss, accuracy: At the end, on the split of the run's purpose.
+        loss_parts: The loss on equal contiguous pieces of that split.
+        peak_memory: Above the level before the model was built; ``memory_method`` says how it was
+            taken.
+        optimizer_ms: 20th, 50th, 80th percentile of ``optimizer.step()``.
+        step_ms: The same for the whole step: forward, backward, clipping, update.
+    """
+
+    purpose: str
+    task: str
+    optimizer: str
+    seed: int
+    lr: float
+    status: str = "failed"
+    error: str | None = None
+    parameters: int = 0
+    wide_fraction: float = 0.0
+    train_losses: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    loss: float | None = None
+    accuracy: float | None = None
+    loss_parts: list[float] = field(default_factory=list)
+    eval_items: int = 0
+    state_bytes: int | None = None
+    state_bytes_by_dtype: dict[str, int] = field(default_factory=dict)
+    state_python_numbers: int = 0
+    peak_memory: int | None = None
+    memory_method: str | None = None
+    optimizer_ms: dict[str, float] = field(default_factory=dict)
+    step_ms: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    processes: int = 1
+    device: str = ""
+
+    @property
+    def bytes_per_parameter(self) -> float | None:
+        """Bytes of optimizer state per trainable parameter."""
+        return None if self.state_bytes is None else self.state_bytes / self.parameters
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data for JSON."""
+        return asdict(self) | {"bytes_per_parameter": self.bytes_per_parameter}
+
+
+class DivergedError(RuntimeError):
+    """The training loss is no longer a finite number."""
+
+
+def failed_run(spec: RunSpec, error: str) -> RunResult:
+    """Return the result of a run that ended with ``error``."""
+    return RunResult(spec.purpose, spec.task.kind, spec.optimizer, spec.seed, spec.lr, error=error)
+
+
+def schedule(task: TaskConfig, step: int) -> float:
+    """Return the factor on the peak learning rate at ``step`` (from 0).
+
+    Linear warm-up that reaches 1 at step ``warmup_steps``, then a cosine from 1 to 0.1, or
+    constant.
+    """
+    if step < task.warmup_steps:
+        return (step + 1) / (task.warmup_steps + 1)
+    if task.schedule == "constant":
+        return 1.0
+    done = (step - task.warmup_steps) / max(1, task.steps - task.warmup_steps)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+def train(spec: RunSpec, data: Data, progress: Progress) -> RunResult:
+    """Train once and measure.
+
+    Args:
+        spec: What to run.
+        data: Loaded data of the task's kind.
+        progress: Called on the main process after each step.
+
+    Raises:
+        DivergedError: If the training loss becomes NaN or infinite.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration, set_seed
+
+    # bitsandbytes warns through its logger about optional packages that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    task = spec.task
+    started = time.perf_counter()
+    result = RunResult(spec.purpose, task.kind, spec.optimizer, spec.seed, spec.lr)
+    accelerator = Accelerator(
+        mixed_precision=spec.mixed_precision,
+        cpu=spec.cpu,
+        gradient_accumulation_steps=task.accumulate,
+        # A batch is shared out among the processes, so their number does not change the run.
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
+    result.device, result.processes = accelerator.device.type, accelerator.num_processes
+    batches = _loader(train_items(data, task, spec.seed), task)
+    split = "tune" if spec.purpose == "tune" else "validation"
+    held_out = _loader(eval_items(data, task, split), task)
+    memory = PeakMemory(accelerator.device)
+    result.memory_method = memory.method
+
+    set_seed(spec.seed)
+    model = build_model(task)
+    result.parameters, result.wide_fraction = parameter_count(model), wide_fraction(model)
+    model.to(accelerator.device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = OPTIMIZERS[spec.optimizer].build(parameters, spec.lr, task.weight_decay)
+    model, optimizer, batches, held_out = accelerator.prepare(model, optimizer, batches, held_out)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        getattr(optimizer, "optimizer", optimizer), lambda step: schedule(task, step)
+    )
+
+    step_time, optimizer_time = Stopwatch(accelerator.device), Stopwatch(accelerator.device)
+    source = iter(batches)
+    model.train()
+    for step in range(1, task.steps + 1):
+        with step_time.measure():
+            losses = []
+            for _ in range(task.accumulate):
+                inputs, targets = next(source)
+                with accelerator.accumulate(model):
+                    loss = _item_losses(logits(model, inputs), targets).mean()
+                    accelerator.backward(loss)
+                    losses.append(loss.detach())
+                    if accelerator.sync_gradients:
+                        if task.max_grad_norm > 0:
+                            accelerator.clip_grad_norm_(model.parameters(), task.max_grad_norm)
+                        with optimizer_time.measure():
+                            optimizer.step()
+                        scheduler.step()
+                        optimizer.zero_grad()
+        train_loss = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
+        if not math.isfinite(train_loss):
+            raise DivergedError(f"the training loss is {train_loss} at step {step}, lr {spec.lr:g}")
+        result.train_losses.append(round(train_loss, 5))
+        if accelerator.is_main_process:
+            progress(step, train_loss)
+        if task.eval_every and step % task.eval_every == 0 and step < task.steps:
+            item_losses, _ = _evaluate(accelerator, model, held_out)
+            result.evaluations.append((step, float(item_losses.mean())))
+
+    item_losses, accuracy = _evaluate(accelerator, model, held_out)
+    result.loss, result.accuracy = float(item_losses.mean()), accuracy
+    if not math.isfinite(result.loss):
+        raise DivergedError(f"the loss after training is {result.loss}, lr {spec.lr:g}")
+    result.evaluations.append((task.steps, result.loss))
+    result.eval_items = len(item_losses)
+    parts = min(_EVAL_PARTS, len(item_losses))
+    result.loss_parts = [round(float(p.mean()), 5) for p in item_losses.tensor_split(parts)]
+    counted = state_bytes(getattr(optimizer, "optimizer", optimizer))
+    result.state_bytes, result.state_bytes_by_dtype = counted.total, counted.by_dtype
+    result.state_python_numbers = counted.python_numbers
+    result.peak_memory = memory.above_start()
+    result.optimizer_ms, result.step_ms = optimizer_time.summary(), step_time.summary()
+    result.seconds = time.perf_counter() - started
+    result.status = "ok"
+    accelerator.free_memory()
+    return result
+
+
+def _loader(items: torch.utils.data.Dataset[Item], task: TaskConfig) -> Any:
+    # The items are in their order already, so nothing is shuffled here. No worker processes: their
+    # memory would not be counted.
+    return torch.utils.data.DataLoader(items, batch_size=task.batch_size, shuffle=False)
+
+
+def _item_losses(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy per window (mean over its bytes) or image, fp32, shape (batch,)."""
+    losses = torch.nn.functional.cross_entropy(
+        scores.flatten(0, -2).float(), targets.flatten(), reduction="none"
+    )
+    return losses.view(targets.shape[0], -1).mean(dim=1)
+
+
+@torch.no_grad()
+def _evaluate(
+    accelerator: Any, model: torch.nn.Module, held_out: Any
+) -> tuple[torch.Tensor, float]:
+    """Return each held-out item's loss (float64, on the CPU) and the share of right answers."""
+    model.eval()
+    losses, hits = [], []
+    for inputs, targets in held_out:
+        scores = logits(model, inputs)
+        right = (scores.argmax(dim=-1) == targets).float().view(targets.shape[0], -1).mean(dim=1)
+        both = accelerator.gather_for_metrics((_item_losses(scores, targets), right))
+        losses.append(both[0].double().cpu())
+        hits.append(both[1].double().cpu())
+    model.train()
+    return torch.cat(losses), float(torch.cat(hits).mean())

@@ -1,0 +1,75 @@
+"""State that lives as ordinary tensors beside its parameter: made, and taken from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Buffer, Layout
+
+
+def allocate(layout: Layout, device: torch.device) -> dict[str, Tensor]:
+    """New buffers of ``layout`` on ``device``, contiguous, with their initial values."""
+    return {
+        buffer.name: torch.full(buffer.shape, buffer.initial, dtype=buffer.dtype, device=device)
+        for buffer in layout.buffers
+    }
+
+
+def copy_saved(
+    saved: Mapping[str, Any], layouts: Sequence[Layout], device: torch.device
+) -> dict[str, Tensor]:
+    """Copy the saved state of one parameter, every dtype kept.
+
+    Args:
+        saved: name to value; the counters may be Python integers.
+        layouts: those that are accepted, the expected one first.
+        device: of the parameter.
+
+    Returns:
+        New contiguous tensors on ``device``; none shares memory with ``saved``.
+
+    Raises:
+        ValueError: ``saved`` fits none of ``layouts``; the message speaks of the first.
+    """
+    complaints = []
+    for layout in layouts:
+        complaint = _complaint(saved, layout)
+        if complaint is None:
+            return {
+                buffer.name: _copy(saved[buffer.name], buffer, device) for buffer in layout.buffers
+            }
+        complaints.append(complaint)
+    raise ValueError(complaints[0])
+
+
+def _complaint(saved: Mapping[str, Any], layout: Layout) -> str | None:
+    """What is wrong with ``saved``, or ``None``."""
+    if not isinstance(saved, Mapping):
+        return f"got the state of a parameter as {type(saved).__name__}, expected a dict"
+    expected = [buffer.name for buffer in layout.buffers]
+    if set(saved) != set(expected):
+        return f"got buffers {sorted(map(str, saved))}, expected {sorted(expected)}"
+    for buffer in layout.buffers:
+        value = saved[buffer.name]
+        counter = buffer.dtype == torch.int64
+        if counter and isinstance(value, int) and not isinstance(value, bool):
+            value = torch.tensor(value)
+        if not isinstance(value, Tensor):
+            return f"{buffer.name} is a {type(value).__name__}, expected a tensor"
+        if value.dtype != buffer.dtype or tuple(value.shape) != buffer.shape:
+            return (
+                f"got {buffer.name} of {value.dtype} and shape {tuple(value.shape)}, expected "
+                f"{buffer.dtype} and shape {buffer.shape}"
+            )
+        if counter and not value.is_meta and value.item() < 0:
+            return f"got {buffer.name} = {value.item()}, expected a count"
+    return None
+
+
+def _copy(value: Tensor | int, buffer: Buffer, device: torch.device) -> Tensor:
+    source = torch.as_tensor(value, dtype=buffer.dtype).detach()
+    return torch.empty(buffer.shape, dtype=buffer.dtype, device=device).copy_(source)

@@ -1,0 +1,175 @@
+"""Which buffers the optimizer keeps for a parameter: one declarative list, nothing allocated.
+
+Everything that needs to know about state reads it here: the optimizer when it allocates, loading
+when it checks, and planning tools when they add up bytes for a model that does not exist yet.
+
+A parameter is seen in one of three ways (``view``, three integers whose product is its size):
+
+* *batched last two*: ``b = prod(shape[:-2])`` matrices of ``shape[-2] x shape[-1]``;
+* *first against rest*: one matrix of ``shape[0] x numel/shape[0]``, which suits convolutions;
+* *unfactored*: a full second moment and no confidence term, for 0-D and 1-D parameters and for
+  matrices so narrow that row and column statistics would be larger.
+
+``factored_view="smallest"`` takes the one with the fewest bytes in total.  Of equal ones it takes
+the first in the order above.  ``"last_two"`` always takes the first, as the official code does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ..quant import absmax_shape, slice_shape
+
+FACTORED_VIEWS = ("smallest", "last_two")
+OPTIM_BITS = (8, 32)
+DEFAULT_MIN_8BIT_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One state tensor of one parameter; ``initial`` fills it before the first step."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    initial: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The state of one parameter.
+
+    Attributes:
+        view: ``(b, n, k)``; when unfactored ``(1, slices, slice_len)`` of the 8-bit code.
+        factored: whether second moment and instability are kept as rows and columns.
+        momentum_bits: 8 or 32.
+        buffers: every tensor, in the order of the operators' arguments.
+    """
+
+    view: tuple[int, int, int]
+    factored: bool
+    momentum_bits: int
+    buffers: tuple[Buffer, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers together."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+
+def _factored_views(shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Candidate ``(b, n, k)`` in order of preference; none below two dimensions."""
+    if len(shape) < 2:
+        return []
+    slices, slice_len = slice_shape(shape)
+    return [(math.prod(shape[:-2]), shape[-2], shape[-1]), (1, slices, slice_len)]
+
+
+def _momentum(shape: tuple[int, ...], optim_bits: int, min_8bit_size: int) -> tuple[Buffer, ...]:
+    """fp32 momentum, or codes and scales where those are asked for, allowed and smaller."""
+    numel = math.prod(shape)
+    full = Buffer("exp_avg", shape, torch.float32)
+    if optim_bits != 8 or len(shape) < 2 or numel < min_8bit_size:
+        return (full,)
+    codes = Buffer("exp_avg", shape, torch.int8)
+    absmax = Buffer("absmax", absmax_shape(shape), torch.float32)
+    return (codes, absmax) if codes.nbytes + absmax.nbytes < full.nbytes else (full,)
+
+
+def _statistics(shape: tuple[int, ...], view: tuple[int, int, int] | None) -> tuple[Buffer, ...]:
+    """Second moment and instability, factored by ``view`` or (``None``) a full second moment."""
+    if view is None:
+        return (Buffer("exp_avg_sq", shape, torch.float32),)
+    b, n, k = view
+    return (
+        Buffer("exp_avg_sq_row", (b, n), torch.float32),
+        Buffer("exp_avg_sq_col", (b, k), torch.float32),
+        Buffer("exp_avg_res_row", (b, n), torch.float32),
+        Buffer("exp_avg_res_col", (b, k), torch.float32),
+        Buffer("rms_ratio", (), torch.float32, initial=1),
+    )
+
+
+_COUNTERS = (Buffer("step", (), torch.int64), Buffer("skipped", (), torch.int64))
+
+
+def plan(
+    shape: Iterable[int],
+    *,
+    optim_bits: int = 8,
+    min_8bit_size: int = DEFAULT_MIN_8BIT_SIZE,
+    factored_view: str = "smallest",
+) -> Layout:
+    """State of a parameter of ``shape``, without allocating it.
+
+    Args:
+        shape: of the parameter.
+        optim_bits: 8 or 32, bits of the momentum.
+        min_8bit_size: parameters with fewer elements keep fp32 momentum.
+        factored_view: one of :data:`FACTORED_VIEWS`.
+
+    Raises:
+        ValueError: an option has a value that does not exist.
+    """
+    shape = tuple(int(size) for size in shape)
+    if optim_bits not in OPTIM_BITS:
+        raise ValueError(f"got optim_bits {optim_bits!r}, expected one of {OPTIM_BITS}")
+    if factored_view not in FACTORED_VIEWS:
+        raise ValueError(f"got factored_view {factored_view!r}, expected one of {FACTORED_VIEWS}")
+    candidates: list[tuple[int, int, int] | None] = [*_factored_views(shape)]
+    if factored_view == "last_two" and candidates:
+        candidates = candidates[:1]
+    else:
+        candidates.append(None)
+    # min() keeps the first of equals, which is the rule for ties.
+    statistics = {view: _statistics(shape, view) for view in candidates}
+    view = min(candidates, key=lambda v: sum(buffer.nbytes for buffer in statistics[v]))
+    momentum = _momentum(shape, optim_bits, min_8bit_size)
+    return Layout(
+        view=view or (1, *slice_shape(shape)),
+        factored=view is not None,
+        momentum_bits=8 if len(momentum) == 2 else 32,
+        buffers=(*momentum, *statistics[view], *_COUNTERS),
+    )
+
+
+def possible_layouts(shape: Iterable[int]) -> list[Layout]:
+    """Every layout that some setting of the options gives a parameter of ``shape``."""
+    shape = tuple(shape)
+    found: list[Layout] = []
+    for factored_view in FACTORED_VIEWS:
+        for optim_bits in OPTIM_BITS:
+            layout = plan(
+                shape, optim_bits=optim_bits, min_8bit_size=0, factored_view=factored_view
+            )
+            if layout not in found:
+                found.append(layout)
+    return found
+
+
+def state_bytes(
+    shapes: Iterable[Iterable[int]],
+    *,
+    optim_bits: int = 8,
+    min_8bit_size: int = DEFAULT_MIN_8BIT_SIZE,
+    factored_view: str = "smallest",
+) -> int:
+    """Bytes of optimizer state for parameters of these ``shapes``; arguments as in :func:`plan`."""
+    return sum(
+        plan(
+            shape,
+            optim_bits=optim_bits,
+            min_8bit_size=min_8bit_size,
+            factored_view=factored_view,
+        ).nbytes
+        for shape in shapes
+    )

@@ -1,0 +1,112 @@
+"""The command line as a whole, and ``came8bit info``."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import came8bit
+from came8bit.cli import main
+
+
+def _python(*arguments, **variables):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_info_names_versions_kernels_and_peers(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    rows = dict(line.split(None, 1) for line in text.splitlines() if not line.startswith(" "))
+    assert rows["came8bit"].startswith(came8bit.__version__)
+    assert rows["Python"] == ".".join(map(str, sys.version_info[:3]))
+    assert rows["torch"].startswith(str(torch.__version__))
+    for name in ("came-pytorch", "bitsandbytes", "accelerate", "transformers"):
+        assert rows[name]
+    status = came8bit.kernel_status().cpu
+    assert rows["CPU"] == (
+        f"kernels   loaded, {status.isa}"
+        if status.loaded
+        else f"kernels   NOT loaded: {status.reason}"
+    )
+
+
+def test_info_as_json_has_the_same_facts(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"] == str(torch.__version__)
+    assert facts["kernels"]["cpu"]["loaded"] == came8bit.kernel_status().cpu.loaded
+    assert facts["hardware"]["cores"] >= 1
+    assert facts["hardware"]["memory"] > 2**28
+
+
+def test_info_says_why_kernels_are_not_loaded():
+    done = _python(
+        "-m",
+        "came8bit",
+        "info",
+        CAME8BIT_DISABLE_KERNELS="1",
+        CAME8BIT_REQUIRE_KERNELS="0",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "NOT loaded: CAME8BIT_DISABLE_KERNELS is set" in done.stdout
+
+
+def test_info_says_what_is_not_installed(capsys, monkeypatch):
+    import importlib.metadata
+
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "bitsandbytes":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert next(x for x in lines if x.startswith("bitsandbytes")).endswith("not installed")
+
+
+def test_no_command_is_an_error_that_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.strip() == f"came8bit {came8bit.__version__}"
+
+
+def test_help_lists_presets_and_optimizers(capsys):
+    with pytest.raises(SystemExit):
+        main(["tradeoff", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for word in ("quick", "standard", "gpu", "adamw8bit", "came-pytorch", "--tune"):
+        assert word in text
+
+
+def test_the_command_line_imports_nothing_heavy():
+    """Only torch and numpy: whoever has no accelerate can still ask for help and info."""
+    program = (
+        "import sys, came8bit.cli\n"
+        "came8bit.cli.build_parser()\n"
+        "heavy = ['accelerate', 'transformers', 'matplotlib', 'bitsandbytes', 'came_pytorch']\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+    )
+    done = _python("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
