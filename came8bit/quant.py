@@ -49,6 +49,9 @@ SMALLEST_ABSMAX = 2.0**-126
 """Blocks below this (the smallest normal fp32) store zeros: 1/absmax would overflow."""
 
 
+_TINY_ABSMAX = 2.0**-100
+
+
 class CodeMap(NamedTuple):
     """A pair of monotone maps of [0, 1] onto itself, inverse to each other up to rounding."""
 
@@ -121,22 +124,26 @@ def quantize_blockwise(
     finite = magnitude < math.inf
     absmax = torch.where(finite, magnitude, 0.0).amax(dim=-1)
     absmax = torch.where(absmax < SMALLEST_ABSMAX, 0.0, absmax)
-    live = absmax > 0
-    inverse = torch.where(live, 1.0 / torch.where(live, absmax, 1.0), 0.0)
-    y = torch.where(finite, magnitude, 0.0) * inverse.unsqueeze(-1)
-    bias = torch.full_like(y, 0.5)
+    # 127**2/absmax of a tiny block would overflow: those are scaled by a power of two first.
+    factor = torch.where(absmax < _TINY_ABSMAX, 2.0**64, 1.0)
+    scale = 16129.0 / (absmax * factor)
+    scale = torch.where(absmax > 0, scale, 0.0).unsqueeze(-1)
+    square = (torch.where(finite, magnitude, 0.0) * factor.unsqueeze(-1)) * scale
+    bias = torch.full_like(square, 0.5)
     if decaying is not None:
         bias = torch.where(_to_blocks(decaying), DECAY_BIAS, bias)
-    level = _sqrt_level(y, bias) if code == "sqrt" else compand(y) * 127.0 + bias
+    if code == "sqrt":
+        level = _largest_level(square, bias)
+    else:
+        level = compand((square / 16129.0).clamp(max=1.0)) * 127.0 + bias
     level = level.to(torch.int32)
     signed = torch.where(blocks < 0, -level, level)
     codes = torch.where(finite, signed, NAN_CODE).to(torch.int8)
     return _from_blocks(codes, x.shape).contiguous(), absmax
 
 
-def _sqrt_level(y: Tensor, bias: Tensor) -> Tensor:
-    """The largest whole ``q`` with ``(q - bias)**2 <= 16129*y``, as fp32."""
-    square = y * 16129.0
+def _largest_level(square: Tensor, bias: Tensor) -> Tensor:
+    """The largest whole ``q`` with ``(q - bias)**2 <= square``, as fp32."""
     level = (square.sqrt().floor() - 1.0).clamp_(min=0.0)
     for _ in range(3):
         edge = level + (1.0 - bias)

@@ -408,7 +408,7 @@ def unfactored_step_(
     w = u * gain(kappa, hyper.beta1)
     m_t = momentum(_decayed_momentum(exp_avg, absmax, hyper.beta1).view(-1), w)
     _finish(param, m_t, w, None, None, view, t, hyper)
-    _store_momentum(m_t, w == 0, exp_avg, absmax)
+    _store_momentum(m_t, g == 0, exp_avg, absmax)
     exp_avg_sq.copy_(v.view(exp_avg_sq.shape))
     step += 1
 

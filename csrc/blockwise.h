@@ -20,16 +20,21 @@ CAME8BIT_INLINE T decode(T code, T absmax) {
   return (t * abs(t)) * absmax;
 }
 
-// 1/absmax, or 0 for a block that stores zeros.
-CAME8BIT_INLINE float inverse_absmax(float absmax) {
-  return absmax < kSmallestAbsmax ? 0.0f : 1.0f / absmax;
+// Blocks below this are scaled by a power of two first: 127^2/absmax would overflow.
+constexpr float kTinyAbsmax = 0x1p-100f;
+constexpr float kTinyFactor = 0x1p64f;
+
+// 127^2/absmax (of a tiny block: after scaling), or 0 for a block that stores zeros.
+CAME8BIT_INLINE float level_scale(float absmax) {
+  if (absmax < kSmallestAbsmax) return 0.0f;
+  return 16129.0f / (absmax < kTinyAbsmax ? absmax * kTinyFactor : absmax);
 }
 
 // Square of the level that x would have on a continuous scale; the code is the largest whole level
 // q with (q - bias)^2 <= square.
 template <class T>
-CAME8BIT_INLINE T level_square(T x, T inverse) {
-  return (abs(x) * inverse) * T(16129.0f);
+CAME8BIT_INLINE T level_square(T x, T scale) {
+  return abs(x) * scale;
 }
 
 // The magnitude of the code from any `root` within 0.05 of sqrt(square): the guess errs at most by
@@ -38,7 +43,7 @@ template <class T>
 CAME8BIT_INLINE T code_level(T square, T root, T step) {
   const T guess = whole(root + (T(0.9375f) - step));
   const T next = guess + step;
-  return select(next * next > square, guess, guess + T(1.0f));
+  return increment_unless(next * next > square, guess);
 }
 
 }  // namespace came8bit

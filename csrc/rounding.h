@@ -33,25 +33,28 @@ template <int n>
 CAME8BIT_INLINE int32_t shift_right(int32_t x, Shift<n>) {
   return static_cast<int32_t>(static_cast<uint32_t>(x) >> n);
 }
-CAME8BIT_INLINE void multiply_wide(uint32_t a, uint32_t factor, uint32_t& high, uint32_t& low) {
-  const uint64_t product = static_cast<uint64_t>(a) * factor;
-  high = static_cast<uint32_t>(product >> 32);
-  low = static_cast<uint32_t>(product);
+CAME8BIT_INLINE uint64_t multiply(uint64_t a, uint32_t factor) {
+  return static_cast<uint64_t>(static_cast<uint32_t>(a)) * factor;
+}
+CAME8BIT_INLINE uint64_t high_half(uint64_t a) {
+  return a >> 32;
+}
+CAME8BIT_INLINE uint64_t exclusive_or(uint64_t a, uint64_t b, uint64_t c) {
+  return a ^ b ^ c;
 }
 
-// Replaces the counter by four random words.
-template <class I>
-CAME8BIT_INLINE void philox(I& c0, I& c1, I& c2, I& c3, uint64_t seed) {
+// Replaces the counter by four random words. W is a 64-bit integer or a vector of them; a word is
+// the lower half, and the upper half is rubbish that `multiply` ignores.
+template <class W>
+CAME8BIT_INLINE void philox(W& c0, W& c1, W& c2, W& c3, uint64_t seed) {
   uint32_t k0 = static_cast<uint32_t>(seed);
   uint32_t k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    I high0, low0, high1, low1;
-    multiply_wide(c0, kPhiloxM0, high0, low0);
-    multiply_wide(c2, kPhiloxM1, high1, low1);
-    c0 = high1 ^ c1 ^ I(static_cast<int32_t>(k0));
-    c1 = low1;
-    c2 = high0 ^ c3 ^ I(static_cast<int32_t>(k1));
-    c3 = low0;
+    const W product0 = multiply(c0, kPhiloxM0), product1 = multiply(c2, kPhiloxM1);
+    c0 = exclusive_or(high_half(product1), c1, W(k0));
+    c1 = product1;
+    c2 = exclusive_or(high_half(product0), c3, W(k1));
+    c3 = product0;
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
   }

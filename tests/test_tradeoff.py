@@ -18,7 +18,6 @@ import torch
 import came8bit
 from came8bit.cli import main
 from came8bit.cli.tradeoff import command, noise, plot, stats, store
-from came8bit.cli.tradeoff import optimizers as registry
 from came8bit.cli.tradeoff.config import ALL_OPTIMIZERS, PRESETS, TUNE_SEEDS, RunSpec, preset_config
 from came8bit.cli.tradeoff.data import (
     Images,
@@ -161,12 +160,15 @@ def test_isolated_runs_measure_their_own_memory(text_file, tmp_path):
     words += ["--width", "256", "--layers", "2", "--seeds", "1", "--optimizers", "adamw,came8bit"]
     words += ["--mixed-precision", "bf16"]
     assert main(words) == 0
-    adamw, ours = results(folder)["runs"]
+    adamw, ours = results(folder)["runs"][:2]
+    assert [run["purpose"] for run in results(folder)["runs"]] == ["memory"] * 2 + ["final"] * 2
     if sys.platform == "linux":
         assert "VmHWM" in adamw["memory_method"]
         # Weights, gradients and two moments in fp32 have to be in there, and little else.
-        assert 16 * adamw["parameters"] < adamw["peak_memory"] < 200 * 2**20
-        assert ours["peak_memory"] < adamw["peak_memory"]
+        count = adamw["parameters"]
+        assert 16 * count < adamw["peak_memory"] < 16 * count + 50 * 2**20
+        saved = adamw["state_bytes"] - ours["state_bytes"]
+        assert 0.5 * saved < adamw["peak_memory"] - ours["peak_memory"] < 1.5 * saved
 
 
 def test_several_processes_do_not_change_the_run(text_file, tmp_path):
@@ -295,11 +297,10 @@ def test_nothing_installed_is_an_error(small, monkeypatch, capsys):
 
 
 def test_an_optimizer_that_fails_is_reported_and_the_others_go_on(small, monkeypatch, capsys):
-    def fail(params, lr, weight_decay):
+    def fail(*arguments, **options):
         raise RuntimeError("no such\ninstruction")
 
-    broken = replace(registry.OPTIMIZERS["came"], build=fail)
-    monkeypatch.setitem(registry.OPTIMIZERS, "came", broken)
+    monkeypatch.setattr(came8bit, "CAME", fail)
     code, folder = small("--optimizers", "came,adamw", "--lr", "came=1")
     assert code == 1
     content = results(folder)
@@ -358,7 +359,7 @@ def test_a_real_sigint_stops_the_study_and_its_child(text_file, tmp_path):
     )
     assert study.stderr is not None
     for line in study.stderr:
-        if line.startswith("[2/1000]"):
+        if line.startswith("[3/1001]"):
             break
     os.killpg(study.pid, signal.SIGINT)  # as a terminal does: to every process at once
     out, err = study.communicate(timeout=120)
@@ -366,7 +367,7 @@ def test_a_real_sigint_stops_the_study_and_its_child(text_file, tmp_path):
     assert "Traceback" not in err
     content = results(folder)
     assert content["state"] == "interrupted"
-    assert 2 <= len(content["runs"]) < 1000
+    assert 2 <= len(content["runs"]) < 1001
     assert "Partial: interrupted" in out
     for _ in range(100):  # the fork server ends a moment after its client
         try:
@@ -671,7 +672,7 @@ def test_words_tell_noise_from_difference():
     assert "CAME8bit − AdamW: -0.0515 nat per byte [-0.0536, -0.0494], 4 seeds: " in words
     assert "**outside the noise**, CAME8bit is better" in words
     assert "CAME8bit − CAME: +0.0000 nat per byte [-0.0055, +0.0055], 4 seeds: " in words
-    assert "**inside the noise**. Not shown to be equal: ±0.0055" in words
+    assert "**inside the noise**. Not shown to be equal: up to 0.0055 apart" in words
 
 
 def test_words_are_honest_about_two_seeds_and_one():

@@ -57,10 +57,13 @@ CAME8BIT_INLINE void store_param(Half* p, F value, const uint16_t* random, int s
 constexpr int kAhead = 1536;
 
 template <class P, class G, bool is8bit, bool factored>
-float apply(const StepConstants& constants, const Segment& s) {
+Applied apply(const StepConstants& constants, const Segment& segment) {
+  const Segment s = segment;  // a copy of its own: the stores below cannot alias it
+  const bool cautious = constants.cautious;
   const Broadcast c(constants);
   const F row_gain(s.row_gain), update_row(s.update_row), absmax(s.absmax);
   F largest(0.0f);
+  M zero_w = F(0.0f) < F(0.0f);
   const auto lanes = [&](int j, int size) CAME8BIT_LAMBDA {
     prefetch(static_cast<const G*>(s.grad) + j + kAhead);
     prefetch(static_cast<const P*>(s.param) + j + kAhead);
@@ -73,23 +76,35 @@ float apply(const StepConstants& constants, const Segment& s) {
       update = m_t * c.scale;
       store_some(s.exp_avg_sq + j, v, size);
     }
-    if (constants.cautious) update = select(agrees(m_t, w), update, F(0.0f));
+    if (cautious) update = select(agrees(m_t, w), update, F(0.0f));
     P* p = static_cast<P*>(s.param) + j;
     store_param(p, decay_and_apply(load_some(p, size), c.shrink, update),
                 s.random ? s.random + j : nullptr, size);
     store_some(s.exp_avg + j, m_t, size);
     if constexpr (is8bit) {
       largest = larger(abs(m_t), largest);
-      store_some(s.step + j, select(w == F(0.0f), F(kDecayStep), F(kNearestStep)), size);
+      zero_w = zero_w | (w == F(0.0f));
     }
   };
   int j = 0;
   for (; j + kLanes <= s.size; j += kLanes) lanes(j, kLanes);
-  if (j < s.size) {
-    // Lanes past the end hold zeros in every input, so m_t is 0 there and cannot be the largest.
-    lanes(j, s.size - j);
+  // Lanes past the end hold zeros in every input: m_t is not the largest there, and a zero w only
+  // makes `steps` have a look.
+  if (j < s.size) lanes(j, s.size - j);
+  if constexpr (!is8bit) return {};
+  return {largest_lane(largest), any(zero_w)};
+}
+
+template <class G>
+void steps(const Segment& s, float* step) {
+  const F row_gain(s.row_gain), zero(0.0f);
+  for (int j = 0; j < s.size; j += kLanes) {
+    const int size = s.size - j < kLanes ? s.size - j : kLanes;
+    F w = load_some(static_cast<const G*>(s.grad) + j, size);
+    // With a full second moment the gradient itself decides.
+    if (s.col_factor) w = precondition(w, row_gain, load_some(s.col_factor + j, size));
+    store_some(step + j, select(w == zero, F(kDecayStep), F(kNearestStep)), size);
   }
-  return is8bit ? largest_lane(largest) : 0.0f;
 }
 
 template <class G, bool is8bit, bool factored>
@@ -108,24 +123,14 @@ int agreeing(const StepConstants& constants, const Segment& s) {
 }
 
 const uint16_t* random_bits(const StepConstants& c, uint64_t element, int size, uint16_t* buffer) {
-  // Lane 4q+i draws for counter 4i+q, so that interleaving stores counters in order.
-  alignas(64) static const int32_t kOrder[kLanes] = {0, 4, 8,  12, 1, 5, 9,  13,
-                                                     2, 6, 10, 14, 3, 7, 11, 15};
-  const I order = load(kOrder);
-  const uint64_t first = element / 8 / kLanes * kLanes;  // aligned: the low word cannot overflow
+  const uint64_t first = element / kDraw * 8;
   const uint64_t last = (element + static_cast<uint64_t>(size) - 1) / 8;
   uint16_t* out = buffer;
-  for (uint64_t counter = first; counter <= last; counter += kLanes, out += 8 * kLanes) {
-    I c0 = I(static_cast<int32_t>(static_cast<uint32_t>(counter))) + order;
-    I c1(static_cast<int32_t>(static_cast<uint32_t>(counter >> 32)));
-    I c2(static_cast<int32_t>(c.index)), c3(static_cast<int32_t>(c.step));
+  for (uint64_t counter = first; counter <= last; counter += 8, out += kDraw) {
+    W c0 = consecutive(counter);
+    W c1 = high_half(c0), c2(c.index), c3(c.step);
     philox(c0, c1, c2, c3, c.seed);
-    uint32_t words[4 * kLanes];
-    store_interleaved(words, c0, c1, c2, c3);
-    for (int i = 0; i < 4 * kLanes; ++i) {
-      out[2 * i] = static_cast<uint16_t>(words[i]);
-      out[2 * i + 1] = static_cast<uint16_t>(words[i] >> 16);
-    }
+    store_words(out, c0, c1, c2, c3);
   }
   return buffer + (element - first * 8);
 }
@@ -140,9 +145,8 @@ CAME8BIT_INLINE void for_lanes(int size, LanesOf lanes) {
 
 float largest_magnitude(const float* x, int size) {
   F largest(0.0f);
-  for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
-    largest = larger(abs(load_some(x + j, some)), largest);
-  });
+  for_lanes(size, [&](int j, int some)
+                      CAME8BIT_LAMBDA { largest = larger(abs(load_some(x + j, some)), largest); });
   return largest_lane(largest);
 }
 
@@ -157,22 +161,25 @@ float largest_finite(const float* x, int size) {
 }
 
 // The codes of one vector, and the sign of its values.
-CAME8BIT_INLINE I encode_lanes(F value, F inverse, F step) {
-  const F square = level_square(value, inverse);
+CAME8BIT_INLINE I encode_lanes(F value, F scale, F step) {
+  const F square = level_square(value, scale);
   const F level = code_level(square, rough_root(square), step);
   // The truncation of NaN is the smallest integer, which the store saturates to kNanCode.
   const I sign = bits(value) & I(static_cast<int32_t>(0x80000000u));
   return truncate(from_bits(bits(level) | sign));
 }
 
-float encode(const float* x, const float* step, float largest, int size, int8_t* codes) {
-  const bool has_infinity = largest == INFINITY;
-  if (has_infinity) largest = largest_finite(x, size);
-  const F inverse(inverse_absmax(largest));
+// `some_steps` says that `step` is there; `odd` that x has an infinity or is tiny.
+template <bool some_steps, bool odd>
+CAME8BIT_INLINE void encode_block(const float* x, const float* step, float absmax, int size,
+                                  int8_t* codes) {
+  const F scale(level_scale(absmax));
+  const F factor(absmax < kTinyAbsmax ? kTinyFactor : 1.0f);
   const auto lanes = [&](int j, int some) CAME8BIT_LAMBDA {
     F value = load_some(x + j, some);
-    if (has_infinity) value = select(abs(value) < F(INFINITY), value, F(NAN));
-    return encode_lanes(value, inverse, step ? load_some(step + j, some) : F(kNearestStep));
+    if (odd) value = select(abs(value) < F(INFINITY), value, F(NAN)) * factor;
+    const F to_next = some_steps ? load_some(step + j, some) : F(kNearestStep);
+    return encode_lanes(value, scale, to_next);
   };
   constexpr int k = kLanes;
   int j = 0;
@@ -180,6 +187,18 @@ float encode(const float* x, const float* step, float largest, int size, int8_t*
     store_codes(codes + j, lanes(j, k), lanes(j + k, k), lanes(j + 2 * k, k), lanes(j + 3 * k, k));
   }
   for (; j < size; j += k) store_some(codes + j, lanes(j, size - j), size - j);
+}
+
+float encode(const float* x, const float* step, float largest, int size, int8_t* codes) {
+  const bool odd = largest < kTinyAbsmax || largest == INFINITY;
+  if (largest == INFINITY) largest = largest_finite(x, size);
+  if (odd) {
+    step ? encode_block<true, true>(x, step, largest, size, codes)
+         : encode_block<false, true>(x, step, largest, size, codes);
+  } else {
+    step ? encode_block<true, false>(x, step, largest, size, codes)
+         : encode_block<false, false>(x, step, largest, size, codes);
+  }
   return largest < kSmallestAbsmax ? 0.0f : largest;
 }
 

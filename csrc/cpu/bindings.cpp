@@ -36,8 +36,8 @@ Dtype dtype_of(const Tensor& t, const char* what, size_t i) {
 
 Strided strided(const Tensor& t, const char* what, size_t i) {
   STD_TORCH_CHECK(t.is_cpu(), what, " ", i, ": expected a CPU tensor");
-  STD_TORCH_CHECK(t.dim() <= kMaxDims, what, " ", i, ": got ", t.dim(), " dimensions, expected at most ",
-                  kMaxDims);
+  STD_TORCH_CHECK(t.dim() <= kMaxDims, what, " ", i, ": got ", t.dim(),
+                  " dimensions, expected at most ", kMaxDims);
   return Strided(t.data_ptr(), dtype_of(t, what, i), static_cast<int>(t.dim()), t.sizes().data(),
                  t.strides().data());
 }
@@ -60,8 +60,8 @@ T* state(const Tensors& tensors, size_t i, int64_t size, const char* name) {
 }
 
 void check_length(const Tensors& tensors, size_t expected, const char* name) {
-  STD_TORCH_CHECK(tensors.size() == expected, name, ": got ", tensors.size(),
-                  " tensors, expected ", expected);
+  STD_TORCH_CHECK(tensors.size() == expected, name, ": got ", tensors.size(), " tensors, expected ",
+                  expected);
 }
 
 // What both kinds of step have: parameter, gradient, momentum, counters, geometry.
@@ -159,9 +159,9 @@ void factored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absm
 }
 
 void unfactored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
-                      Tensors exp_avg_sq, Tensors step, Tensors skipped,
-                      std::vector<int64_t> views, std::optional<Tensor> lr_tensor,
-                      std::vector<double> hyper, std::vector<int64_t> options) {
+                      Tensors exp_avg_sq, Tensors step, Tensors skipped, std::vector<int64_t> views,
+                      std::optional<Tensor> lr_tensor, std::vector<double> hyper,
+                      std::vector<int64_t> options) {
   std::vector<Parameter> parameters = common(params, grads, exp_avg, absmax, step, skipped, views);
   check_length(exp_avg_sq, parameters.size(), "exp_avg_sq");
   for (size_t i = 0; i < parameters.size(); ++i) {
@@ -198,7 +198,8 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax) {
   const int64_t blocks = (slice_len + kBlockSize - 1) / kBlockSize;
   STD_TORCH_CHECK(absmax.dim() == 2 && absmax.size(0) == slices && absmax.size(1) == blocks,
                   "dequantize_blockwise: expected absmax of shape (", slices, ", ", blocks, ")");
-  const Tensor packed = torch::stable::contiguous(codes), scales = torch::stable::contiguous(absmax);
+  const Tensor packed = torch::stable::contiguous(codes),
+               scales = torch::stable::contiguous(absmax);
   Tensor x = torch::stable::new_empty(packed, codes.sizes(), ScalarType::Float);
   dequantize(static_cast<const int8_t*>(packed.data_ptr()),
              static_cast<const float*>(scales.data_ptr()), slices, slice_len,

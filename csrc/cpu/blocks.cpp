@@ -11,7 +11,7 @@ namespace {
 struct Buffers {
   alignas(64) float momentum[kBlockSize];
   alignas(64) float step[kBlockSize];
-  alignas(64) uint16_t random[3 * 128];
+  alignas(64) uint16_t random[kBlockSize + kDraw];
   alignas(64) float param[kBlockSize];
   alignas(64) float grad[kBlockSize];
 };
@@ -38,7 +38,6 @@ void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffe
     if (p.absmax != nullptr) {
       s.codes = static_cast<const int8_t*>(p.exp_avg) + e;
       s.exp_avg = buffers.momentum + done;
-      s.step = buffers.step + done;
     } else {
       s.exp_avg = static_cast<float*>(p.exp_avg) + e;
     }
@@ -50,8 +49,8 @@ void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffe
 template <class Run>
 void for_each_block(const Blocks& blocks, int64_t task, const Run& run) {
   const int64_t begin = task * kBlocksPerTask;
-  const int64_t end = begin + kBlocksPerTask < blocks.count() ? begin + kBlocksPerTask
-                                                              : blocks.count();
+  const int64_t end =
+      begin + kBlocksPerTask < blocks.count() ? begin + kBlocksPerTask : blocks.count();
   for (int64_t block = begin; block < end; ++block) {
     run(block, blocks.first(block), blocks.size(block));
   }
@@ -62,9 +61,9 @@ void for_each_block(const Blocks& blocks, int64_t task, const Run& run) {
 void apply_blocks(const Parameter& p, const StepConstants& constants, const Factors& factors,
                   int64_t task) {
   const Kernels& table = kernels();
-  const auto& of_dtype = p.exp_avg_sq ? (p.absmax ? table.apply8_unfactored
-                                                  : table.apply32_unfactored)
-                                      : (p.absmax ? table.apply8 : table.apply32);
+  const auto& of_dtype = p.exp_avg_sq
+                             ? (p.absmax ? table.apply8_unfactored : table.apply32_unfactored)
+                             : (p.absmax ? table.apply8 : table.apply32);
   const auto apply = of_dtype[p.param.dtype()][p.grad.dtype()];
   const bool draws = constants.stochastic && p.param.dtype() != kFloat32;
   Buffers buffers;
@@ -73,17 +72,25 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
         draws ? table.random_bits(constants, p.offset + static_cast<uint64_t>(first), size,
                                   buffers.random)
               : nullptr;
-    float largest = 0.0f;
+    Applied block_applied = {};
     for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t e, int done) {
       s.param = p.param.read(e, s.size, buffers.param);
       s.absmax = p.absmax ? p.absmax[block] * constants.beta1 : 0.0f;
       s.random = random ? random + done : nullptr;
-      largest = std::max(largest, apply(constants, s));
+      const Applied applied = apply(constants, s);
+      block_applied.largest = std::max(block_applied.largest, applied.largest);
+      block_applied.decays |= applied.decays;
       p.param.write(e, s.size, s.param);
     });
     if (p.absmax != nullptr) {
-      p.absmax[block] = table.encode(buffers.momentum, buffers.step, largest, size,
-                                     static_cast<int8_t*>(p.exp_avg) + first);
+      if (block_applied.decays) {
+        for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t, int done) {
+          table.steps[p.grad.dtype()](s, buffers.step + done);
+        });
+      }
+      p.absmax[block] =
+          table.encode(buffers.momentum, block_applied.decays ? buffers.step : nullptr,
+                       block_applied.largest, size, static_cast<int8_t*>(p.exp_avg) + first);
     }
   });
 }
@@ -91,9 +98,9 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
 int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const Factors& factors,
                        int64_t task) {
   const Kernels& table = kernels();
-  const auto& of_dtype = p.exp_avg_sq ? (p.absmax ? table.agreeing8_unfactored
-                                                  : table.agreeing32_unfactored)
-                                      : (p.absmax ? table.agreeing8 : table.agreeing32);
+  const auto& of_dtype = p.exp_avg_sq
+                             ? (p.absmax ? table.agreeing8_unfactored : table.agreeing32_unfactored)
+                             : (p.absmax ? table.agreeing8 : table.agreeing32);
   const auto agreeing = of_dtype[p.grad.dtype()];
   Buffers buffers;
   int64_t total = 0;

@@ -12,7 +12,9 @@ struct Blocks {
   int64_t slices, slice_len, per_slice;
 
   Blocks(int64_t slices, int64_t slice_len)
-      : slices(slices), slice_len(slice_len), per_slice((slice_len + kBlockSize - 1) / kBlockSize) {}
+      : slices(slices),
+        slice_len(slice_len),
+        per_slice((slice_len + kBlockSize - 1) / kBlockSize) {}
   explicit Blocks(const Parameter& p)
       : Blocks(p.absmax ? p.slices : p.b * p.n, p.absmax ? p.slice_len : p.k) {}
 

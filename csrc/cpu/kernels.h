@@ -1,5 +1,5 @@
-// What one instruction set has to provide: loops over tiles, segments and vectors. No allocation, no
-// threads, no knowledge of tensors; `step.cpp` decides who does what.
+// What one instruction set has to provide: loops over tiles, segments and vectors. No allocation,
+// no threads, no knowledge of tensors; `step.cpp` decides who does what.
 #pragma once
 
 #include "../blockwise.h"
@@ -12,6 +12,7 @@ constexpr int kDtypes = 3;
 
 constexpr int kLanes = 16;
 constexpr int kChunk = 1024;  // columns of a tile; lane sums are formed per chunk
+constexpr int kDraw = 64;     // elements whose random bits are drawn together
 constexpr int kGroup = 4;     // rows whose column sums are added as (x0 + x1) + (x2 + x3)
 
 // Rows x at most kChunk columns of a gradient, row-major with `stride` elements between rows.
@@ -60,12 +61,13 @@ struct Segment {
   const int8_t* codes;  // 8-bit: codes, and the absmax they were made with times beta1
   float absmax;
   float* exp_avg;          // fp32 momentum, read and written; 8-bit: new momentum, written
-  float* step;             // 8-bit: kNearestStep or kDecayStep of every element, written
   const uint16_t* random;  // nullptr where nothing is drawn
 };
 
-struct Vector2 {
-  const float *x, *y;
+// What the encoding of a segment has to know (8-bit momentum only).
+struct Applied {
+  float largest;  // magnitude of the new momentum that is not NaN
+  bool decays;    // whether some w is zero
 };
 
 struct Kernels {
@@ -74,11 +76,13 @@ struct Kernels {
   void (*residual32[kDtypes])(const ResidualTile&);
 
   // Index: parameter dtype, gradient dtype.
-  // Returns the largest magnitude of the new momentum that is not NaN (0 for fp32 momentum).
-  float (*apply8[kDtypes][kDtypes])(const StepConstants&, const Segment&);
-  float (*apply32[kDtypes][kDtypes])(const StepConstants&, const Segment&);
-  float (*apply8_unfactored[kDtypes][kDtypes])(const StepConstants&, const Segment&);
-  float (*apply32_unfactored[kDtypes][kDtypes])(const StepConstants&, const Segment&);
+  Applied (*apply8[kDtypes][kDtypes])(const StepConstants&, const Segment&);
+  Applied (*apply32[kDtypes][kDtypes])(const StepConstants&, const Segment&);
+  Applied (*apply8_unfactored[kDtypes][kDtypes])(const StepConstants&, const Segment&);
+  Applied (*apply32_unfactored[kDtypes][kDtypes])(const StepConstants&, const Segment&);
+
+  // Index: gradient dtype. Writes kDecayStep where w is zero, else kNearestStep.
+  void (*steps[kDtypes])(const Segment&, float* step);
 
   // Index: gradient dtype. How many elements the cautious mask keeps.
   int (*agreeing8[kDtypes])(const StepConstants&, const Segment&);
@@ -92,7 +96,7 @@ struct Kernels {
                            int size);
 
   // 16 random bits for each of `size` <= kBlockSize elements from row-major index `element` on.
-  // Returns where in `buffer`, which holds 3*128 values, the first one is.
+  // Returns where in `buffer`, which holds kBlockSize + kDraw values, the first one is.
   const uint16_t* (*random_bits)(const StepConstants&, uint64_t element, int size,
                                  uint16_t* buffer);
 

@@ -22,6 +22,14 @@ struct I {
   CAME8BIT_INLINE explicit I(int32_t x) : a(_mm256_set1_epi32(x)), b(_mm256_set1_epi32(x)) {}
 };
 
+// Eight lanes of 64 bits, for random numbers.
+struct W {
+  __m256i a, b;
+  W() = default;
+  CAME8BIT_INLINE W(__m256i x, __m256i y) : a(x), b(y) {}
+  CAME8BIT_INLINE explicit W(uint64_t x) : a(_mm256_set1_epi64x(static_cast<long long>(x))), b(a) {}
+};
+
 struct M {
   __m256 a, b;
 };
@@ -116,6 +124,13 @@ CAME8BIT_INLINE F to_float(I x) {
 CAME8BIT_INLINE I truncate(F x) {
   return {_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b)};
 }
+// x + 1 where m is false.
+CAME8BIT_INLINE F increment_unless(M m, F x) {
+  return select(m, x, x + F(1.0f));
+}
+CAME8BIT_INLINE bool any(M m) {
+  return _mm256_movemask_ps(_mm256_or_ps(m.a, m.b)) != 0;
+}
 // Toward zero.
 CAME8BIT_INLINE F whole(F x) {
   constexpr int kMode = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
@@ -127,16 +142,16 @@ CAME8BIT_INLINE F rough_root(F x) {
   return {_mm256_mul_ps(x.a, _mm256_rsqrt_ps(_mm256_max_ps(tiny, x.a))),
           _mm256_mul_ps(x.b, _mm256_rsqrt_ps(_mm256_max_ps(tiny, x.b)))};
 }
-CAME8BIT_INLINE void multiply_wide_256(__m256i a, __m256i m, __m256i& high, __m256i& low) {
-  const __m256i even = _mm256_mul_epu32(a, m);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), m);
-  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+CAME8BIT_INLINE W multiply(W x, uint32_t factor) {
+  const __m256i m = _mm256_set1_epi64x(factor);
+  return {_mm256_mul_epu32(x.a, m), _mm256_mul_epu32(x.b, m)};
 }
-CAME8BIT_INLINE void multiply_wide(I x, uint32_t factor, I& high, I& low) {
-  const __m256i m = _mm256_set1_epi32(static_cast<int>(factor));
-  multiply_wide_256(x.a, m, high.a, low.a);
-  multiply_wide_256(x.b, m, high.b, low.b);
+CAME8BIT_INLINE W high_half(W x) {
+  return {_mm256_srli_epi64(x.a, 32), _mm256_srli_epi64(x.b, 32)};
+}
+CAME8BIT_INLINE W exclusive_or(W x, W y, W z) {
+  return {_mm256_xor_si256(_mm256_xor_si256(x.a, y.a), z.a),
+          _mm256_xor_si256(_mm256_xor_si256(x.b, y.b), z.b)};
 }
 
 CAME8BIT_INLINE __m128i load_128(const void* p) {
@@ -192,19 +207,22 @@ CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
   store(p + 32, c);
   store(p + 48, d);
 }
-// Lane 4q+i of word w goes to p[(4i+q)*4 + w].
-CAME8BIT_INLINE void store_interleaved_256(uint32_t* p, __m256i w0, __m256i w1, __m256i w2,
-                                           __m256i w3) {
-  const __m256i a = _mm256_unpacklo_epi32(w0, w1), b = _mm256_unpackhi_epi32(w0, w1);
-  const __m256i c = _mm256_unpacklo_epi32(w2, w3), d = _mm256_unpackhi_epi32(w2, w3);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_unpacklo_epi64(a, c));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm256_unpackhi_epi64(a, c));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), _mm256_unpacklo_epi64(b, d));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 48), _mm256_unpackhi_epi64(b, d));
+// The counters that philox is given in its eight lanes, such that its words are stored in order.
+CAME8BIT_INLINE W consecutive(uint64_t first) {
+  const __m256i base = _mm256_set1_epi64x(static_cast<long long>(first));
+  return {_mm256_add_epi64(base, _mm256_setr_epi64x(0, 2, 1, 3)),
+          _mm256_add_epi64(base, _mm256_setr_epi64x(4, 6, 5, 7))};
 }
-CAME8BIT_INLINE void store_interleaved(uint32_t* p, I w0, I w1, I w2, I w3) {
-  store_interleaved_256(p, w0.a, w1.a, w2.a, w3.a);
-  store_interleaved_256(p + 8, w0.b, w1.b, w2.b, w3.b);
+CAME8BIT_INLINE void store_words_256(uint16_t* p, __m256i w0, __m256i w1, __m256i w2, __m256i w3) {
+  const __m256i a = _mm256_blend_epi32(w0, _mm256_slli_epi64(w1, 32), 0xaa);
+  const __m256i b = _mm256_blend_epi32(w2, _mm256_slli_epi64(w3, 32), 0xaa);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_unpacklo_epi64(a, b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm256_unpackhi_epi64(a, b));
+}
+// Four 32-bit words for each of eight counters.
+CAME8BIT_INLINE void store_words(uint16_t* p, W w0, W w1, W w2, W w3) {
+  store_words_256(p, w0.a, w1.a, w2.a, w3.a);
+  store_words_256(p + 32, w0.b, w1.b, w2.b, w3.b);
 }
 
 // 16 -> 8 -> 4 -> 2 -> 1, adding the upper half to the lower.

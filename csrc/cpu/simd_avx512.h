@@ -27,6 +27,14 @@ struct I {
   CAME8BIT_INLINE explicit I(int32_t x) : v(_mm512_set1_epi32(x)) {}
 };
 
+// Eight lanes of 64 bits, for random numbers.
+struct W {
+  __m512i v;
+  W() = default;
+  CAME8BIT_INLINE W(__m512i x) : v(x) {}
+  CAME8BIT_INLINE explicit W(uint64_t x) : v(_mm512_set1_epi64(static_cast<long long>(x))) {}
+};
+
 struct M {
   __mmask16 v;
 };
@@ -116,6 +124,14 @@ CAME8BIT_INLINE F to_float(I a) {
 CAME8BIT_INLINE I truncate(F a) {
   return _mm512_cvttps_epi32(a.v);
 }
+// a + 1 where m is false.
+CAME8BIT_INLINE F increment_unless(M m, F a) {
+  const __mmask16 k = static_cast<__mmask16>(~m.v);
+  return _mm512_mask_add_ps(a.v, k, a.v, _mm512_set1_ps(1.0f));
+}
+CAME8BIT_INLINE bool any(M m) {
+  return m.v != 0;
+}
 // Toward zero.
 CAME8BIT_INLINE F whole(F a) {
   return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
@@ -124,12 +140,14 @@ CAME8BIT_INLINE F whole(F a) {
 CAME8BIT_INLINE F rough_root(F a) {
   return _mm512_mul_ps(a.v, _mm512_rsqrt14_ps(_mm512_max_ps(_mm512_set1_ps(1e-20f), a.v)));
 }
-CAME8BIT_INLINE void multiply_wide(I a, uint32_t factor, I& high, I& low) {
-  const __m512i m = _mm512_set1_epi32(static_cast<int>(factor));
-  const __m512i even = _mm512_mul_epu32(a.v, m);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), m);
-  low = _mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA);
-  high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+CAME8BIT_INLINE W multiply(W a, uint32_t factor) {
+  return _mm512_mul_epu32(a.v, _mm512_set1_epi64(factor));
+}
+CAME8BIT_INLINE W high_half(W a) {
+  return _mm512_srli_epi64(a.v, 32);
+}
+CAME8BIT_INLINE W exclusive_or(W a, W b, W c) {
+  return _mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96);
 }
 
 CAME8BIT_INLINE F load(const float* p) {
@@ -174,14 +192,17 @@ CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)));
 }
-// Lane 4q+i of word w goes to p[(4i+q)*4 + w].
-CAME8BIT_INLINE void store_interleaved(uint32_t* p, I w0, I w1, I w2, I w3) {
-  const __m512i a = _mm512_unpacklo_epi32(w0.v, w1.v), b = _mm512_unpackhi_epi32(w0.v, w1.v);
-  const __m512i c = _mm512_unpacklo_epi32(w2.v, w3.v), d = _mm512_unpackhi_epi32(w2.v, w3.v);
-  _mm512_storeu_si512(p, _mm512_unpacklo_epi64(a, c));
-  _mm512_storeu_si512(p + 16, _mm512_unpackhi_epi64(a, c));
-  _mm512_storeu_si512(p + 32, _mm512_unpacklo_epi64(b, d));
-  _mm512_storeu_si512(p + 48, _mm512_unpackhi_epi64(b, d));
+// The counters that philox is given in its eight lanes, such that its words are stored in order.
+CAME8BIT_INLINE W consecutive(uint64_t first) {
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  return _mm512_add_epi64(_mm512_set1_epi64(static_cast<long long>(first)), order);
+}
+// Four 32-bit words for each of eight counters.
+CAME8BIT_INLINE void store_words(uint16_t* p, W w0, W w1, W w2, W w3) {
+  const __m512i a = _mm512_mask_shuffle_epi32(w0.v, 0xaaaa, w1.v, _MM_PERM_CCAA);
+  const __m512i b = _mm512_mask_shuffle_epi32(w2.v, 0xaaaa, w3.v, _MM_PERM_CCAA);
+  _mm512_storeu_si512(p, _mm512_unpacklo_epi64(a, b));
+  _mm512_storeu_si512(p + 32, _mm512_unpackhi_epi64(a, b));
 }
 
 // 16 -> 8 -> 4 -> 2 -> 1, adding the upper half to the lower.

@@ -1,5 +1,5 @@
-// Sixteen lanes in plain C++, for every processor. With GCC and Clang as four 128-bit vectors (their
-// vector extension), elsewhere as sixteen scalars.
+// Sixteen lanes in plain C++, for every processor. With GCC and Clang as four 128-bit vectors
+// (their vector extension), elsewhere as sixteen scalars.
 #pragma once
 
 #include "../rounding.h"
@@ -51,6 +51,15 @@ struct I {
   I() = default;
   CAME8BIT_INLINE explicit I(int32_t x) {
     for (Int& part : v) part = splat(x);
+  }
+};
+
+// Eight lanes of 64 bits, for random numbers.
+struct W {
+  uint64_t v[8];
+  W() = default;
+  CAME8BIT_INLINE explicit W(uint64_t x) {
+    for (uint64_t& lane : v) lane = x;
   }
 };
 
@@ -141,6 +150,10 @@ CAME8BIT_INLINE F to_float(I a) {
 CAME8BIT_INLINE I truncate(F a) {
   return truncate_lanes(FloatLanes(a));
 }
+// a + 1 where m is false.
+CAME8BIT_INLINE F increment_unless(M m, F a) {
+  return select(m, a, a + F(1.0f));
+}
 // Toward zero; NaN gives a number that a store of codes saturates to kNanCode.
 CAME8BIT_INLINE F whole(F a) {
   return to_float(truncate(a));
@@ -161,12 +174,20 @@ CAME8BIT_INLINE int count(M m) {
   for (int i = 0; i < 16; ++i) total -= lanes[i];
   return total;
 }
-CAME8BIT_INLINE void multiply_wide(I a, uint32_t factor, I& high, I& low) {
-  const UintLanes lanes(a);
-  uint32_t upper[16], lower[16];
-  for (int i = 0; i < 16; ++i) came8bit::multiply_wide(lanes[i], factor, upper[i], lower[i]);
-  memcpy(&high, upper, sizeof high);
-  memcpy(&low, lower, sizeof low);
+CAME8BIT_INLINE bool any(M m) {
+  return count(m) != 0;
+}
+CAME8BIT_INLINE W multiply(W a, uint32_t factor) {
+  for (uint64_t& lane : a.v) lane = came8bit::multiply(lane, factor);
+  return a;
+}
+CAME8BIT_INLINE W high_half(W a) {
+  for (uint64_t& lane : a.v) lane = came8bit::high_half(lane);
+  return a;
+}
+CAME8BIT_INLINE W exclusive_or(W a, W b, W c) {
+  for (int i = 0; i < 8; ++i) a.v[i] = came8bit::exclusive_or(a.v[i], b.v[i], c.v[i]);
+  return a;
 }
 
 CAME8BIT_INLINE F load(const float* p) {
@@ -213,11 +234,20 @@ CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
   store(p + 32, c);
   store(p + 48, d);
 }
-// Lane 4q+i of word w goes to p[(4i+q)*4 + w].
-CAME8BIT_INLINE void store_interleaved(uint32_t* p, I w0, I w1, I w2, I w3) {
-  const UintLanes words[4] = {UintLanes(w0), UintLanes(w1), UintLanes(w2), UintLanes(w3)};
-  for (int lane = 0; lane < 16; ++lane) {
-    for (int w = 0; w < 4; ++w) p[(lane % 4 * 4 + lane / 4) * 4 + w] = words[w][lane];
+// The counters that philox is given in its eight lanes, such that its words are stored in order.
+CAME8BIT_INLINE W consecutive(uint64_t first) {
+  W out;
+  for (uint64_t i = 0; i < 8; ++i) out.v[i] = first + i;
+  return out;
+}
+// Four 32-bit words for each of eight counters, the low half of a word first.
+CAME8BIT_INLINE void store_words(uint16_t* p, W w0, W w1, W w2, W w3) {
+  const W* words[4] = {&w0, &w1, &w2, &w3};
+  for (int i = 0; i < 8; ++i) {
+    for (int w = 0; w < 4; ++w) {
+      p[i * 8 + w * 2] = static_cast<uint16_t>(words[w]->v[i]);
+      p[i * 8 + w * 2 + 1] = static_cast<uint16_t>(words[w]->v[i] >> 16);
+    }
   }
 }
 

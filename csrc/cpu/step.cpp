@@ -49,9 +49,8 @@ bool skip(const Parameter& p, const Settings& s, float sum) {
 float cautious_factor(const Parameter& p, const StepConstants& c, const Factors& factors,
                       int64_t workers) {
   std::atomic<int64_t> agreeing{0};
-  for_each_task(Blocks(p).tasks(), workers, [&](int64_t task, int64_t) {
-    agreeing += count_agreeing(p, c, factors, task);
-  });
+  for_each_task(Blocks(p).tasks(), workers,
+                [&](int64_t task, int64_t) { agreeing += count_agreeing(p, c, factors, task); });
   return cautious_scale(static_cast<float>(agreeing.load()), static_cast<float>(p.numel()));
 }
 
@@ -90,13 +89,11 @@ bool second_moment(const Parameter& p, const Settings& s, const Grid& grid, Work
     table.row_factors(factor, r, p.n, sqrt(mean), s.maximize ? -1.0f : 1.0f);
     const float* sum = w.row_sum[0] + i * p.n;
     const float row = table.lane_sum_weighted(sum, factor, p.n);
-    const float col =
-        table.lane_sum_weighted(w.col_sum[0] + i * p.k, w.col_factor + i * p.k, p.k);
+    const float col = table.lane_sum_weighted(w.col_sum[0] + i * p.k, w.col_factor + i * p.k, p.k);
     const float total = table.lane_sum(sum, p.n);
     predicted[i] = total > 0.0f ? (row / total) * col : 0.0f;
   }
-  *predicted_rms =
-      root_mean(table.lane_sum(predicted, p.b), static_cast<float>(p.numel()));
+  *predicted_rms = root_mean(table.lane_sum(predicted, p.b), static_cast<float>(p.numel()));
   return true;
 }
 
@@ -187,10 +184,9 @@ float sum_chunks(const Parameter& p, float* parts, int64_t workers, const Sum& s
 void step_unfactored(const Parameter& p, const Settings& s, Workspace& w, int64_t workers) {
   const Kernels& table = kernels();
   const Dtype dtype = p.grad.dtype();
-  const float total_g2 =
-      sum_chunks(p, w.scratch(), workers, [&](int64_t, int size, const void* g) {
-        return table.sum_g2[dtype](g, size);
-      });
+  const float total_g2 = sum_chunks(p, w.scratch(), workers, [&](int64_t, int size, const void* g) {
+    return table.sum_g2[dtype](g, size);
+  });
   if (skip(p, s, total_g2)) return;
   StepConstants c = constants_of(p, s, *p.step + 1, 1.0f);
   const float total_u2 =

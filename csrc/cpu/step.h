@@ -12,14 +12,14 @@ struct Parameter {
   Strided param, grad;
   int64_t b, n, k;
   uint32_t index;
-  uint64_t offset;                // row-major index of the first element in the full parameter
-  int64_t slices, slice_len;      // the first dimension, and what lies behind it: 8-bit blocks
-  void* exp_avg;                  // int8 codes with `absmax`, or fp32
-  float* absmax;                  // [slices][blocks], null for fp32 momentum
-  float *sq_row, *sq_col;         // [b][n], [b][k]
-  float *res_row, *res_col;       //
-  float* rms_ratio;               // measured over predicted RMS of u
-  float* exp_avg_sq;              // full second moment instead of the five above
+  uint64_t offset;            // row-major index of the first element in the full parameter
+  int64_t slices, slice_len;  // the first dimension, and what lies behind it: 8-bit blocks
+  void* exp_avg;              // int8 codes with `absmax`, or fp32
+  float* absmax;              // [slices][blocks], null for fp32 momentum
+  float *sq_row, *sq_col;     // [b][n], [b][k]
+  float *res_row, *res_col;   //
+  float* rms_ratio;           // measured over predicted RMS of u
+  float* exp_avg_sq;          // full second moment instead of the five above
   int64_t *step, *skipped;
 
   int64_t numel() const { return b * n * k; }

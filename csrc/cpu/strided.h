@@ -65,7 +65,7 @@ class Strided {
       if (some > size) some = size;
       T* p = base + offset;
       for (int64_t i = 0; i < some; ++i, p += strides_[last]) {
-        to_tensor ? *p = out[i] : out[i] = *p;
+        to_tensor ? * p = out[i] : out[i] = *p;
       }
       out += some;
       size -= some;

@@ -39,7 +39,8 @@ CAME8BIT_INLINE F decode_lanes(I code, F absmax) {
 alignas(64) const float kZeros[kChunk] = {};
 
 template <class G>
-void second_moment(const SecondMomentTile& tile) {
+void second_moment(const SecondMomentTile& shared) {
+  const SecondMomentTile tile = shared;  // a copy of its own: the stores below cannot alias it
   for (int i = 0; i < tile.rows; i += kGroup) {
     const G* g[kGroup];
     for (int q = 0; q < kGroup; ++q) {
@@ -74,7 +75,8 @@ CAME8BIT_INLINE F load_momentum(const int8_t* codes, int size, F absmax) {
 
 // MT is the stored momentum: int8_t or float.
 template <class G, class MT>
-void residual(const ResidualTile& tile) {
+void residual(const ResidualTile& shared) {
+  const ResidualTile tile = shared;
   const F kappa_0(tile.kappa_0);
   for (int i = 0; i < tile.rows; i += kGroup) {
     const G* g[kGroup];

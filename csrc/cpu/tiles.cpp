@@ -72,6 +72,11 @@ void gather_momentum(const Parameter& p, int64_t first, int rows, int cols, Grou
   }
 }
 
+// Rounded up to whole cache lines.
+int64_t whole_lines(int64_t floats) {
+  return (floats + kLanes - 1) / kLanes * kLanes;
+}
+
 bool blocks_begin_with_rows(const Parameter& p) {
   return p.slice_len == p.k || p.k % kBlockSize == 0;
 }
@@ -81,11 +86,6 @@ bool blocks_begin_with_rows(const Parameter& p) {
 Grid::Grid(const Parameter& p) : b(p.b), n(p.n), k(p.k), slab_rows(came8bit::slab_rows(b, n, k)) {
   slabs = (n + slab_rows - 1) / slab_rows;
   strips = (k + kChunk - 1) / kChunk;
-}
-
-// Rounded up to whole cache lines.
-int64_t whole_lines(int64_t floats) {
-  return (floats + kLanes - 1) / kLanes * kLanes;
 }
 
 int64_t Workspace::floats(const Grid& g) {

@@ -176,6 +176,7 @@ def run(args: argparse.Namespace) -> int:
                 data,
                 run_isolated if isolated else run_here,
                 on_cpu=on_cpu,
+                isolated=isolated,
                 save=save,
                 watch=bars.watch,
             )

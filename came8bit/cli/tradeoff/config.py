@@ -83,8 +83,9 @@ class RunSpec:
     """One training run: a cell of the study.
 
     Attributes:
-        purpose: ``"tune"`` (evaluated on the split of the search) or ``"final"`` (on the validation
-            split).
+        purpose: ``"final"``: reported. ``"tune"``: one of the learning-rate search, evaluated on a
+            split of its own. ``"memory"``: a few steps in a process whose allocator gives back at
+            once what is freed, so that the peak is what was in use.
         optimizer: Key of the optimizer.
         seed: Decides the initial weights and the order of the data, the same for every optimizer.
         lr: Peak learning rate.

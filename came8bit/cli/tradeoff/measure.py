@@ -126,6 +126,22 @@ class PeakMemory:
         return None if peak is None else max(0, peak - self._base)
 
 
+def give_back_freed_memory() -> bool:
+    """Have the C allocator return freed blocks to the system at once; True if it will (glibc).
+
+    Otherwise the peak of resident memory includes freed blocks that the allocator keeps, many MiB
+    and different from run to run. Slows allocation down, so times measured after it are not used.
+    """
+    import ctypes
+
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # Windows, macOS, musl
+        return False
+    return bool(mallopt(mmap_threshold, 32 * 1024)) and bool(mallopt(trim_threshold, 0))
+
+
 def _reset_high_water_mark() -> bool:
     """Ask Linux to set VmHWM back to the present size (proc(5), clear_refs, value 5)."""
     try:

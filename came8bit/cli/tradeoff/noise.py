@@ -80,15 +80,20 @@ def _sentence(first: str, second: str, result: Paired | None, unit: str) -> str:
     text = f"{label(first)} − {label(second)}: "
     if result is None:
         return text + "no common seed, so nothing can be said."
-    text += f"{result.difference:+.4f} {unit}"
+    text += f"{_number(result.difference)} {unit}"
     if result.low is None or result.high is None:
         return text + ". One common seed: no interval, so nothing can be said."
-    text += f" [{result.low:+.4f}, {result.high:+.4f}], {result.pairs} seeds: "
+    text += f" [{_number(result.low)}, {_number(result.high)}], {result.pairs} seeds: "
     if result.outside_noise:
         better = first if result.difference < 0 else second
         return text + f"**outside the noise**, {label(better)} is better."
     most = max(abs(result.low), abs(result.high))
-    return text + f"**inside the noise**. Not shown to be equal: ±{most:.4f} is possible."
+    return text + f"**inside the noise**. Not shown to be equal: up to {_number(most)[1:]} apart."
+
+
+def _number(value: float) -> str:
+    """Return the signed number with four decimals, or two digits where those would be zeros."""
+    return f"{value:+.4f}" if abs(value) >= 5e-4 or value == 0 else f"{value:+.1e}"
 
 
 def evaluation_error(study: Study, task: TaskConfig) -> float | None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from came8bit.cli.errors import CliError
 
 Parameters = Iterable[torch.nn.Parameter]
-Build = Callable[[Parameters, float, float], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class OptimizerSpec:
         package: The PyPI package to install if it is missing.
         module, attribute: Where its class is found.
         slow_on_cpu: Whether its step has no fast CPU implementation.
-        build: Makes it from parameters, learning rate and weight decay.
+        extra: Arguments of the class besides parameters, learning rate and weight decay.
     """
 
     label: str
@@ -32,33 +32,31 @@ class OptimizerSpec:
     module: str
     attribute: str
     slow_on_cpu: bool
-    build: Build
+    extra: dict[str, Any] = field(default_factory=dict)
 
+    def load(self) -> Any:
+        """Import the package and return the class."""
+        return getattr(importlib.import_module(self.module), self.attribute)
 
-def _build(module: str, attribute: str, **extra: object) -> Build:
-    def build(params: Parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        make = getattr(importlib.import_module(module), attribute)
-        optimizer: torch.optim.Optimizer = make(params, lr=lr, weight_decay=weight_decay, **extra)
-        return optimizer
-
-    return build
-
-
-def _spec(
-    label: str, package: str, module: str, attribute: str, slow: bool = False, **extra: object
-) -> OptimizerSpec:
-    return OptimizerSpec(
-        label, package, module, attribute, slow, _build(module, attribute, **extra)
-    )
+    def build(self, params: Parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """Make the optimizer."""
+        made: torch.optim.Optimizer = self.load()(
+            params, lr=lr, weight_decay=weight_decay, **self.extra
+        )
+        return made
 
 
 #: Keys are the names on the command line. AdamW is the fused one: the fastest torch has.
 OPTIMIZERS = {
-    "adamw": _spec("AdamW", "torch", "torch.optim", "AdamW", fused=True),
-    "adamw8bit": _spec("AdamW8bit", "bitsandbytes", "bitsandbytes.optim", "AdamW8bit", slow=True),
-    "came-pytorch": _spec("came-pytorch", "came-pytorch==0.1.3", "came_pytorch", "CAME", slow=True),
-    "came": _spec("CAME", "came8bit", "came8bit", "CAME"),
-    "came8bit": _spec("CAME8bit", "came8bit", "came8bit", "CAME8bit"),
+    "adamw": OptimizerSpec("AdamW", "torch", "torch.optim", "AdamW", False, {"fused": True}),
+    "adamw8bit": OptimizerSpec(
+        "AdamW8bit", "bitsandbytes", "bitsandbytes.optim", "AdamW8bit", True
+    ),
+    "came-pytorch": OptimizerSpec(
+        "came-pytorch", "came-pytorch==0.1.3", "came_pytorch", "CAME", True
+    ),
+    "came": OptimizerSpec("CAME", "came8bit", "came8bit", "CAME", False),
+    "came8bit": OptimizerSpec("CAME8bit", "came8bit", "came8bit", "CAME8bit", False),
 }
 
 

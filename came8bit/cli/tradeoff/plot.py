@@ -89,7 +89,7 @@ def subtitle(study: Study, task: TaskConfig) -> str:
     return (
         f"{describe(task)}, {runs[0].parameters / 1e6:.2f} M parameters, trained on "
         f"{study.about['data'][task.kind]['source']}\n{task.steps} steps of {items}; {seeds}; each "
-        f"optimizer at its own tuned learning rate; {runs[0].device}: {machine}"
+        f"optimizer at its own learning rate; {runs[0].device}: {machine}"
     )
 
 
@@ -292,20 +292,18 @@ def _times(axes: Any, study: Study, task: TaskConfig) -> None:
 
 
 def _memory(axes: Any, study: Study, task: TaskConfig) -> None:
-    """Peak memory of a whole run above the level before the model was built."""
+    """Peak memory above the level before the model was built; a span if there are several."""
     rows = []
     for name in study.ran(task.kind)[::-1]:
-        peaks = [r.peak_memory / 2**20 for r in study.final(task.kind, name) if r.peak_memory]
+        peaks = [peak / 2**20 for peak in study.peak_memory(task.kind, name)]
         if peaks:
             rows.append((name, mean(peaks), f"{mean(peaks):.0f} MiB", (min(peaks), max(peaks))))
-    axes.set_title("Peak memory of a run")
+    axes.set_title("Peak memory of training")
     if not rows:
         axes.text(0.5, 0.5, "not measured on this system", ha="center", transform=axes.transAxes)
         return
     _bars(axes, rows)
-    axes.set_xlabel(
-        "MiB above the start: mean, least to most\n(weights, gradients, activations, state)"
-    )
+    axes.set_xlabel("MiB above the start: weights, gradients,\nactivations, state and temporaries")
 
 
 def _bars(axes: Any, rows: Sequence[tuple[str, float, str, tuple[float, float]]]) -> None:
@@ -323,5 +321,6 @@ def _bars(axes: Any, rows: Sequence[tuple[str, float, str, tuple[float, float]]]
         )
     axes.set_yticks(range(len(rows)), [label(row[0]) for row in rows])
     axes.tick_params(axis="y", length=0)
-    axes.set_xlim(0, 1.55 * max(max(row[1], row[3][1]) for row in rows))
+    longest = max(max(row[1], row[3][1]) for row in rows)
+    axes.set_xlim(0, 1.55 * longest or 1.0)  # 0: a process that already had all the memory
     axes.grid(axis="x", color=_GRID, linewidth=0.8, zorder=0)

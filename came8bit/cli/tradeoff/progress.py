@@ -32,7 +32,8 @@ class ProgressBars:
     @contextmanager
     def watch(self, spec: RunSpec, done: int) -> Iterator[Progress]:
         """Show one run; gives the function to call after each step."""
-        name = f"{spec.task.kind} {label(spec.optimizer)} lr {spec.lr:g} seed {spec.seed}"
+        what = "" if spec.purpose == "final" else f"({spec.purpose}) "
+        name = f"{what}{spec.task.kind} {label(spec.optimizer)} lr {spec.lr:g} seed {spec.seed}"
         if self._bars:
             from tqdm import tqdm
 
@@ -57,6 +58,8 @@ class ProgressBars:
         run = self._study.runs[-1]
         if run.status != "ok":
             return f"FAILED: {run.error}"
+        if run.purpose == "memory" and run.peak_memory is not None:
+            return f"peak memory {run.peak_memory / 2**20:.1f} MiB"
         return f"loss {run.loss:.4f}, {run.step_ms['p50']:.0f} ms a step, {run.seconds:.0f} s"
 
     def _say(self, line: str) -> None:

@@ -66,7 +66,7 @@ def _table(study: Study, task: TaskConfig) -> Iterator[str]:
     names = study.ran(task.kind)
     most = max(len(study.final(task.kind, name)) for name in names)
     rows = [_HEADER]
-    rows += [_row(name, study.final(task.kind, name), most) for name in names]
+    rows += [_row(study, task, name, most) for name in names]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
     for number, row in enumerate(rows):
         cells = [row[0].ljust(widths[0])]
@@ -77,7 +77,8 @@ def _table(study: Study, task: TaskConfig) -> Iterator[str]:
             yield "| " + " | ".join(rules) + " |"
 
 
-def _row(name: str, runs: list[RunResult], most: int) -> list[str]:
+def _row(study: Study, task: TaskConfig, name: str, most: int) -> list[str]:
+    runs = study.final(task.kind, name)
     return [
         label(name) + ("*" if len(runs) < most else ""),
         f"{runs[0].lr:g}",
@@ -85,7 +86,7 @@ def _row(name: str, runs: list[RunResult], most: int) -> list[str]:
         _spread([r.loss for r in runs], 4),
         _spread([None if r.accuracy is None else 100 * r.accuracy for r in runs], 1, " %"),
         f"{mean([r.bytes_per_parameter or 0.0 for r in runs]):.3f}",
-        _spread([None if r.peak_memory is None else r.peak_memory / 2**20 for r in runs], 0),
+        _spread([peak / 2**20 for peak in study.peak_memory(task.kind, name)], 1),
         f"{mean([r.optimizer_ms['p50'] for r in runs]):.2f}",
         f"{mean([r.step_ms['p50'] for r in runs]):.1f}",
     ]
@@ -123,15 +124,23 @@ def _how(study: Study) -> Iterator[str]:
         "once, per trainable parameter. Step times: medians, averaged over seeds. ±: standard "
         "deviation over seeds."
     )
+    yield _memory(study, runs)
+
+
+def _memory(study: Study, runs: list[RunResult]) -> str:
     methods = sorted({run.memory_method for run in runs if run.memory_method})
-    if methods:
-        own = "each run in a process of its own" if about["isolated"] else "all in one process"
-        yield (
-            f"* Peak memory: {', '.join(methods)}, above the level before the model was built; "
-            f"{own}. It holds weights, gradients, activations, state and temporaries."
-        )
+    if not methods:
+        return "* Peak memory: this system offers no way to measure it."
+    if any(run.purpose == "memory" for run in runs):
+        whose = "of a run of 3 steps, alone in a process whose allocator keeps nothing"
+    elif study.about["isolated"]:
+        whose = "each run in a process of its own"
     else:
-        yield "* Peak memory: this system offers no way to measure it."
+        whose = "all runs in one process, which blurs it on a CPU"
+    return (
+        f"* Peak memory: {', '.join(methods)}, above the level before the model was built; "
+        f"{whose}. It holds weights, gradients, activations, state and temporaries."
+    )
 
 
 def _device(about: dict[str, Any], device: str, precision: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from came8bit.cli.tradeoff.config import TUNE_SEEDS, RunSpec, StudyConfig, TaskConfig
@@ -73,6 +73,16 @@ class Study:
             means[lr] = mean(known) if len(known) == len(by_lr[lr]) else None
         return means
 
+    def peak_memory(self, task: str, optimizer: str) -> list[int]:
+        """Return peaks in bytes: of the run made for it or, without one, of the reported runs."""
+        own = [
+            run.peak_memory
+            for run in self.runs
+            if (run.purpose, run.task, run.optimizer) == ("memory", task, optimizer)
+        ]
+        peaks = own or [run.peak_memory for run in self.final(task, optimizer)]
+        return [peak for peak in peaks if peak is not None]
+
 
 def available(config: StudyConfig) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the optimizers that are installed here, and why each of the others is not run."""
@@ -94,6 +104,7 @@ def run_study(
     run: Run,
     *,
     on_cpu: bool,
+    isolated: bool,
     save: Callable[[Study], None],
     watch: Callable[[RunSpec, int], contextlib.AbstractContextManager[Progress]],
 ) -> None:
@@ -107,7 +118,9 @@ def run_study(
         study: Receives the results.
         data: Per task kind, its data; tasks without data are left out.
         run: Does one run.
-        on_cpu: Whether the slow optimizers get fewer seeds.
+        on_cpu: Whether it runs on a CPU; the slow optimizers get fewer seeds then.
+        isolated: Whether ``run`` gives each run a process of its own. On a CPU, where the reported
+            runs show also what the allocator keeps, memory then gets runs of its own.
         save: Called after every run and at the end.
         watch: Given a run and the number of runs before it, shows its progress.
     """
@@ -116,7 +129,8 @@ def run_study(
     tasks = [task for task in study.config.tasks if task.kind in data]
     tuning = [spec for task in tasks for spec in _search(study.config, task, usable)]
     per_task = sum(len(seeds_of(study.config, name, on_cpu)) for name in usable)
-    study.planned = len(tuning) + per_task * len(tasks)
+    memory = list(_memory(study.config, tasks, usable)) if on_cpu and isolated else []
+    study.planned = len(memory) + len(tuning) + per_task * len(tasks)
 
     def keep_running(specs: Iterator[RunSpec]) -> None:
         for spec in specs:
@@ -126,6 +140,7 @@ def run_study(
             save(study)
 
     try:
+        keep_running(iter(memory))
         keep_running(iter(tuning))
         keep_running(spec for task in tasks for spec in _final(study, task, usable, on_cpu))
         study.state = "complete"
@@ -133,6 +148,16 @@ def run_study(
         study.state = "interrupted"
     study.seconds = time.perf_counter() - started
     save(study)
+
+
+def _memory(config: StudyConfig, tasks: list[TaskConfig], usable: list[str]) -> Iterator[RunSpec]:
+    for task in tasks:
+        short = replace(task, steps=3, eval_items=task.batch_size, eval_every=0)
+        for name in usable:
+            # The size of the steps does not matter here; it only has to be small enough.
+            lr = min(config.grids[task.kind][name])
+            seed = config.seeds[0]
+            yield RunSpec("memory", short, name, seed, lr, config.mixed_precision, config.cpu)
 
 
 def _search(config: StudyConfig, task: TaskConfig, usable: list[str]) -> Iterator[RunSpec]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from came8bit.cli.tradeoff.config import RunSpec
 from came8bit.cli.tradeoff.data import Data
+from came8bit.cli.tradeoff.measure import give_back_freed_memory
 from came8bit.cli.tradeoff.train import Progress, RunResult, failed_run, train
 
 _PRELOAD = [
@@ -73,6 +74,8 @@ def distributed() -> bool:
 def _child(connection: Connection, spec: RunSpec) -> None:
     # Ctrl-C reaches every process of the terminal; the parent decides and ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if spec.purpose == "memory":
+        give_back_freed_memory()
     data = connection.recv()
 
     def report(step: int, loss: float) -> None:

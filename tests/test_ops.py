@@ -1,0 +1,170 @@
+"""The operators as PyTorch sees them: schemas, fakes, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from problems import HYPER, OPTIONS, Problem, assert_same_bits, make_problem, random_grad
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from came8bit import _ops
+from came8bit.quant import absmax_shape
+
+STEPS = {
+    "factored, 8 bits": dict(shape=(40, 300)),
+    "factored, 32 bits": dict(shape=(40, 300), bits=32),
+    "batched": dict(shape=(2, 20, 300), batched=True),
+    "unfactored, 8 bits": dict(shape=(40, 300), factored=False),
+    "unfactored, 32 bits": dict(shape=(700,), factored=False, bits=32),
+}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def problems_of(kind: str, dtype: torch.dtype = torch.float32) -> list[Problem]:
+    return [
+        make_problem(dtype=dtype, index=i, generator=generator(i), **STEPS[kind])  # type: ignore[arg-type]
+        for i in range(2)
+    ]
+
+
+def arguments(problems: list[Problem], grads: list[Tensor], lr: Tensor | None) -> list[object]:
+    """Arguments of the operator of these problems, in the order of its schema."""
+    columns = {name: [p.state[name] for p in problems] for name in problems[0].state}
+    exp_avg, absmax = columns.pop("exp_avg"), columns.pop("absmax", [])
+    views = [x for p in problems for x in (*p.view.shape, p.view.index, p.view.offset)]
+    hyper, options = [float(x) for x in HYPER.values()], [int(x) for x in OPTIONS.values()]
+    params = [p.param for p in problems]
+    return [params, grads, exp_avg, absmax, *columns.values(), views, lr, hyper, options]
+
+
+def operator_of(problems: list[Problem]) -> Callable[..., None]:
+    operator: Callable[..., None] = (
+        _ops.factored_step_ if problems[0].factored else _ops.unfactored_step_
+    )
+    return operator
+
+
+# --- opcheck --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", STEPS)
+def test_opcheck_of_the_steps(kind: str, dtype: torch.dtype, tensor_lr: bool) -> None:
+    problems = problems_of(kind, dtype)
+    grads = [random_grad(p.param.shape, dtype, generator()) for p in problems]
+    lr = torch.tensor(1e-3) if tensor_lr else None
+    torch.library.opcheck(operator_of(problems), tuple(arguments(problems, grads, lr)))
+
+
+@pytest.mark.parametrize("shape", [(), (300,), (3, 300), (2, 3, 5, 7), (0, 4)], ids=str)
+def test_opcheck_of_the_codec(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=generator())
+    torch.library.opcheck(_ops.quantize_blockwise, (x,))
+    torch.library.opcheck(_ops.dequantize_blockwise, _ops.quantize_blockwise(x))
+
+
+# --- fake tensors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (300,), (3, 300), (2, 3, 5, 7)], ids=str)
+def test_fake_codec_has_the_real_shapes(shape: tuple[int, ...]) -> None:
+    with FakeTensorMode() as mode:
+        x = mode.from_tensor(torch.randn(shape))
+        codes, absmax = _ops.quantize_blockwise(x)
+        back = _ops.dequantize_blockwise(codes, absmax)
+    assert (codes.dtype, codes.shape) == (torch.int8, shape)
+    assert (absmax.dtype, absmax.shape) == (torch.float32, absmax_shape(shape))
+    assert (back.dtype, back.shape) == (torch.float32, shape)
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_codec_refuses_other_dtypes(fake: bool) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.no_grad():
+        with pytest.raises((RuntimeError, TypeError), match=r"expected torch\.float32; cast first"):
+            _ops.quantize_blockwise(torch.ones(3, dtype=torch.float64))
+        with pytest.raises((RuntimeError, TypeError), match=r"expected .*torch\.int8"):
+            _ops.dequantize_blockwise(torch.ones(3), torch.ones(1, 1))
+
+
+def test_fake_step_counts_the_gradients() -> None:
+    problems = problems_of("factored, 8 bits")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(RuntimeError, match="got 1 gradients for 2 parameters"):
+            _ops.factored_step_(*arguments(problems, [torch.ones(40, 300)], None))
+
+
+def test_fake_step_changes_nothing() -> None:
+    problems = problems_of("factored, 8 bits")
+    before = [p.copy() for p in problems]
+    with FakeTensorMode() as mode:
+        named = arguments(problems, [torch.ones(40, 300) for _ in problems], None)
+        fakes = [
+            [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in value]
+            if isinstance(value, list)
+            else value
+            for value in named
+        ]
+        assert _ops.factored_step_(*fakes) is None
+    for got, expected in zip(problems, before, strict=True):
+        assert_same_bits(got.tensors(), expected.tensors(), "after a fake step")
+
+
+# --- compilation, autograd ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_compiled_steps_have_the_same_bits(kind: str) -> None:
+    """One graph, what is written in place included; the gradient is made in the graph."""
+    eager, compiled = problems_of(kind, torch.bfloat16), problems_of(kind, torch.bfloat16)
+    operator = operator_of(eager)
+
+    def train(problems: list[Problem], grads: list[Tensor]) -> None:
+        scaled = [g * 2.0 for g in grads]
+        operator(*arguments(problems, scaled, None))
+
+    def compiled_train(grads: list[Tensor]) -> None:
+        train(compiled, grads)
+
+    torch._dynamo.reset()
+    fast = torch.compile(compiled_train, fullgraph=True, backend="aot_eager")
+    for t in range(2):
+        grads = [random_grad(p.param.shape, torch.bfloat16, generator(t)) for p in eager]
+        train(eager, grads)
+        fast(grads)
+    for got, expected in zip(compiled, eager, strict=True):
+        assert_same_bits(got.tensors(), expected.tensors(), kind)
+        assert int(got.state["step"]) == 2
+
+
+def test_steps_work_on_parameters_that_require_grad() -> None:
+    """Under ``no_grad``, as optimizers call them; the version counter tells autograd."""
+    (problem, _) = problems_of("factored, 8 bits")
+    expected = problem.copy()
+    problem.param = torch.nn.Parameter(problem.param)
+    grad = random_grad((40, 300), torch.float32, generator())
+    version = problem.param._version
+    with torch.no_grad():
+        problem.run_op(grad)
+    expected.run_op(grad)
+    assert problem.param.requires_grad
+    assert problem.param._version > version
+    assert torch.equal(problem.param, expected.param)
+
+
+def test_stale_graphs_notice_the_step() -> None:
+    """A backward through weights that a step has changed in place is an error, not a wrong number."""
+    weight = torch.nn.Parameter(torch.randn(40, 300, generator=generator()))
+    (problem, _) = problems_of("factored, 8 bits")
+    problem.param = weight
+    loss = (weight * weight).sum()
+    with torch.no_grad():
+        problem.run_op(torch.ones(40, 300))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
