@@ -29,6 +29,9 @@ CAME8BIT_INLINE int32_t truncate(float x) {
 CAME8BIT_INLINE int32_t select(bool condition, int32_t yes, int32_t no) {
   return condition ? yes : no;
 }
+CAME8BIT_INLINE bool any(bool condition) {
+  return condition;
+}
 template <int n>
 CAME8BIT_INLINE int32_t shift_right(int32_t x, Shift<n>) {
   return static_cast<int32_t>(static_cast<uint32_t>(x) >> n);
@@ -66,9 +69,10 @@ template <class F, class I>
 CAME8BIT_INLINE I round_bf16(F value, I random, bool stochastic) {
   const I pattern = bits(value);
   const I magnitude = pattern & I(0x7fffffff);
+  const auto beyond = I(0x7f7effff) < magnitude;  // the largest finite bf16, and above
+  if (stochastic && !any(beyond)) return pattern + random;
   const I to_nearest = (shift_right(pattern, Shift<16>()) & I(1)) + I(0x7fff);
-  const I below_largest = stochastic ? random : to_nearest;
-  const I raised = pattern + select(magnitude < I(0x7f7f0000), below_largest, to_nearest);
+  const I raised = pattern + (stochastic ? select(beyond, to_nearest, random) : to_nearest);
   return select(I(0x7f800000) < magnitude, I(0x7fc00000), raised);
 }
 

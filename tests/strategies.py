@@ -1,4 +1,4 @@
-"""Parameters of every shape, dtype and stride, gradients, options, and the instruction sets to try."""
+"""Parameters of every shape, dtype and stride, gradients, options; the instruction sets to try."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def shapes(draw: st.DrawFn, dims: int, elements: int = ELEMENTS) -> tuple[int, .
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """The values of ``x`` with other strides."""
     if layout == "reversed":
-        return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+        backwards = list(reversed(range(x.dim())))
+        return x.permute(backwards).contiguous().permute(backwards)
     if layout == "channels_last" and x.dim() >= 3:
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "sliced" and x.dim():

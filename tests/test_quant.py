@@ -48,8 +48,8 @@ from came8bit.quant import (
 U = 2.0**-24  # unit roundoff of fp32
 ISAS = _kernels.supported_cpu_isas()
 
-# A level is sqrt(16129*y). The two roundings of x * (16129/absmax) shift it by at most 127 * U; the
-# comparison with (q + 1/2)**2 is exact: that is a multiple of 1/4 below 2**14. The factor is for the
+# A level is sqrt(16129*y). The two roundings of x * (16129/absmax) shift it by at most 127 * U. The
+# comparison with (q + 1/2)**2 is exact: that is a multiple of 1/4 below 2**14. The factor covers
 # second-order terms.
 LEVEL_ERROR = 127 * U * 1.01
 

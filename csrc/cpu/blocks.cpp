@@ -16,18 +16,26 @@ struct Buffers {
   alignas(64) float grad[kBlockSize];
 };
 
+// A block whose new momentum is in `buffers` and not yet stored.
+struct Pending {
+  Buffers* buffers;
+  int64_t block, first;
+  int size;
+  Applied applied;
+};
+
 // Cuts a block where rows end and calls run(segment, first element, offset in the block).
 template <class Run>
 void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffers, int64_t first,
                       int size, const Run& run) {
   for (int done = 0; done < size;) {
     const int64_t e = first + done;
-    const int64_t row = e / p.k, column = e % p.k;
+    const int64_t row = e / p.k, column = e - row * p.k;
     Segment s = {};
     s.size = static_cast<int>(p.k - column < size - done ? p.k - column : size - done);
     s.grad = p.grad.read(e, s.size, buffers.grad);
     if (factors.row_gain != nullptr) {
-      const int64_t batch_column = row / p.n * p.k + column;
+      const int64_t batch_column = (p.b == 1 ? 0 : row / p.n * p.k) + column;
       s.row_gain = factors.row_gain[row];
       s.col_factor = factors.col + batch_column;
       s.update_row = factors.update_row ? factors.update_row[row] : 0.0f;
@@ -51,8 +59,17 @@ void for_each_block(const Blocks& blocks, int64_t task, const Run& run) {
   const int64_t begin = task * kBlocksPerTask;
   const int64_t end =
       begin + kBlocksPerTask < blocks.count() ? begin + kBlocksPerTask : blocks.count();
+  // Divisions once a task, not once a block.
+  int64_t slice = begin / blocks.per_slice, in_slice = begin % blocks.per_slice;
   for (int64_t block = begin; block < end; ++block) {
-    run(block, blocks.first(block), blocks.size(block));
+    const int64_t done = in_slice * kBlockSize;
+    const int64_t rest = blocks.slice_len - done;
+    run(block, slice * blocks.slice_len + done,
+        static_cast<int>(rest < kBlockSize ? rest : kBlockSize));
+    if (++in_slice == blocks.per_slice) {
+      in_slice = 0;
+      ++slice;
+    }
   }
 }
 
@@ -66,15 +83,27 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
                              : (p.absmax ? table.apply8 : table.apply32);
   const auto apply = of_dtype[p.param.dtype()][p.grad.dtype()];
   const bool draws = constants.stochastic && p.param.dtype() != kFloat32;
-  Buffers buffers;
+  // A block is encoded after the next one has been applied: the processor then has work while the
+  // largest magnitude of the first is on its way to become a scale.
+  Buffers both[2];
+  Buffers* buffers = both;
+  Pending pending = {};
+  const auto encode_pending = [&] {
+    if (pending.buffers == nullptr) return;
+    p.absmax[pending.block] =
+        table.encode(pending.buffers->momentum,
+                     pending.applied.decays ? pending.buffers->step : nullptr,
+                     pending.applied.largest, pending.size,
+                     static_cast<int8_t*>(p.exp_avg) + pending.first);
+  };
   for_each_block(Blocks(p), task, [&](int64_t block, int64_t first, int size) {
     const uint16_t* random =
         draws ? table.random_bits(constants, p.offset + static_cast<uint64_t>(first), size,
-                                  buffers.random)
+                                  buffers->random)
               : nullptr;
     Applied block_applied = {};
-    for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t e, int done) {
-      s.param = p.param.read(e, s.size, buffers.param);
+    for_each_segment(p, factors, *buffers, first, size, [&](Segment& s, int64_t e, int done) {
+      s.param = p.param.read(e, s.size, buffers->param);
       s.absmax = p.absmax ? p.absmax[block] * constants.beta1 : 0.0f;
       s.random = random ? random + done : nullptr;
       const Applied applied = apply(constants, s);
@@ -82,17 +111,17 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
       block_applied.decays |= applied.decays;
       p.param.write(e, s.size, s.param);
     });
-    if (p.absmax != nullptr) {
-      if (block_applied.decays) {
-        for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t, int done) {
-          table.steps[p.grad.dtype()](s, buffers.step + done);
-        });
-      }
-      p.absmax[block] =
-          table.encode(buffers.momentum, block_applied.decays ? buffers.step : nullptr,
-                       block_applied.largest, size, static_cast<int8_t*>(p.exp_avg) + first);
+    if (p.absmax == nullptr) return;
+    if (block_applied.decays) {
+      for_each_segment(p, factors, *buffers, first, size, [&](Segment& s, int64_t, int done) {
+        table.steps[p.grad.dtype()](s, buffers->step + done);
+      });
     }
+    encode_pending();
+    pending = {buffers, block, first, size, block_applied};
+    buffers = buffers == both ? both + 1 : both;
   });
+  encode_pending();
 }
 
 int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const Factors& factors,

@@ -20,13 +20,6 @@ struct Blocks {
 
   int64_t count() const { return slices * per_slice; }
   int64_t tasks() const { return (count() + kBlocksPerTask - 1) / kBlocksPerTask; }
-  int64_t first(int64_t block) const {
-    return block / per_slice * slice_len + block % per_slice * kBlockSize;
-  }
-  int size(int64_t block) const {
-    const int64_t rest = slice_len - block % per_slice * kBlockSize;
-    return static_cast<int>(rest < kBlockSize ? rest : kBlockSize);
-  }
 };
 
 // Factors that u and the update are made with; null for a full second moment.

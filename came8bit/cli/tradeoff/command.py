@@ -271,9 +271,9 @@ def _load(args: argparse.Namespace, study: Study) -> dict[str, Data]:
             study.skipped[task.kind] = str(error)
             continue
         # Data that is too small for the task is found out here, not by the first run.
-        train_items(data[task.kind], task, seed=0)
         for split in ("tune", "validation"):
             eval_items(data[task.kind], task, split)
+        train_items(data[task.kind], replace(task, steps=1), seed=0)
     return data
 
 

@@ -93,7 +93,8 @@ def _sentence(first: str, second: str, result: Paired | None, unit: str) -> str:
 
 def _number(value: float) -> str:
     """Return the signed number with four decimals, or two digits where those would be zeros."""
-    return f"{value:+.4f}" if abs(value) >= 5e-4 or value == 0 else f"{value:+.1e}"
+    small = 1e-12 < abs(value) < 5e-4
+    return f"{value:+.1e}" if small else f"{value:+.4f}"
 
 
 def evaluation_error(study: Study, task: TaskConfig) -> float | None:

@@ -1,0 +1,119 @@
+# Everything runs in a virtual environment of its own, which these targets make and keep up to date.
+# Nothing has to be installed first but Python >= 3.10, a C++ compiler and make.
+#
+#   PYTHON=python3.12                another Python
+#   VENV=.venv                       another place for the environment
+#   TORCH=torch==2.13.0              another torch; one that the environment already has is kept
+#   SYSTEM_SITE_PACKAGES=1           let the environment see the packages of PYTHON, its torch too
+#   CAME8BIT_REQUIRE_KERNELS=0       go on without the compiled kernels where they cannot be built
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+SYSTEM_SITE_PACKAGES ?=
+CAME8BIT_REQUIRE_KERNELS ?= 1
+export CAME8BIT_REQUIRE_KERNELS
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMPS := $(VENV)/stamps
+# Without the constraint an extra could replace the installed torch, a CPU build by a CUDA one for instance.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
+
+KERNEL_SOURCES := pyproject.toml scripts/build_backend.py $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PYTHON_FILES := came8bit tests benchmarks scripts csrc/cmake
+
+# Arguments for the runs: make test ARGS="-k quant", make demo ARGS="--seeds 3"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint type format bench-cpu bench-quant data build-checks install tools clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo          set up, build, train with every optimizer, write results/demo (about 5 minutes)"
+	@echo "make test          set up, build, run the tests"
+	@echo "make lint          ruff and clang-format, changing nothing"
+	@echo "make type          mypy on came8bit/"
+	@echo "make format        let ruff and clang-format rewrite the files"
+	@echo "make bench-cpu     time of a step against other optimizers"
+	@echo "make bench-quant   error and speed of the 8-bit codes"
+	@echo "make data          fetch the text and image corpora into data/ (Debian and Ubuntu)"
+	@echo "make build-checks  every way to install the package; the symbols of the library"
+	@echo "make install       set up and build only;  make tools: and ruff, mypy, clang-format, pre-commit"
+	@echo "make clean         remove the environment, builds and caches"
+
+demo: $(STAMPS)/demo
+	$(BIN)/came8bit tradeoff --preset quick --out results/demo $(ARGS)
+
+test: $(STAMPS)/test
+	$(PY) -m pytest $(ARGS)
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check $(wildcard $(PYTHON_FILES))
+	$(BIN)/ruff format --check $(wildcard $(PYTHON_FILES))
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+type: $(STAMPS)/dev $(STAMPS)/demo
+	$(BIN)/mypy
+
+format: $(STAMPS)/dev
+	$(BIN)/ruff check --fix-only $(wildcard $(PYTHON_FILES))
+	$(BIN)/ruff format $(wildcard $(PYTHON_FILES))
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench-cpu: $(STAMPS)/demo
+	$(PY) benchmarks/bench_cpu.py $(ARGS)
+
+bench-quant: $(STAMPS)/demo
+	$(PY) benchmarks/bench_quant.py $(ARGS)
+
+data:
+	$(PYTHON) scripts/fetch_data.py $(ARGS)
+
+build-checks: $(STAMPS)/installed
+	$(PY) scripts/check_symbols.py
+	$(PY) scripts/check_install.py $(ARGS)
+
+install: $(STAMPS)/installed
+tools: $(STAMPS)/dev
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find came8bit tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "came8bit needs Python >= 3.10, $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(if $(SYSTEM_SITE_PACKAGES),--system-site-packages) $(VENV)
+
+$(VENV)/constraints.txt: | $(PY)
+	@$(PY) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' || { \
+	  echo "installing $(TORCH)"; $(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"; }
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
+	@cat $@
+
+# Editable, so that the Python files in use are the ones in this folder; made anew when the C++ changes.
+$(STAMPS)/installed: $(KERNEL_SOURCES) $(VENV)/constraints.txt
+	@mkdir -p $(STAMPS)
+	@echo "building and installing came8bit"
+	$(PIP) --editable .
+	@touch $@
+
+# came8bit is installed by now: naming it with an extra only adds what the extra lists.
+$(STAMPS)/demo: pyproject.toml | $(STAMPS)/installed
+	@echo "installing what the demo needs"
+	$(PIP) "came8bit[cli]"
+	@for baseline in came-pytorch bitsandbytes; do \
+	  $(PIP) "came8bit[$$baseline]" || echo "$$baseline could not be installed: it will be reported as skipped"; \
+	done
+	@touch $@
+
+$(STAMPS)/test: pyproject.toml $(STAMPS)/demo | $(STAMPS)/installed
+	$(PIP) "came8bit[check]"
+	@touch $@
+
+$(STAMPS)/dev: pyproject.toml | $(STAMPS)/installed
+	$(PIP) "came8bit[dev]"
+	@touch $@
