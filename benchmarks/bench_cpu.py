@@ -397,6 +397,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"the kernels are not loaded: {came8bit.kernel_status().cpu.reason}")
     common = about()
     print(", ".join(f"{name} {value}" for name, value in common.items() if value != ""))
+    if common["load"] and float(common["load"]) > 0.5:
+        print("other processes are running: their time slices are in these numbers", file=sys.stderr)
     everything: list[Row] = []
     for case in options.shapes:
         for dtype in options.dtypes:

@@ -42,8 +42,25 @@ VIEW_INTS = 5
 def _hyper(
     lr_tensor: Tensor | None, hyper: Sequence[float], options: Sequence[int]
 ) -> reference.Hyper:
-    flags, seed = [bool(flag) for flag in options[:5]], options[5]
-    return reference.Hyper(*hyper, lr_tensor, *flags, seed)  # type: ignore[misc]
+    beta1, beta2, beta3, eps1, eps2, clip_threshold, lr, weight_decay = hyper
+    stochastic, cautious, propagate, maximize, bias_correction = map(bool, options[:5])
+    return reference.Hyper(
+        beta1=beta1,
+        beta2=beta2,
+        beta3=beta3,
+        eps1=eps1,
+        eps2=eps2,
+        clip_threshold=clip_threshold,
+        lr=lr,
+        weight_decay=weight_decay,
+        lr_tensor=lr_tensor,
+        stochastic=stochastic,
+        cautious=cautious,
+        propagate=propagate,
+        maximize=maximize,
+        bias_correction=bias_correction,
+        seed=options[5],
+    )
 
 
 def _view(views: Sequence[int], i: int) -> reference.View:
@@ -119,7 +136,9 @@ _library.impl("factored_step_", _factored_step, _DEFAULT)
 _library.impl("unfactored_step_", _unfactored_step, _DEFAULT)
 _library.impl("quantize_blockwise", lambda x: quant.quantize_blockwise(x), _DEFAULT)
 _library.impl(
-    "dequantize_blockwise", lambda codes, absmax: quant.dequantize_blockwise(codes, absmax), _DEFAULT
+    "dequantize_blockwise",
+    lambda codes, absmax: quant.dequantize_blockwise(codes, absmax),
+    _DEFAULT,
 )
 
 

@@ -18,16 +18,8 @@ import torch
 from torch import Tensor
 
 from .quant import dequantize_blockwise, quantize_blockwise
-from .rounding import random_bits, round_stochastic, square_root
-
-LANES = 16
-CHUNK = 1024
-GROUP = 4
-
-
-def fp32(x: float) -> float:
-    """``x`` rounded once to fp32, as a Python float."""
-    return torch.tensor(x, dtype=torch.float64).to(torch.float32).item()
+from .reduction import column_sum, lane_sum
+from .rounding import fp32, random_bits, round_stochastic, square_root
 
 
 @dataclass(frozen=True)
@@ -64,58 +56,6 @@ class Hyper:
     def correction(self, beta: float, step: int) -> float:
         """``1 - beta**step`` (1 without bias correction), formed in float64, rounded once."""
         return fp32(1.0 - beta**step) if self.bias_correction else 1.0
-
-
-# --- reductions: fixed trees on 16 virtual lanes, independent of threads and instruction set -----
-
-
-def lane_sum(x: Tensor) -> Tensor:
-    """Sum of the last dimension of ``(..., m)``.
-
-    Chunks of 1024; in a chunk lane ``i`` adds elements ``i, i+16, ...`` in order, then the lanes are
-    halved 16 -> 8 -> 4 -> 2 -> 1; then the chunks are added in order.
-    """
-    m = x.shape[-1]
-    chunks = max(1, -(-m // CHUNK))
-    x = torch.nn.functional.pad(x, (0, chunks * CHUNK - m)).unflatten(-1, (chunks, -1, LANES))
-    lanes = torch.zeros_like(x[..., 0, :])
-    used = CHUNK if chunks > 1 else m
-    for i in range(-(-used // LANES)):
-        lanes = lanes + x[..., i, :]
-    while lanes.shape[-1] > 1:
-        half = lanes.shape[-1] // 2
-        lanes = lanes[..., :half] + lanes[..., half:]
-    total = torch.zeros_like(lanes[..., 0, 0])
-    for i in range(chunks):
-        total = total + lanes[..., i, 0]
-    return total
-
-
-def slab_rows(b: int, n: int, k: int) -> int:
-    """Rows whose column sums are formed in one go; bounds the workspace (2 MiB, or 0.012 B/element)."""
-    rows = 64
-    while rows * 2 <= min(n // 32, 1024):
-        rows *= 2
-    while rows < 1024 and b * -(-n // rows) * k * 12 > 2 << 20:
-        rows *= 2
-    return rows
-
-
-def column_sum(x: Tensor) -> Tensor:
-    """Sum over the rows of ``(b, n, k)``: slabs of rows; in a slab groups of four rows,
-    ``(x0 + x1) + (x2 + x3)``, in order; then the slabs in order."""
-    b, n, k = x.shape
-    rows = slab_rows(b, n, k)
-    slabs = -(-n // rows)
-    x = torch.nn.functional.pad(x, (0, 0, 0, slabs * rows - n)).view(b, slabs, -1, GROUP, k)
-    groups = (x[..., 0, :] + x[..., 1, :]) + (x[..., 2, :] + x[..., 3, :])
-    partial = torch.zeros_like(groups[:, :, 0])
-    for i in range(min(groups.shape[2], -(-n // GROUP))):
-        partial = partial + groups[:, :, i]
-    total = torch.zeros_like(partial[:, 0])
-    for i in range(slabs):
-        total = total + partial[:, i]
-    return total
 
 
 # --- the rule, pass by pass -----------------------------------------------------------------------
@@ -178,8 +118,9 @@ def mean_instability(
 ) -> Tensor:
     """Mean of ``(kappa*u - m_t)**2 + eps2`` from sums around the expected scale ``kappa_0``.
 
-    ``kappa*u - m_t = beta1*(kappa*u - m)``, and with ``d = kappa_0*u - m``, ``delta = kappa - kappa_0``
-    the square is ``d**2 + 2*delta*u*d + delta**2*u**2``: no cancellation while ``delta`` is small.
+    ``kappa*u - m_t = beta1*(kappa*u - m)``. With ``d = kappa_0*u - m`` and
+    ``delta = kappa - kappa_0`` its square is ``beta1**2 * (d**2 + 2*delta*u*d + delta**2*u**2)``,
+    without cancellation while ``delta`` is small.
     """
     square = ((d2 + ud * (delta * 2.0)) + u2 * (delta * delta)) / fp32(count)
     square = torch.where(square < 0, 0.0, square)
@@ -212,7 +153,7 @@ def cautious_scale(mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """How a parameter is seen: ``b`` matrices ``n x k``, its index and its first element's offset."""
+    """A parameter as ``b`` matrices ``n x k``, its index, and the offset of its first element."""
 
     b: int
     n: int
@@ -237,9 +178,7 @@ def _decayed_momentum(exp_avg: Tensor, absmax: Tensor | None, beta1: float) -> T
     return dequantize_blockwise(exp_avg, absmax * fp32(beta1))
 
 
-def _store_momentum(
-    m: Tensor, decaying: Tensor, exp_avg: Tensor, absmax: Tensor | None
-) -> None:
+def _store_momentum(m: Tensor, decaying: Tensor, exp_avg: Tensor, absmax: Tensor | None) -> None:
     if absmax is None:
         exp_avg.copy_(m.view(exp_avg.shape))
         return
@@ -352,9 +291,9 @@ def factored_step_(
     rms = root_mean(total_u2, b * n * k)
     kappa = clip_scale(rms, hyper.clip_threshold)
     delta = kappa - kappa_0
-    rows, cols = zip(*sums, strict=True)
-    s_row = mean_instability(*rows, delta, k, hyper.beta1, hyper.eps2)
-    s_col = mean_instability(*cols, delta, n, hyper.beta1, hyper.eps2)
+    (d2_row, d2_col), (ud_row, ud_col), (u2_row, u2_col) = sums
+    s_row = mean_instability(d2_row, ud_row, u2_row, delta, k, hyper.beta1, hyper.eps2)
+    s_col = mean_instability(d2_col, ud_col, u2_col, delta, n, hyper.beta1, hyper.eps2)
     res_row = ema(exp_avg_res_row, hyper.beta3, s_row)
     res_col = ema(exp_avg_res_col, hyper.beta3, s_col)
 
@@ -411,8 +350,3 @@ def unfactored_step_(
     _store_momentum(m_t, g == 0, exp_avg, absmax)
     exp_avg_sq.copy_(v.view(exp_avg_sq.shape))
     step += 1
-
-
-def is_finite_number(x: float) -> bool:
-    """Whether ``x`` is a finite number that survives rounding to fp32."""
-    return math.isfinite(x) and math.isfinite(fp32(x))

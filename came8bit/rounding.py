@@ -22,6 +22,11 @@ import torch
 from torch import Tensor
 
 
+def fp32(x: float) -> float:
+    """``x`` rounded once to fp32, as a Python float."""
+    return torch.tensor(x, dtype=torch.float64).to(torch.float32).item()
+
+
 def square_root(x: Tensor) -> Tensor:
     """Correctly rounded square root of an fp32 tensor.
 

@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "rounding": set(),
     "_kernels": set(),
     "quant": {"rounding"},
-    "reference": {"quant", "rounding"},
+    "reference": {"quant", "reduction", "rounding"},
     "_ops": {"_kernels", "quant", "reference"},
     "state": {"quant"},
     "options": {"state"},

@@ -90,11 +90,9 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
   Pending pending = {};
   const auto encode_pending = [&] {
     if (pending.buffers == nullptr) return;
-    p.absmax[pending.block] =
-        table.encode(pending.buffers->momentum,
-                     pending.applied.decays ? pending.buffers->step : nullptr,
-                     pending.applied.largest, pending.size,
-                     static_cast<int8_t*>(p.exp_avg) + pending.first);
+    p.absmax[pending.block] = table.encode(
+        pending.buffers->momentum, pending.applied.decays ? pending.buffers->step : nullptr,
+        pending.applied.largest, pending.size, static_cast<int8_t*>(p.exp_avg) + pending.first);
   };
   for_each_block(Blocks(p), task, [&](int64_t block, int64_t first, int size) {
     const uint16_t* random =
