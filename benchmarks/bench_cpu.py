@@ -398,7 +398,7 @@ def main(arguments: list[str] | None = None) -> None:
     common = about()
     print(", ".join(f"{name} {value}" for name, value in common.items() if value != ""))
     if common["load"] and float(common["load"]) > 0.5:
-        print("other processes are running: their time slices are in these numbers", file=sys.stderr)
+        print("other processes are running; their time slices disturb this", file=sys.stderr)
     everything: list[Row] = []
     for case in options.shapes:
         for dtype in options.dtypes:

@@ -192,7 +192,7 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def percent(x: float) -> str:
-    return f"{100 * x:.2f} %"
+    return f"{100 * x:.2f} %" if x < 10 else f"{x:.0e} times"
 
 
 def print_errors(rows: Rows, subjects: list[str], codes: list[Code]) -> None:

@@ -15,6 +15,7 @@ PACKAGE = Path(came8bit.__file__).parent
 #: What each part of the package may import from the others. A new part has to find its place here.
 #: Where "state" stands for a folder, its modules may import each other.
 ALLOWED: dict[str, set[str]] = {
+    "reduction": set(),
     "rounding": set(),
     "_kernels": set(),
     "quant": {"rounding"},

@@ -545,6 +545,17 @@ def test_a_decaying_value_in_a_live_block_loses_a_level_every_step(beta1):
     assert not codes[~live].any()
 
 
+def test_how_slowly_a_value_may_decay():
+    """The small bias holds level 1 where beta1 is at least (1 - 2**-14)**2 = 0.99988."""
+    codes, absmax = torch.tensor([[127, 1]], dtype=torch.int8), torch.ones(1, 1)
+    decaying = torch.tensor([[False, True]])
+    for beta1, level in ((0.9998, 0), (0.9999, 1)):
+        m = decayed(codes, absmax, beta1)
+        m[0, 0] = 1.0
+        after, _ = quantize_blockwise(m, decaying=decaying)
+        assert after.tolist() == [[127, level]]
+
+
 def test_nearest_rounding_would_leave_fixed_points():
     """What the rule is there for: without it, levels up to 9 never decay at beta1 = 0.9."""
     codes = torch.arange(128, dtype=torch.int8).view(1, -1)
