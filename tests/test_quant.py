@@ -352,7 +352,7 @@ def tensors(draw) -> torch.Tensor:
         st.sampled_from(["contiguous", "transposed", "every second", "slice", "expanded"])
     )
     if layout == "transposed":
-        x = torch.randn(shape[::-1], generator=generator).permute(*range(len(shape))[::-1])
+        x = torch.randn(shape[::-1], generator=generator).permute(tuple(range(len(shape)))[::-1])
     elif layout == "every second" and shape:
         x = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator)[..., ::2]
     elif layout == "slice" and shape:

@@ -2,6 +2,8 @@
 // partial sums go. The grid depends on the shape alone, so the order of additions does, too.
 #pragma once
 
+#include <memory>
+
 #include "step.h"
 
 namespace came8bit {
@@ -26,17 +28,21 @@ class Workspace {
 
   static int64_t floats(const Grid& grid);
   void reserve(int64_t floats) {
-    if (static_cast<int64_t>(memory_.size()) < floats + kLanes) memory_.resize(floats + kLanes);
+    if (floats <= floats_) return;
+    memory_.reset(
+        new float[floats + kLanes]);  // not zeroed: every part is written before it is read
+    floats_ = floats;
   }
   void lay_out(const Grid& grid);
   // The beginning, on a cache line: vectors that straddle two lines cost twice.
   float* scratch() {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.data());
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.get());
     return reinterpret_cast<float*>((address + 63) / 64 * 64);
   }
 
  private:
-  std::vector<float> memory_;
+  std::unique_ptr<float[]> memory_;
+  int64_t floats_ = 0;
 };
 
 // Sums of g*g into row_part[0], col_part[0].
