@@ -312,6 +312,8 @@ class CAME(Optimizer):
             operator = _ops.factored_step_ if factored else _ops.unfactored_step_
             before = _total(columns[-1]) if group["nonfinite"] == "raise" else None
             operator(bucket.params, bucket.grads, *columns, bucket.views, tensor_lr, hyper, options)
+            # A kernel writes past autograd: a graph that still needs the old values has to notice.
+            torch.autograd.graph.increment_version(bucket.params)
             if before is not None and int(_total(columns[-1]) - before):
                 raise FloatingPointError(
                     "the preconditioned gradient of a parameter is not finite although its "

@@ -96,7 +96,8 @@ def _to_blocks(x: Tensor) -> Tensor:
 
 def _from_blocks(blocks: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     slices, slice_len = slice_shape(shape)
-    return blocks.reshape(slices, -1)[:, :slice_len].reshape(shape)
+    padded_len = blocks_per_slice(slice_len) * BLOCK_SIZE
+    return blocks.reshape(slices, padded_len)[:, :slice_len].reshape(shape)
 
 
 def quantize_blockwise(
@@ -126,7 +127,8 @@ def quantize_blockwise(
     absmax = torch.where(absmax < SMALLEST_ABSMAX, 0.0, absmax)
     # 127**2/absmax of a tiny block would overflow: those are scaled by a power of two first.
     factor = torch.where(absmax < _TINY_ABSMAX, 2.0**64, 1.0)
-    scale = 16129.0 / (absmax * factor)
+    # Tensor by tensor: a number divided by a tensor is its reciprocal times the number in PyTorch.
+    scale = torch.full_like(absmax, 16129.0) / (absmax * factor)
     scale = torch.where(absmax > 0, scale, 0.0).unsqueeze(-1)
     square = (torch.where(finite, magnitude, 0.0) * factor.unsqueeze(-1)) * scale
     bias = torch.full_like(square, 0.5)

@@ -31,7 +31,7 @@ def write(path, content):
 
 
 def r_record(lines):
-    """Serialize a character vector as R does (XDR, version 3) and pack it for a lazy-load database."""
+    """Serialize a character vector as R does (XDR, version 3), packed for a lazy-load database."""
     raw = b"X\n" + struct.pack(">III", 3, 0x40201, 0x30500) + struct.pack(">I", 5) + b"UTF-8"
     raw += struct.pack(">II", 16, len(lines))
     for line in lines:

@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "parallel.h"
 #include "step.h"
 
 namespace came8bit {
@@ -64,6 +65,13 @@ void check_length(const Tensors& tensors, size_t expected, const char* name) {
                   expected);
 }
 
+void check_same_sizes(const Tensor& param, const Tensor& grad, size_t i) {
+  bool same = param.dim() == grad.dim();
+  for (int64_t d = 0; same && d < param.dim(); ++d) same = param.size(d) == grad.size(d);
+  STD_TORCH_CHECK(same, "gradient ", i, ": expected the shape of parameter ", i,
+                  ", got another one with ", grad.numel(), " elements for ", param.numel());
+}
+
 // What both kinds of step have: parameter, gradient, momentum, counters, geometry.
 std::vector<Parameter> common(const Tensors& params, const Tensors& grads, const Tensors& exp_avg,
                               const Tensors& absmax, const Tensors& step, const Tensors& skipped,
@@ -87,10 +95,10 @@ std::vector<Parameter> common(const Tensors& params, const Tensors& grads, const
     p.k = view[2];
     p.index = static_cast<uint32_t>(view[3]);
     p.offset = static_cast<uint64_t>(view[4]);
+    check_same_sizes(params[i], grads[i], i);
     const int64_t numel = params[i].numel();
-    STD_TORCH_CHECK(p.numel() == numel && grads[i].numel() == numel, "parameter ", i, ": got ",
-                    numel, " elements, a gradient of ", grads[i].numel(), " and a view of ",
-                    p.numel());
+    STD_TORCH_CHECK(p.numel() == numel, "parameter ", i, ": got ", numel,
+                    " elements and a view of ", p.numel());
     const int64_t dims = params[i].dim();
     p.slices = dims < 2 ? 1 : params[i].size(0);
     p.slice_len = p.slices > 0 ? numel / p.slices : 0;
@@ -140,6 +148,7 @@ void factored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absm
                     Tensors exp_avg_res_col, Tensors rms_ratio, Tensors step, Tensors skipped,
                     std::vector<int64_t> views, std::optional<Tensor> lr_tensor,
                     std::vector<double> hyper, std::vector<int64_t> options) {
+  const FloatEnvironment environment;  // also for the scalars of a call
   std::vector<Parameter> parameters = common(params, grads, exp_avg, absmax, step, skipped, views);
   const size_t count = parameters.size();
   check_length(exp_avg_sq_row, count, "exp_avg_sq_row");
@@ -162,6 +171,7 @@ void unfactored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors ab
                       Tensors exp_avg_sq, Tensors step, Tensors skipped, std::vector<int64_t> views,
                       std::optional<Tensor> lr_tensor, std::vector<double> hyper,
                       std::vector<int64_t> options) {
+  const FloatEnvironment environment;  // also for the scalars of a call
   std::vector<Parameter> parameters = common(params, grads, exp_avg, absmax, step, skipped, views);
   check_length(exp_avg_sq, parameters.size(), "exp_avg_sq");
   for (size_t i = 0; i < parameters.size(); ++i) {

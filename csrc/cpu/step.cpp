@@ -69,7 +69,6 @@ bool second_moment(const Parameter& p, const Settings& s, const Grid& grid, Work
   const Kernels& table = kernels();
   for_each_task(grid.tasks(), workers,
                 [&](int64_t task, int64_t) { second_moment_task(p, grid, w, task); });
-  const FloatEnvironment environment;
   add_parts(grid, w, 1);
   const int64_t rows = p.b * p.n, cols = p.b * p.k;
   if (skip(p, s, table.lane_sum(w.row_sum[0], rows))) return false;
@@ -107,7 +106,6 @@ bool instability(const Parameter& p, const Settings& s, const Grid& grid, Worksp
   for_each_task(tasks, workers, [&](int64_t task, int64_t) {
     residual_task(p, grid, w, kappa_0, tasks - 1 - task);
   });
-  const FloatEnvironment environment;
   add_parts(grid, w, 3);
   const int64_t rows = p.b * p.n, cols = p.b * p.k;
   const float total_u2 = table.lane_sum(w.row_sum[2], rows);
@@ -142,15 +140,12 @@ void step_factored(const Parameter& p, const Settings& s, Workspace& w, int64_t 
   Factors factors = {w.row_factor, w.col_factor, nullptr, nullptr};
   float scale = c.scale;
   if (s.cautious) scale = scale * cautious_factor(p, c, factors, workers);
-  {
-    const FloatEnvironment environment;
-    for (int64_t i = 0; i < p.b; ++i) {
-      const float* r = p.res_row + i * p.n;
-      const float mean = table.lane_sum(r, p.n) / static_cast<float>(p.n);
-      table.row_factors(w.row_new + i * p.n, r, p.n, sqrt(mean), scale);
-    }
-    table.col_factors(w.col_new, p.res_col, p.b * p.k, correction(s, s.beta3, *p.step));
+  for (int64_t i = 0; i < p.b; ++i) {
+    const float* r = p.res_row + i * p.n;
+    const float mean = table.lane_sum(r, p.n) / static_cast<float>(p.n);
+    table.row_factors(w.row_new + i * p.n, r, p.n, sqrt(mean), scale);
   }
+  table.col_factors(w.col_new, p.res_col, p.b * p.k, correction(s, s.beta3, *p.step));
   factors.update_row = w.row_new;
   factors.update_col = w.col_new;
   apply_all(p, c, factors, workers);

@@ -285,7 +285,7 @@ def _times(axes: Any, study: Study, task: TaskConfig) -> None:
             mean([run.optimizer_ms[q] for run in runs]) for q in ("p20", "p50", "p80")
         )
         whole = mean([run.step_ms["p50"] for run in runs])
-        rows.append((name, median, f"{median:.3g} ms ({100 * median / whole:.0f} %)", (low, high)))
+        rows.append((name, median, f"{median:.3g} ms ({100 * median / whole:.2g} %)", (low, high)))
     _bars(axes, rows)
     axes.set_xlabel("optimizer.step(), ms: median, p20 to p80\n(share of the whole training step)")
     axes.set_title("Time of an update")
