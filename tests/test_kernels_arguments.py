@@ -77,7 +77,7 @@ WRONG: list[tuple[str, bool, Callable[[Arguments], None], str]] = [
     ("param dtype", True, second("params", torch.Tensor.double), "parameter 1: expected float32"),
     ("grad dtype", True, second("grads", torch.Tensor.long), "gradient 1: expected float32"),
     ("grad size", True, second("grads", lambda t: t[:-1]), "gradient 1: expected the shape"),
-    ("grad shape", True, second("grads", lambda t: t.view(512, 6)), "gradient 1: expected the shape"),
+    ("grad shape", True, second("grads", lambda t: t.view(512, 6)), "gradient 1: expected"),
     ("views short", True, replaced("views", [1, 6, 512, 0, 0]), "views: got 5 integers, expected"),
     ("view size", True, replaced("views", [1, 6, 512, 0, 0, 1, 6, 511, 0, 0]), "parameter 1: got"),
     ("view sign", True, replaced("views", [1, 6, 512, 0, 0, -1, 6, -512, 0, 0]),

@@ -14,10 +14,10 @@ namespace {
 enum Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
 }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
@@ -32,17 +32,17 @@ bool has_leaf7(unsigned mask, unsigned bits) {
   __cpuidex(leaf, 7, 0);
   return (static_cast<unsigned>(leaf[1]) & bits) == bits;
 }
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   return has_leaf7(0x6, 1u << 5);
 }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && has_leaf7(0xe6, (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31));
 }
 #else
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   return false;
 }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return false;
 }
 #endif
