@@ -156,7 +156,7 @@ def test_isolated_runs_measure_their_own_memory(text_file, tmp_path):
         count = adamw["parameters"]
         assert 16 * count < adamw["peak_memory"] < 16 * count + 50 * 2**20
         saved = adamw["state_bytes"] - ours["state_bytes"]
-        assert 0.5 * saved < adamw["peak_memory"] - ours["peak_memory"] < 1.5 * saved
+        assert 0.8 * saved < adamw["peak_memory"] - ours["peak_memory"] < 1.2 * saved
 
 
 def test_several_processes_do_not_change_the_run(text_file, tmp_path):
