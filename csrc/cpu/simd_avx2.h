@@ -92,9 +92,6 @@ CAME8BIT_INLINE F larger(F x, F y) {
 CAME8BIT_INLINE I operator+(I x, I y) {
   return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
 }
-CAME8BIT_INLINE I operator-(I x, I y) {
-  return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)};
-}
 CAME8BIT_INLINE I operator&(I x, I y) {
   return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
 }
@@ -173,10 +170,6 @@ CAME8BIT_INLINE F load(const Half* p) {
 CAME8BIT_INLINE I load(const int8_t* p) {
   const __m128i x = load_128(p);
   return {_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))};
-}
-CAME8BIT_INLINE I load(const int32_t* p) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
 }
 CAME8BIT_INLINE void store(float* p, F x) {
   _mm256_storeu_ps(p, x.a);

@@ -95,9 +95,6 @@ CAME8BIT_INLINE F larger(F a, F b) {
 CAME8BIT_INLINE I operator+(I a, I b) {
   return _mm512_add_epi32(a.v, b.v);
 }
-CAME8BIT_INLINE I operator-(I a, I b) {
-  return _mm512_sub_epi32(a.v, b.v);
-}
 CAME8BIT_INLINE I operator&(I a, I b) {
   return _mm512_and_si512(a.v, b.v);
 }
@@ -165,9 +162,6 @@ CAME8BIT_INLINE I load(const int8_t* p) {
 }
 CAME8BIT_INLINE I load(const uint16_t* p) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-CAME8BIT_INLINE I load(const int32_t* p) {
-  return _mm512_loadu_si512(p);
 }
 CAME8BIT_INLINE void store(float* p, F a) {
   _mm512_storeu_ps(p, a.v);

@@ -102,7 +102,6 @@ CAME8BIT_PARTS(M, operator<(I a, I b), all_bits(a.v[i] < b.v[i]))
 CAME8BIT_PARTS(M, operator==(I a, I b), all_bits(a.v[i] == b.v[i]))
 CAME8BIT_PARTS(M, operator&(M a, M b), a.v[i] & b.v[i])
 CAME8BIT_PARTS(M, operator|(M a, M b), a.v[i] | b.v[i])
-CAME8BIT_PARTS(I, operator-(I a, I b), a.v[i] - b.v[i])
 CAME8BIT_PARTS(I, operator&(I a, I b), a.v[i] & b.v[i])
 CAME8BIT_PARTS(I, operator|(I a, I b), a.v[i] | b.v[i])
 CAME8BIT_PARTS(I, operator^(I a, I b), a.v[i] ^ b.v[i])
@@ -192,11 +191,6 @@ CAME8BIT_INLINE W exclusive_or(W a, W b, W c) {
 
 CAME8BIT_INLINE F load(const float* p) {
   F out;
-  memcpy(&out, p, sizeof out);
-  return out;
-}
-CAME8BIT_INLINE I load(const int32_t* p) {
-  I out;
   memcpy(&out, p, sizeof out);
   return out;
 }
