@@ -222,14 +222,7 @@ class CAME(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            work = self._collect()
-            for group, members in work:
-                if group["nonfinite"] == "raise":
-                    check_finite(members)
-            self._make_missing_state(work)
-            for group, members in work:
-                self._step_group(group, members)
-            self._warn_if_skipped(work)
+            self._run(self._collect())
         return loss
 
     def _collect(self) -> list[tuple[Group, list[Work]]]:
@@ -238,25 +231,38 @@ class CAME(Optimizer):
         first = 0
         for group in self.param_groups:
             check_options(group)
-            members = []
-            for position, param in enumerate(group["params"], first):
-                grad = param.grad
-                if grad is None:
-                    continue
-                if not usable(param, grad):
-                    raise unusable_error(param, grad, position)
-                state = self.state.get(param) or {}
-                if state and (
-                    state["exp_avg"].shape != param.shape or state["step"].device != param.device
-                ):
-                    raise moved_error(param, state, position)
-                if param.numel():
-                    if grad.dtype == torch.float64:
-                        grad = grad.to(torch.float32)
-                    members.append(Work(param, grad, state, position))
-            work.append((group, members))
+            items = (self._work_item(p, i) for i, p in enumerate(group["params"], first))
+            work.append((group, [item for item in items if item is not None]))
             first += len(group["params"])
         return work
+
+    def _work_item(self, param: Tensor, position: int) -> Work | None:
+        """What a step needs of one parameter, checked; ``None`` where there is nothing to do."""
+        grad = param.grad
+        if grad is None:
+            return None
+        if not usable(param, grad):
+            raise unusable_error(param, grad, position)
+        state = self.state.get(param) or {}
+        if state and (
+            state["exp_avg"].shape != param.shape or state["step"].device != param.device
+        ):
+            raise moved_error(param, state, position)
+        if not param.numel():
+            return None
+        if grad.dtype == torch.float64:
+            grad = grad.to(torch.float32)
+        return Work(param, grad, state, position)
+
+    def _run(self, work: list[tuple[Group, list[Work]]]) -> None:
+        """Update the parameters in ``work``."""
+        for group, members in work:
+            if group["nonfinite"] == "raise":
+                check_finite(members)
+        self._make_missing_state(work)
+        for group, members in work:
+            self._step_group(group, members)
+        self._warn_if_skipped(work)
 
     def _make_missing_state(self, work: list[tuple[Group, list[Work]]]) -> None:
         """Fill the empty states in ``work``; only then put them into ``self.state``."""
@@ -350,8 +356,18 @@ class CAME(Optimizer):
             f"{type(self).__name__}: {total} updates of single parameters have been skipped so far "
             "because the gradient was not finite; see skipped_steps() and the option nonfinite",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
+
+    # --- state of one parameter -------------------------------------------------------------------
+
+    def _read_state(self, param: Tensor) -> dict[str, Tensor]:
+        """The complete state of ``param``, empty before its first step; not to be written to."""
+        return self.state.get(param) or {}
+
+    def _write_state(self, param: Tensor, state: dict[str, Tensor]) -> None:
+        """Replace the state of ``param`` by tensors on its device that nobody else uses."""
+        self.state[param] = state
 
     # --- saving and loading -----------------------------------------------------------------------
 
