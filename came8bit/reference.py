@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .quant import dequantize_blockwise, quantize_blockwise
-from .reduction import column_sum, lane_sum
+from .reduction import CPU_TREE, Tree
 from .rounding import fp32, random_bits, round_stochastic, square_root
 
 
@@ -71,9 +71,9 @@ def mean_square(total: Tensor, count: int, eps1: float) -> Tensor:
     return total / fp32(count) + fp32(eps1)
 
 
-def row_factor(r: Tensor, scale: float) -> Tensor:
+def row_factor(r: Tensor, scale: float | Tensor, tree: Tree) -> Tensor:
     """``scale * sqrt(mean(r) / r_i)`` for ``r`` of shape ``(b, n)``; two roots cannot overflow."""
-    mean = (lane_sum(r) / fp32(r.shape[-1])).unsqueeze(-1)
+    mean = (tree.vector(r) / fp32(r.shape[-1])).unsqueeze(-1)
     return (square_root(mean) / square_root(r)) * scale
 
 
@@ -94,17 +94,24 @@ def root_mean(total: Tensor, count: int) -> Tensor:
 
 
 def predicted_rms(
-    row_sum: Tensor, col_sum: Tensor, a: Tensor, c_factor: Tensor, count: int
+    row_sum: Tensor,
+    col_sum: Tensor,
+    r: Tensor,
+    c: Tensor,
+    correction: float,
+    count: int,
+    tree: Tree,
 ) -> Tensor:
     """RMS that ``u`` would have if every ``g**2`` were the product of its row and column sums.
 
     Known before the second sweep, and off by a factor that hardly changes from step to step.
     """
-    rows = lane_sum((row_sum * a) * a)
-    cols = lane_sum((col_sum * c_factor) * c_factor)
-    total = lane_sum(row_sum)
+    mean = tree.vector(r) / fp32(r.shape[-1])
+    rows = tree.vector(row_sum / r) * mean
+    cols = tree.vector(col_sum / c) * correction
+    total = tree.vector(row_sum)
     predicted = torch.where(total > 0, (rows / total) * cols, 0.0)
-    return root_mean(lane_sum(predicted), count)
+    return root_mean(tree.matrices(predicted), count)
 
 
 def next_rms_ratio(rms: Tensor, predicted: Tensor) -> Tensor:
@@ -251,6 +258,7 @@ def factored_step_(
     skipped: Tensor,
     view: View,
     hyper: Hyper,
+    tree: Tree = CPU_TREE,
 ) -> None:
     """One CAME step of a parameter seen as matrices; updates every tensor but ``grad`` in place.
 
@@ -262,29 +270,32 @@ def factored_step_(
         rms_ratio: fp32 0-d, :func:`next_rms_ratio` of the previous step (1 at first).
         step, skipped: int64 0-d counters.
         view, hyper: geometry and hyper-parameters.
+        tree: the order of sums; kernels of one kind of device have one.
     """
     t = int(step) + 1
     b, n, k = view.shape
     g = grad.detach().reshape(b, n, k).to(torch.float32)
 
     g2 = g * g
-    row_sum, col_sum = lane_sum(g2), column_sum(g2)
-    if not (hyper.propagate or bool(lane_sum(row_sum.reshape(-1)).isfinite())):
+    row_sum, col_sum = tree.rows(g2), tree.columns(g2)
+    if not (hyper.propagate or bool(tree.total_of_rows(row_sum).isfinite())):
         skipped += 1
         return
     r = ema(exp_avg_sq_row, hyper.beta2, mean_square(row_sum, k, hyper.eps1))
     c = ema(exp_avg_sq_col, hyper.beta2, mean_square(col_sum, n, hyper.eps1))
 
-    a = row_factor(r, -1.0 if hyper.maximize else 1.0)
-    c_factor = column_factor(c, hyper.correction(hyper.beta2, t))
-    predicted = predicted_rms(row_sum, col_sum, a, c_factor, b * n * k)
+    correction = hyper.correction(hyper.beta2, t)
+    a = row_factor(r, -1.0 if hyper.maximize else 1.0, tree)
+    c_factor = column_factor(c, correction)
+    predicted = predicted_rms(row_sum, col_sum, r, c, correction, b * n * k, tree)
     kappa_0 = clip_scale(rms_ratio * predicted, hyper.clip_threshold)
 
     u = (g * a.unsqueeze(-1)) * c_factor.unsqueeze(-2)
     m = _load_momentum(exp_avg, absmax).view(b, n, k)
     d = u * kappa_0 - m
-    sums = [(lane_sum(x), column_sum(x)) for x in (d * d, u * d, u * u)]
-    total_u2 = lane_sum(sums[2][0].reshape(-1))
+    u2 = u * u
+    sums = [(tree.rows(x), tree.columns(x)) for x in (d * d, u * d, u2)]
+    total_u2 = tree.total(u2)
     if not (hyper.propagate or bool(total_u2.isfinite())):
         skipped += 1
         return
@@ -300,7 +311,7 @@ def factored_step_(
     # w = gain*u, with the gain multiplied into the row factor.
     w = (g * (a * gain(kappa, hyper.beta1)).unsqueeze(-1)) * c_factor.unsqueeze(-2)
     m_t = momentum(_decayed_momentum(exp_avg, absmax, hyper.beta1).view(b, n, k), w)
-    row = row_factor(res_row, 1.0)
+    row = row_factor(res_row, 1.0, tree)
     col = column_factor(res_col, hyper.correction(hyper.beta3, t))
     _finish(param, m_t, w, row, col, view, t, hyper)
 
@@ -323,23 +334,25 @@ def unfactored_step_(
     skipped: Tensor,
     view: View,
     hyper: Hyper,
+    tree: Tree = CPU_TREE,
 ) -> None:
     """One CAME step with a full second moment and no confidence term (0-D, 1-D, narrow matrices).
 
     Args:
         exp_avg_sq: fp32 of the parameter's shape, contiguous.
-        param, grad, exp_avg, absmax, step, skipped, view, hyper: as in :func:`factored_step_`.
+        exp_avg, absmax, step, skipped, view, hyper, tree, param, grad: as in
+            :func:`factored_step_`.
     """
     t = int(step) + 1
     g = grad.detach().reshape(-1).to(torch.float32)
     g2 = g * g
-    if not (hyper.propagate or bool(lane_sum(g2).isfinite())):
+    if not (hyper.propagate or bool(tree.flat(g2).isfinite())):
         skipped += 1
         return
     v = ema(exp_avg_sq.view(-1), hyper.beta2, g2 + fp32(hyper.eps1))
     sign = -1.0 if hyper.maximize else 1.0
     u = (g * sign) / square_root(v / hyper.correction(hyper.beta2, t))
-    total_u2 = lane_sum(u * u)
+    total_u2 = tree.flat(u * u)
     if not (hyper.propagate or bool(total_u2.isfinite())):
         skipped += 1
         return

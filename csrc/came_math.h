@@ -21,6 +21,35 @@ CAME8BIT_INLINE float select(bool condition, float yes, float no) {
   return condition ? yes : no;
 }
 
+CAME8BIT_INLINE bool is_finite(float x) {
+  return ::fabsf(x) < HUGE_VALF;
+}
+
+// What the 8-bit code needs of a number (blockwise.h).
+
+// Cut to a whole number; the argument is at most 2^22 and above -1.
+CAME8BIT_INLINE float whole(float x) {
+#if defined(__CUDA_ARCH__)
+  // Cheaper than a conversion: above 2^23 the spacing is 1.
+  return __fadd_rz(::fmaxf(x, 0.0f), 0x1p23f) - 0x1p23f;
+#else
+  return ::truncf(x);
+#endif
+}
+CAME8BIT_INLINE float increment_unless(bool condition, float x) {
+  return condition ? x : x + 1.0f;
+}
+// Any root that is good to a few per cent will do.
+CAME8BIT_INLINE float rough_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#else
+  return ::sqrtf(x);
+#endif
+}
+
 // beta*old + (1-beta)*fresh
 template <class T>
 CAME8BIT_INLINE T ema(T old, T beta, T fresh, T one_minus_beta) {
@@ -67,6 +96,13 @@ template <class T>
 CAME8BIT_INLINE T clip_scale(T rms, T clip_threshold) {
   const T ratio = rms / clip_threshold;
   return select(ratio > T(1.0f), T(1.0f) / ratio, T(1.0f));
+}
+
+// Sum of u^2 over a matrix if every g^2 were the product of its row and column sums: `row_ratio` is
+// the sum of row_sum/r, `col_ratio` that of col_sum/c, `mean` that of r, `total` the sum of g^2.
+CAME8BIT_INLINE float predicted_square(float row_ratio, float col_ratio, float mean,
+                                       float correction2, float total) {
+  return total > 0.0f ? ((row_ratio * mean) / total) * (col_ratio * correction2) : 0.0f;
 }
 
 // Measured over predicted RMS, 1 where that means nothing.

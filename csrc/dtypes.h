@@ -24,6 +24,9 @@ CAME8BIT_INLINE void prefetch(const void* p) {
 #endif
 }
 
+enum Dtype : int { kFloat32, kBfloat16, kFloat16 };
+constexpr int kDtypes = 3;
+
 struct Bf16 {
   uint16_t bits;
 };
@@ -49,6 +52,11 @@ CAME8BIT_INLINE float bits_float(uint32_t pattern) {
 }
 
 CAME8BIT_INLINE float half_to_float(Half h) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h.bits));
+  return x;
+#else
   const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000u) << 16;
   const uint32_t magnitude = h.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) {
@@ -57,6 +65,7 @@ CAME8BIT_INLINE float half_to_float(Half h) {
   // Exponents differ by 112; the product is exact and turns subnormals into normals.
   const float scaled = bits_float(magnitude << 13) * 0x1p112f;
   return bits_float(sign | float_bits(scaled));
+#endif
 }
 
 // Round to nearest even; overflow gives infinity.
@@ -67,6 +76,11 @@ CAME8BIT_INLINE Half float_to_half(float x) {
   if (magnitude > 0x7f800000u) {
     return {static_cast<uint16_t>(sign | 0x7e00u)};
   }
+#if defined(__CUDA_ARCH__)
+  uint16_t rounded;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
+  return {rounded};
+#else
   if (magnitude >= 0x477ff000u) {  // 65520 and above
     return {static_cast<uint16_t>(sign | 0x7c00u)};
   }
@@ -76,6 +90,7 @@ CAME8BIT_INLINE Half float_to_half(float x) {
   }
   const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u;
   return {static_cast<uint16_t>(sign | (rounded >> 13))};
+#endif
 }
 
 }  // namespace came8bit

@@ -19,6 +19,7 @@ from training import gradients, run, start
 
 from came8bit import CAME, CAME8bit, CAME32bit, reference
 from came8bit.quant import dequantize_blockwise
+from came8bit.reduction import CPU_TREE, CUDA_TREE
 from came8bit.rounding import philox, random_bits, round_stochastic
 from came8bit.state.layout import plan
 
@@ -207,7 +208,7 @@ def test_deviation_5_instability_around_expected_scale(noise, off):
     kappa_0 = torch.tensor(kappa * (1 + off * noise))
     d = u * kappa_0 - m
     delta = torch.tensor(kappa) - kappa_0
-    sums = (reference.lane_sum(x) for x in (d * d, u * d, u * u))
+    sums = (CPU_TREE.rows(x) for x in (d * d, u * d, u * u))
     got = reference.mean_instability(*sums, delta, k, beta1, eps2)
     u64, m64, kappa64 = u.double(), m.double(), torch.tensor(kappa).double()
     m_t = beta1 * m64 + (1 - beta1) * kappa64 * u64
@@ -228,13 +229,15 @@ def test_deviation_5_expected_scale_follows_a_spike_at_once():
         run(optimizer, param, [g])
         if t > 1 and t % 17 == 5:
             g2 = (g * g).view(1, *shape)
-            sums = reference.lane_sum(g2), reference.column_sum(g2)
+            sums = CPU_TREE.rows(g2), CPU_TREE.columns(g2)
             row = reference.ema(row, 0.999, reference.mean_square(sums[0], shape[1], 1e-30))
             col = reference.ema(col, 0.999, reference.mean_square(sums[1], shape[0], 1e-30))
-            a, c = reference.row_factor(row, 1.0), reference.column_factor(col, 1.0)
-            u = g * a.unsqueeze(-1) * c.unsqueeze(-2)
+            a = reference.row_factor(row, 1.0, CPU_TREE)
+            u = g * a.unsqueeze(-1) * reference.column_factor(col, 1.0).unsqueeze(-2)
             rms = u.square().mean().sqrt()
-            expected = ratio * reference.predicted_rms(*sums, a, c, param.numel())
+            expected = ratio * reference.predicted_rms(
+                *sums, row, col, 1.0, param.numel(), CPU_TREE
+            )
             assert rms > 5  # the previous step's scale would be off by this factor
             assert (expected / rms - 1).abs() < 0.05
 
@@ -376,7 +379,7 @@ def test_cautious_is_the_published_rule(shape):
 
 def test_deviation_11_row_factor_does_not_overflow():
     r = torch.tensor([[1e-32, 1e30]])
-    assert reference.row_factor(r, 1.0).isfinite().all()
+    assert reference.row_factor(r, 1.0, CPU_TREE).isfinite().all()
     assert (r.mean() / r).sqrt().isinf().any()
 
 
@@ -435,16 +438,24 @@ def test_maximize_is_minimize_of_the_negative(shape, bits):
     assert torch.equal(up, down)
 
 
-@settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 70), length=st.integers(1, 3000), seed=st.integers(0, 99))
-def test_sums_are_sums(rows, length, seed):
-    x = torch.rand(1, rows, length, generator=torch.Generator().manual_seed(seed))
-    # Depth of the trees: 64 + 4 in a chunk, then a chunk per 1024; positive terms.
-    bound = (70 + length / 1024) * tolerances.U
+@pytest.mark.parametrize("tree", [CPU_TREE, CUDA_TREE], ids=["cpu", "cuda"])
+@settings(max_examples=40, deadline=None)
+@given(b=st.integers(1, 3), n=st.integers(1, 300), k=st.integers(1, 3000), seed=st.integers(0, 99))
+def test_sums_are_sums(tree, b, n, k, seed):
+    x = torch.rand(b, n, k, generator=torch.Generator().manual_seed(seed))
+    # Depth of the trees: at most 128 in a chunk, tile or stream, then its parts; positive terms.
+    bound = (150 + b * n * k / 1024) * tolerances.U
+    rows, wide = tree.rows(x), x.double()
     for got, wanted in (
-        (reference.lane_sum(x), x.double().sum(-1)),
-        (reference.column_sum(x), x.double().sum(-2)),
+        (rows, wide.sum(-1)),
+        (tree.columns(x), wide.sum(-2)),
+        (tree.total(x), wide.sum()),
+        (tree.total_of_rows(rows), wide.sum()),
+        (tree.vector(rows), wide.sum((-1, -2))),
+        (tree.matrices(tree.vector(rows)), wide.sum()),
+        (tree.flat(x.reshape(-1)), wide.sum()),
     ):
+        assert got.shape == wanted.shape
         assert ((got - wanted).abs() <= bound * wanted).all()
 
 

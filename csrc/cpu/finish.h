@@ -26,10 +26,13 @@ float lane_sum(const float* x, int64_t size) {
                      [&](int64_t j, int some) CAME8BIT_LAMBDA { return load_some(x + j, some); });
 }
 
-float lane_sum_weighted(const float* x, const float* w, int64_t size) {
+float lane_sum_of_ratios(const float* x, const float* y, int64_t size) {
   return chunked_sum(size, [&](int64_t j, int some) CAME8BIT_LAMBDA {
-    const F weight = load_some(w + j, some);
-    return (load_some(x + j, some) * weight) * weight;
+    if (some == kLanes) return load(x + j) / load(y + j);
+    float divisor[kLanes];
+    for (float& one : divisor) one = 1.0f;  // lanes past the end: 0/1
+    memcpy(divisor, y + j, static_cast<size_t>(some) * sizeof(float));
+    return load_part(x + j, some) / load(divisor);
   });
 }
 
@@ -142,7 +145,7 @@ void instability_ema(float* average, const float* d2, const float* ud, const flo
         CAME8BIT_ISA::encode,                                                      \
         CAME8BIT_ISA::decode,                                                      \
         lane_sum,                                                                  \
-        lane_sum_weighted,                                                         \
+        lane_sum_of_ratios,                                                        \
         add,                                                                       \
         scale,                                                                     \
         second_moment_ema,                                                         \

@@ -7,9 +7,6 @@
 
 namespace came8bit {
 
-enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
-constexpr int kDtypes = 3;
-
 constexpr int kLanes = 16;
 constexpr int kChunk = 1024;  // columns of a tile; lane sums are formed per chunk
 constexpr int kDraw = 64;     // elements whose random bits are drawn together
@@ -108,7 +105,7 @@ struct Kernels {
 
   // Whole vectors.
   float (*lane_sum)(const float* x, int64_t size);
-  float (*lane_sum_weighted)(const float* x, const float* w, int64_t size);  // of (x*w)*w
+  float (*lane_sum_of_ratios)(const float* x, const float* y, int64_t size);  // of x/y
   void (*add)(float* sum, const float* x, int64_t size);
   void (*scale)(float* x, int64_t size, float factor);
   void (*second_moment_ema)(float* fresh, const float* old, const float* sum, int64_t size,

@@ -78,7 +78,8 @@ bool second_moment(const Parameter& p, const Settings& s, const Grid& grid, Work
                           rest2, s.eps1);
   table.second_moment_ema(w.col_new, p.sq_col, w.col_sum[0], cols, static_cast<float>(p.n), beta2,
                           rest2, s.eps1);
-  table.col_factors(w.col_factor, w.col_new, cols, correction(s, s.beta2, *p.step + 1));
+  const float correction2 = correction(s, s.beta2, *p.step + 1);
+  table.col_factors(w.col_factor, w.col_new, cols, correction2);
   // One value per matrix; the parts of sum 1 are free until sweep B and hold at least b values.
   float* predicted = w.row_part[1];
   for (int64_t i = 0; i < p.b; ++i) {
@@ -87,10 +88,11 @@ bool second_moment(const Parameter& p, const Settings& s, const Grid& grid, Work
     const float mean = table.lane_sum(r, p.n) / static_cast<float>(p.n);
     table.row_factors(factor, r, p.n, sqrt(mean), s.maximize ? -1.0f : 1.0f);
     const float* sum = w.row_sum[0] + i * p.n;
-    const float row = table.lane_sum_weighted(sum, factor, p.n);
-    const float col = table.lane_sum_weighted(w.col_sum[0] + i * p.k, w.col_factor + i * p.k, p.k);
-    const float total = table.lane_sum(sum, p.n);
-    predicted[i] = total > 0.0f ? (row / total) * col : 0.0f;
+    const float row_ratio = table.lane_sum_of_ratios(sum, r, p.n);
+    const float col_ratio =
+        table.lane_sum_of_ratios(w.col_sum[0] + i * p.k, w.col_new + i * p.k, p.k);
+    predicted[i] =
+        predicted_square(row_ratio, col_ratio, mean, correction2, table.lane_sum(sum, p.n));
   }
   *predicted_rms = root_mean(table.lane_sum(predicted, p.b), static_cast<float>(p.numel()));
   return true;

@@ -1,0 +1,228 @@
+// What the operators of came8bit/_ops.py are given, checked before anything runs, as plain
+// pointers. The bindings of every device use it.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "blockwise.h"
+
+namespace came8bit {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+constexpr size_t kViewInts = 5;
+constexpr size_t kHyperFloats = 8;
+constexpr size_t kOptionInts = 6;
+
+// The device that an operator was registered for.
+struct Device {
+  const char* name;
+  bool (*holds)(const Tensor&);
+};
+
+// One parameter with its state. Matrices: b of n x k; what does not apply is null.
+struct Arguments {
+  const Tensor *param, *grad;  // of the caller's lists
+  Dtype param_dtype, grad_dtype;
+  int64_t b, n, k;
+  uint32_t index;
+  uint64_t offset;            // row-major index of the first element in the full parameter
+  int64_t slices, slice_len;  // the first dimension, and what lies behind it: 8-bit blocks
+  void* exp_avg;              // int8 codes with `absmax`, or fp32
+  float* absmax;
+  float *sq_row, *sq_col, *res_row, *res_col, *rms_ratio;
+  float* exp_avg_sq;
+  int64_t *step, *skipped;
+};
+
+// Hyper-parameters as they came.
+struct HyperArguments {
+  double beta1, beta2, beta3, eps1, eps2, clip_threshold, lr, weight_decay;
+  const float* lr_tensor;  // null, or on the device
+  bool stochastic, cautious, propagate, maximize, bias_correction;
+  uint64_t seed;
+};
+
+class Checker {
+ public:
+  explicit Checker(const Device& device) : device_(device) {}
+
+  Dtype dtype(const Tensor& t, const char* what, size_t i) const {
+    STD_TORCH_CHECK(device_.holds(t), what, " ", i, ": expected a ", device_.name, " tensor");
+    switch (t.scalar_type()) {
+      case ScalarType::Float:
+        return kFloat32;
+      case ScalarType::BFloat16:
+        return kBfloat16;
+      case ScalarType::Half:
+        return kFloat16;
+      default:
+        STD_TORCH_CHECK(false, what, " ", i, ": expected float32, bfloat16 or float16");
+    }
+    return kFloat32;
+  }
+
+  // Pointer to contiguous state of `size` values of T: int8_t, float or int64_t.
+  template <class T>
+  T* state(const Tensors& tensors, size_t i, int64_t size, const char* name) const {
+    const Tensor& t = tensors[i];
+    STD_TORCH_CHECK(device_.holds(t) && t.is_contiguous() &&
+                        t.scalar_type() == scalar_type_of<T>() && t.numel() == size,
+                    name, " ", i, ": expected a contiguous ", device_.name, " tensor of ", size,
+                    " values of ", sizeof(T), " bytes, got ", t.numel(), " of ", t.element_size());
+    return static_cast<T*>(t.data_ptr());
+  }
+
+  static void length(const Tensors& tensors, size_t expected, const char* name) {
+    STD_TORCH_CHECK(tensors.size() == expected, name, ": got ", tensors.size(),
+                    " tensors, expected ", expected);
+  }
+
+  // What both kinds of step have: parameter, gradient, momentum, counters, geometry.
+  std::vector<Arguments> common(const Tensors& params, const Tensors& grads, const Tensors& exp_avg,
+                                const Tensors& absmax, const Tensors& step, const Tensors& skipped,
+                                const std::vector<int64_t>& views) const {
+    const size_t count = params.size();
+    length(grads, count, "grads");
+    length(exp_avg, count, "exp_avg");
+    if (!absmax.empty()) length(absmax, count, "absmax");
+    length(step, count, "step");
+    length(skipped, count, "skipped");
+    STD_TORCH_CHECK(views.size() == count * kViewInts, "views: got ", views.size(),
+                    " integers, expected ", count * kViewInts);
+    std::vector<Arguments> all(count);
+    for (size_t i = 0; i < count; ++i) {
+      Arguments& a = all[i];
+      const int64_t* view = views.data() + i * kViewInts;
+      a.param = &params[i];
+      a.grad = &grads[i];
+      a.param_dtype = dtype(params[i], "parameter", i);
+      a.grad_dtype = dtype(grads[i], "gradient", i);
+      a.b = view[0];
+      a.n = view[1];
+      a.k = view[2];
+      a.index = static_cast<uint32_t>(view[3]);
+      a.offset = static_cast<uint64_t>(view[4]);
+      same_sizes(params[i], grads[i], i);
+      const int64_t numel = params[i].numel();
+      STD_TORCH_CHECK(a.b * a.n * a.k == numel, "parameter ", i, ": got ", numel,
+                      " elements and a view of ", a.b * a.n * a.k);
+      a.slices = params[i].dim() < 2 ? 1 : params[i].size(0);
+      a.slice_len = a.slices > 0 ? numel / a.slices : 0;
+      if (absmax.empty()) {
+        a.exp_avg = state<float>(exp_avg, i, numel, "exp_avg");
+      } else {
+        const int64_t blocks = a.slices * ((a.slice_len + kBlockSize - 1) / kBlockSize);
+        a.exp_avg = state<int8_t>(exp_avg, i, numel, "exp_avg");
+        a.absmax = state<float>(absmax, i, blocks, "absmax");
+      }
+      a.step = state<int64_t>(step, i, 1, "step");
+      a.skipped = state<int64_t>(skipped, i, 1, "skipped");
+    }
+    return all;
+  }
+
+  // Adds the row and column statistics.
+  void factored(std::vector<Arguments>& all, const Tensors& sq_row, const Tensors& sq_col,
+                const Tensors& res_row, const Tensors& res_col, const Tensors& rms_ratio) const {
+    length(sq_row, all.size(), "exp_avg_sq_row");
+    length(sq_col, all.size(), "exp_avg_sq_col");
+    length(res_row, all.size(), "exp_avg_res_row");
+    length(res_col, all.size(), "exp_avg_res_col");
+    length(rms_ratio, all.size(), "rms_ratio");
+    for (size_t i = 0; i < all.size(); ++i) {
+      Arguments& a = all[i];
+      a.sq_row = state<float>(sq_row, i, a.b * a.n, "exp_avg_sq_row");
+      a.sq_col = state<float>(sq_col, i, a.b * a.k, "exp_avg_sq_col");
+      a.res_row = state<float>(res_row, i, a.b * a.n, "exp_avg_res_row");
+      a.res_col = state<float>(res_col, i, a.b * a.k, "exp_avg_res_col");
+      a.rms_ratio = state<float>(rms_ratio, i, 1, "rms_ratio");
+    }
+  }
+
+  // Adds the full second moment.
+  void unfactored(std::vector<Arguments>& all, const Tensors& exp_avg_sq) const {
+    length(exp_avg_sq, all.size(), "exp_avg_sq");
+    for (size_t i = 0; i < all.size(); ++i) {
+      Arguments& a = all[i];
+      a.exp_avg_sq = state<float>(exp_avg_sq, i, a.b * a.n * a.k, "exp_avg_sq");
+    }
+  }
+
+  HyperArguments hyper(const std::optional<Tensor>& lr_tensor, const std::vector<double>& values,
+                       const std::vector<int64_t>& options) const {
+    STD_TORCH_CHECK(values.size() == kHyperFloats, "hyper: got ", values.size(),
+                    " values, expected ", kHyperFloats);
+    STD_TORCH_CHECK(options.size() == kOptionInts, "options: got ", options.size(),
+                    " values, expected ", kOptionInts);
+    HyperArguments h = {values[0],       values[1],       values[2],
+                        values[3],       values[4],       values[5],
+                        values[6],       values[7],       nullptr,
+                        options[0] != 0, options[1] != 0, options[2] != 0,
+                        options[3] != 0, options[4] != 0, static_cast<uint64_t>(options[5])};
+    if (lr_tensor.has_value()) h.lr_tensor = state<float>({*lr_tensor}, 0, 1, "lr_tensor");
+    return h;
+  }
+
+ private:
+  template <class T>
+  static constexpr ScalarType scalar_type_of() {
+    if (sizeof(T) == 1) return ScalarType::Char;
+    return sizeof(T) == 4 ? ScalarType::Float : ScalarType::Long;
+  }
+
+  static void same_sizes(const Tensor& param, const Tensor& grad, size_t i) {
+    bool same = param.dim() == grad.dim();
+    for (int64_t d = 0; same && d < param.dim(); ++d) same = param.size(d) == grad.size(d);
+    STD_TORCH_CHECK(same, "gradient ", i, ": expected the shape of parameter ", i,
+                    ", got another one with ", grad.numel(), " elements for ", param.numel());
+  }
+
+  Device device_;
+};
+
+// --- codec ------------------------------------------------------------------------------------
+
+// Contiguous tensors of a call, and the cut into slices.
+struct QuantizeArguments {
+  Tensor values, codes, absmax;
+  int64_t slices, slice_len;
+};
+
+inline int64_t slices_of(const Tensor& t) {
+  return t.dim() < 2 ? 1 : t.size(0);
+}
+
+// `codes` and `absmax` are new.
+inline QuantizeArguments quantize_arguments(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float,
+                  "quantize_blockwise: expected torch.float32; cast first");
+  const int64_t slices = slices_of(x), slice_len = slices > 0 ? x.numel() / slices : 0;
+  const int64_t blocks = (slice_len + kBlockSize - 1) / kBlockSize;
+  return {torch::stable::contiguous(x), torch::stable::new_empty(x, x.sizes(), ScalarType::Char),
+          torch::stable::new_empty(x, {slices, blocks}, ScalarType::Float), slices, slice_len};
+}
+
+// `values` is new.
+inline QuantizeArguments dequantize_arguments(const Tensor& codes, const Tensor& absmax) {
+  STD_TORCH_CHECK(
+      codes.scalar_type() == ScalarType::Char && absmax.scalar_type() == ScalarType::Float,
+      "dequantize_blockwise: expected codes torch.int8 and absmax torch.float32");
+  STD_TORCH_CHECK(codes.is_cuda() == absmax.is_cuda() && codes.is_cpu() == absmax.is_cpu(),
+                  "dequantize_blockwise: expected codes and absmax on one device");
+  const int64_t slices = slices_of(codes), slice_len = slices > 0 ? codes.numel() / slices : 0;
+  const int64_t blocks = (slice_len + kBlockSize - 1) / kBlockSize;
+  STD_TORCH_CHECK(absmax.dim() == 2 && absmax.size(0) == slices && absmax.size(1) == blocks,
+                  "dequantize_blockwise: expected absmax of shape (", slices, ", ", blocks, ")");
+  return {torch::stable::new_empty(codes, codes.sizes(), ScalarType::Float),
+          torch::stable::contiguous(codes), torch::stable::contiguous(absmax), slices, slice_len};
+}
+
+}  // namespace came8bit

@@ -1,0 +1,276 @@
+// The kernels: each finds its parameter and task and calls the phase that the other files write
+// out. docs/performance.md shows the launches of a step in a row.
+#pragma once
+
+#include "unfactored.cuh"
+
+namespace came8bit {
+
+// A block's own copy of its parameter, so that its fields are read from shared memory.
+__device__ __forceinline__ void copy_parameter(const Parameter& from, Parameter* to) {
+  static_assert(sizeof(Parameter) % sizeof(uint64_t) == 0, "copied in words of eight bytes");
+  const uint64_t* in = reinterpret_cast<const uint64_t*>(&from);
+  uint64_t* out = reinterpret_cast<uint64_t*>(to);
+  constexpr int words = static_cast<int>(sizeof(Parameter) / sizeof(uint64_t));
+  for (int i = static_cast<int>(threadIdx.x); i < words; i += kThreads) out[i] = in[i];
+  __syncthreads();
+}
+
+// Copies the parameter that owns block `block` of a phase's launch; returns the task within it.
+__device__ __forceinline__ int64_t find_task(const Parameter* parameters, int count, Phase phase,
+                                             int64_t block, Parameter* parameter) {
+  __shared__ int found;
+  // The last parameter whose first block is not behind this one: exactly one thread sees it.
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+    const bool begun = parameters[i].first[phase] <= block;
+    const bool next_begun = i + 1 < count && parameters[i + 1].first[phase] <= block;
+    if (begun && !next_begun) found = i;
+  }
+  __syncthreads();
+  copy_parameter(parameters[found], parameter);
+  return block - parameter->first[phase];
+}
+
+// --- before the first sweep -------------------------------------------------------------------
+
+// Kernel arguments are copied when a launch is queued or captured, so they carry the parameters.
+#if defined(CAME8BIT_SHIM)
+constexpr int kBatchBytes = 4000;
+#else
+constexpr int kBatchBytes = 32000;  // CUDA 12.1 and later take 32764 bytes of arguments
+#endif
+constexpr int kBatch = kBatchBytes / static_cast<int>(sizeof(Parameter));
+constexpr int kStridesBatch = kBatchBytes / static_cast<int>(sizeof(Strides));
+
+struct ParameterBatch {
+  Parameter parameters[kBatch];
+};
+struct StridesBatch {
+  Strides strides[kStridesBatch];
+};
+
+// Writes strides to the workspace.
+__global__ void __launch_bounds__(kThreads)
+    describe_strides(StridesBatch batch, int count, Strides* out) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) out[i] = batch.strides[i];
+}
+
+// Writes parameters to the workspace, and the scalars of this step that do not depend on gradients.
+__global__ void __launch_bounds__(kThreads)
+    describe(ParameterBatch batch, int count, Settings s, Parameter* out) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+    const Parameter& p = batch.parameters[i];
+    out[i] = p;
+    const int64_t step = *p.step + 1;
+    const auto correction = [&](int which) {
+      if (!s.bias_correction) return 1.0f;
+      return static_cast<float>(1.0 - pow(s.betas[which], static_cast<double>(step)));
+    };
+    float lr = s.lr, shrink = s.shrink;
+    if (s.lr_tensor != nullptr) {
+      lr = *s.lr_tensor;
+      shrink = lr * s.weight_decay;
+    }
+    Scalars scalars = {};
+    scalars.step = static_cast<uint32_t>(step);
+    scalars.lr_scale = lr / correction(0);
+    scalars.shrink = shrink;
+    scalars.correction2 = correction(1);
+    scalars.correction3 = correction(2);
+    *p.scalars = scalars;
+  }
+}
+
+// --- factored ---------------------------------------------------------------------------------
+
+template <class G, bool fast>
+__global__ void __launch_bounds__(kThreads, fast ? 4 : 1)
+    second_moment_kernel(const Parameter* parameters, int count) {
+  __shared__ Parameter p;
+  __shared__ float buffer[kRoundVectors];
+  const int64_t task = find_task(parameters, count, kSweepA, blockIdx.x, &p);
+  second_moment_tile<G, fast>(p, task, buffer);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    second_moment_combine_kernel(const Parameter* parameters, int count, Settings s) {
+  __shared__ Parameter p;
+  __shared__ float buffer[kThreads];
+  const int64_t task = find_task(parameters, count, kCombine, blockIdx.x, &p);
+  second_moment_combine(p, s, task, buffer);
+}
+
+// One block per parameter.
+__global__ void __launch_bounds__(kThreads)
+    second_moment_scalars_kernel(const Parameter* parameters, Settings s) {
+  __shared__ Parameter p;
+  copy_parameter(parameters[blockIdx.x], &p);
+  second_moment_scalars(p, s);
+}
+
+// Walks backwards: what sweep A read last is still in the cache.
+template <class G, class M, bool fast>
+__global__ void __launch_bounds__(kThreads, fast ? 2 : 1)
+    residual_kernel(const Parameter* parameters, int count, Settings s) {
+  __shared__ Parameter p;
+  __shared__ float buffer[kRoundVectors];
+  __shared__ float row_factors[kMaxSlabRows];
+  const int64_t task =
+      find_task(parameters, count, kSweepA, int64_t{gridDim.x} - 1 - blockIdx.x, &p);
+  if (!p.scalars->alive) return;
+  residual_tile<G, M, fast>(p, s, task, buffer, row_factors);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    residual_combine_kernel(const Parameter* parameters, int count, Settings s) {
+  __shared__ Parameter p;
+  __shared__ float buffer[kThreads];
+  const int64_t task = find_task(parameters, count, kCombine, blockIdx.x, &p);
+  if (!p.scalars->alive) return;
+  residual_combine(p, s, task, buffer);
+}
+
+template <class M, bool fast>
+__global__ void __launch_bounds__(kThreads)
+    agreeing_kernel(const Parameter* parameters, int count, Settings s) {
+  __shared__ Parameter p;
+  __shared__ float buffer[kThreads];
+  const int64_t task = find_task(parameters, count, kSweepC, blockIdx.x, &p);
+  if (!p.scalars->alive || !p.scalars->u_finite) return;
+  const int found = apply_task<Any, Any, M, fast, true>(p, s, task);
+  store_count(found, p.agreeing + task, buffer);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    update_rows_kernel(const Parameter* parameters, int count, Settings s, bool fast) {
+  __shared__ Parameter p;
+  __shared__ float buffer[kThreads];
+  const int64_t task = find_task(parameters, count, kRows, blockIdx.x, &p);
+  update_rows(p, s, task, apply_tiles(p, fast), buffer);
+}
+
+template <class P, class G, class M, bool fast>
+__global__ void __launch_bounds__(kThreads, fast ? 2 : 1)
+    apply_kernel(const Parameter* parameters, int count, Settings s) {
+  __shared__ Parameter p;
+  const int64_t task = find_task(parameters, count, kSweepC, blockIdx.x, &p);
+  if (!p.scalars->alive || !p.scalars->u_finite) return;
+  apply_task<P, G, M, fast, false>(p, s, task);
+}
+
+// All of it for one small parameter per block.
+template <class M>
+__global__ void __launch_bounds__(kThreads, 1)
+    small_factored_kernel(const Parameter* parameters, Settings s) {
+  constexpr bool fast = true;
+  __shared__ Parameter p;
+  __shared__ float buffer[kRoundVectors];
+  __shared__ float row_factors[kMaxSlabRows];
+  copy_parameter(parameters[blockIdx.x], &p);
+  const int64_t chunks = p.b * (p.row_chunks() + p.col_chunks());
+  const int64_t apply_count = apply_tiles(p, fast);
+  for (int64_t task = 0; task < p.tiles(); ++task) second_moment_tile<Any, fast>(p, task, buffer);
+  __syncthreads();
+  for (int64_t task = 0; task < chunks; ++task) {
+    second_moment_combine(p, s, task, buffer);
+    __syncthreads();
+  }
+  second_moment_scalars(p, s);
+  __syncthreads();
+  const bool alive = p.scalars->alive;
+  if (alive) {
+    for (int64_t task = 0; task < p.tiles(); ++task) {
+      residual_tile<Any, M, fast>(p, s, task, buffer, row_factors);
+    }
+    __syncthreads();
+    for (int64_t task = 0; task < chunks; ++task) {
+      residual_combine(p, s, task, buffer);
+      __syncthreads();
+    }
+  }
+  const bool done = alive && p.scalars->u_finite;
+  if (done && s.cautious) {
+    for (int64_t task = 0; task < apply_count; ++task) {
+      const int found = apply_task<Any, Any, M, fast, true>(p, s, task);
+      store_count(found, p.agreeing + task, buffer);
+    }
+    __syncthreads();
+  }
+  const int64_t row_tasks = p.b * ((p.n + kThreads - 1) / kThreads);
+  for (int64_t task = 0; task < row_tasks; ++task) {
+    update_rows(p, s, task, apply_count, buffer);
+    __syncthreads();
+  }
+  if (!done) return;
+  for (int64_t task = 0; task < apply_count; ++task) {
+    apply_task<Any, Any, M, fast, false>(p, s, task);
+  }
+}
+
+// --- unfactored -------------------------------------------------------------------------------
+
+template <bool fast, bool of_u>
+__global__ void __launch_bounds__(kThreads, 1)
+    flat_sum_kernel(const Parameter* parameters, int count, Settings s) {
+  __shared__ Parameter p;
+  __shared__ float buffer[kThreads];
+  const int64_t task = find_task(parameters, count, kSweepA, blockIdx.x, &p);
+  if (of_u && !flat_alive(p, s, buffer)) return;
+  flat_sum_tile<fast, of_u>(p, s, task, buffer);
+}
+
+template <class M, bool fast>
+__global__ void __launch_bounds__(kThreads)
+    flat_agreeing_kernel(const Parameter* parameters, int count, Settings s) {
+  __shared__ Parameter p;
+  __shared__ float buffer[kThreads];
+  const int64_t task = find_task(parameters, count, kSweepC, blockIdx.x, &p);
+  const FlatState state = flat_state(p, s, 0, buffer);
+  if (!state.done) return;
+  const int found = apply_flat_blocks<M, fast, true>(p, s, state, task);
+  store_count(found, p.agreeing + task, buffer);
+}
+
+template <class M, bool fast>
+__global__ void __launch_bounds__(kThreads)
+    flat_apply_kernel(const Parameter* parameters, int count, Settings s) {
+  __shared__ Parameter p;
+  __shared__ float buffer[kThreads];
+  const int64_t task = find_task(parameters, count, kSweepC, blockIdx.x, &p);
+  const FlatState state = flat_state(p, s, flat_apply_tasks(p), buffer);
+  // The others know the step from `scalars`, which stays as it is.
+  if (task == 0 && threadIdx.x == 0) close_books(p, state.done);
+  if (state.done) apply_flat_blocks<M, fast, false>(p, s, state, task);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    small_flat_kernel(const Parameter* parameters, Settings s) {
+  using M = float;
+  constexpr bool fast = true;
+  __shared__ Parameter p;
+  __shared__ float buffer[kThreads];
+  copy_parameter(parameters[blockIdx.x], &p);
+  const int64_t tiles = flat_tiles(p), tasks = flat_apply_tasks(p);
+  for (int64_t task = 0; task < tiles; ++task) flat_sum_tile<fast, false>(p, s, task, buffer);
+  __syncthreads();
+  if (flat_alive(p, s, buffer)) {
+    for (int64_t task = 0; task < tiles; ++task) flat_sum_tile<fast, true>(p, s, task, buffer);
+    __syncthreads();
+  }
+  FlatState state = flat_state(p, s, 0, buffer);
+  if (state.done && s.cautious) {
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int found = apply_flat_blocks<M, fast, true>(p, s, state, task);
+      store_count(found, p.agreeing + task, buffer);
+    }
+    __syncthreads();
+    state = flat_state(p, s, tasks, buffer);
+  }
+  if (threadIdx.x == 0) close_books(p, state.done);
+  if (!state.done) return;
+  for (int64_t task = 0; task < tasks; ++task) {
+    apply_flat_blocks<M, fast, false>(p, s, state, task);
+  }
+}
+
+}  // namespace came8bit

@@ -1,0 +1,116 @@
+// What the kernels know of a parameter: pointers, geometry, where its workspace is.
+#pragma once
+
+#include "../blockwise.h"
+#include "runtime.h"
+
+namespace came8bit {
+
+constexpr int kThreads = 256;  // of every block
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kVector = 8;  // elements a thread handles at once
+constexpr int kRoundVectors = kThreads * kVector;
+constexpr int kMaxSlabRows = 1024;
+constexpr int kFlatRounds = 8;  // of a tile of a flat parameter
+constexpr int64_t kFlatTile = int64_t{kRoundVectors} * kFlatRounds;
+constexpr int kApplyRounds = 8;  // rows a thread handles in a tile of sweep C
+constexpr int kMaxDims = 6;      // of a strided tensor, after neighbours are merged
+
+// Phases whose blocks are shared out among the parameters of a group.
+enum Phase : int { kSweepA, kCombine, kRows, kSweepC, kPhases };
+
+// Sizes and strides of a tensor that is not contiguous, neighbouring dimensions merged.
+struct Strides {
+  int dims;
+  int64_t sizes[kMaxDims], strides[kMaxDims];
+};
+
+// Parameter or gradient; `strides` is null where it is contiguous.
+struct Strided {
+  void* data;
+  const Strides* strides;
+  Dtype dtype;
+};
+
+// How sweeps A and B cut a matrix: slabs of rows times strips of columns. A thread owns kVector
+// neighbouring columns; `lanes` threads stand side by side on a row, so `streams` rows are read at
+// once. The shape alone decides, and the order of every sum follows from it (reduction.py).
+struct Grid {
+  int lanes, streams;
+  int64_t strips, slabs, slab_rows;
+
+  static CAME8BIT_INLINE Grid of(int64_t b, int64_t n, int64_t k) {
+    Grid g = {};
+    g.lanes = 1;
+    while (g.lanes < kWarp && int64_t{g.lanes} * kVector < k) g.lanes *= 2;
+    g.streams = kThreads / g.lanes;
+    g.strips = (k + width(g) - 1) / width(g);
+    g.slab_rows = g.streams > 64 ? g.streams : 64;
+    // Partial column sums stay below 2 MiB, or where that is not enough below 0.012 bytes/element.
+    while (g.slab_rows < kMaxSlabRows &&
+           b * ((n + g.slab_rows - 1) / g.slab_rows) * k * 12 > (int64_t{2} << 20)) {
+      g.slab_rows *= 2;
+    }
+    g.slabs = (n + g.slab_rows - 1) / g.slab_rows;
+    return g;
+  }
+  static CAME8BIT_INLINE int width(const Grid& g) { return g.lanes * kVector; }
+};
+
+// Scalars of one parameter during a step. `describe` fills the first part, later kernels the rest.
+struct Scalars {
+  uint32_t step;  // of this update, 1 for the first
+  float lr_scale, shrink, correction2, correction3;
+  float predicted_rms, kappa_0;
+  float rms, kappa;
+  int alive;     // whether this step is still to be made: the gradient is finite
+  int u_finite;  // and the preconditioned gradient is, too
+};
+
+// One parameter with its state, and pointers into the workspace. Matrices: b of n x k.
+struct Parameter {
+  Strided param, grad;
+  void* exp_avg;  // int8 codes with `absmax`, or fp32
+  float* absmax;
+  float *sq_row, *sq_col, *res_row, *res_col, *rms_ratio;
+  float* exp_avg_sq;  // full second moment instead of the five above
+  int64_t *step, *skipped;
+  int64_t b, n, k;
+  int64_t slices, slice_len, blocks_per_slice;
+  uint64_t offset;  // row-major index of the first element in the full parameter
+  uint32_t index;
+  Grid grid;
+
+  // Workspace.
+  Scalars* scalars;
+  float *row_part, *col_part;            // [3][strips][b][n], [3][b][slabs][k]
+  float* tile_sum;                       // [tiles]: sums of u*u; flat: also, before, of g*g
+  float *row_new, *col_new;              // r, c until they are known to be kept
+  float *row_gain, *col_factor;          // factors of w
+  float *update_row, *update_col;        // factors of the update
+  float *row_chunk, *col_chunk;          // [3][b][row_chunks], [b][col_chunks]
+  float *root_mean, *total, *predicted;  // [b]
+  int* agreeing;                         // [apply tiles]
+
+  // First block of this parameter in the launch of each phase (kernels.cuh).
+  int64_t first[kPhases];
+
+  CAME8BIT_INLINE int64_t numel() const { return b * n * k; }
+  CAME8BIT_INLINE int64_t row_chunks() const { return (n + kWarp - 1) / kWarp; }
+  CAME8BIT_INLINE int64_t col_chunks() const { return (k + kWarp - 1) / kWarp; }
+  CAME8BIT_INLINE int64_t tiles() const { return b * grid.slabs * grid.strips; }
+  CAME8BIT_INLINE int64_t apply_rows() const { return int64_t{grid.streams} * kApplyRounds; }
+};
+
+// Hyper-parameters of a call, rounded to fp32 where the rule needs that.
+struct Settings {
+  double betas[3];  // for the powers of the bias correction
+  float beta1, beta2, beta3, one_minus_beta1, one_minus_beta2, one_minus_beta3, beta1_squared;
+  float eps1, eps2, clip_threshold, lr, shrink, weight_decay;
+  const float* lr_tensor;  // replaces lr and shrink
+  bool stochastic, cautious, propagate, maximize, bias_correction;
+  uint64_t seed;
+};
+
+}  // namespace came8bit

@@ -1,0 +1,94 @@
+// Sums in the fixed order that reduction.py states for CUDA: always halving, never by chance.
+#pragma once
+
+#include "parameter.h"
+
+namespace came8bit {
+
+// Sums eight values: neighbours first.
+__device__ __forceinline__ float sum_vector(const float* x) {
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
+// Sum over the `lanes` (a power of two) neighbouring threads of a warp; every one of them gets it.
+__device__ __forceinline__ float sum_lanes(float x, int lanes = kWarp) {
+#pragma unroll 1
+  for (int half = lanes / 2; half > 0; half /= 2) x += __shfl_xor_sync(0xffffffffu, x, half);
+  return x;
+}
+
+// Four such sums with a third of the exchanges: each halving of the first two also halves what a
+// thread is responsible for. A thread ends up with the sum of x[which].
+__device__ __forceinline__ float sum_lanes_of_four(const float* x, int lanes, int lane,
+                                                   int* which) {
+  const bool upper = (lane & (lanes / 2)) != 0;
+  float a = upper ? x[2] : x[0], b = upper ? x[3] : x[1];
+  a += __shfl_xor_sync(0xffffffffu, upper ? x[0] : x[2], lanes / 2);
+  b += __shfl_xor_sync(0xffffffffu, upper ? x[1] : x[3], lanes / 2);
+  const bool second = (lane & (lanes / 4)) != 0;
+  float sum = second ? b : a;
+  sum += __shfl_xor_sync(0xffffffffu, second ? a : b, lanes / 4);
+  *which = (upper ? 2 : 0) + (second ? 1 : 0);
+  return sum_lanes(sum, lanes / 4);
+}
+
+// Halves `size` values in shared memory (x[i] += x[i + half]) until `stop` of them are left. All
+// threads of the block take part; writes before and reads after are safe.
+__device__ __forceinline__ void halve(float* x, int size, int stop) {
+  for (int half = size / 2; half >= stop; half /= 2) {
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < half; i += kThreads) x[i] += x[i + half];
+  }
+  __syncthreads();
+}
+
+// Sum of `count` values by a warp: lane i adds values i, i+32, ... in order, then the lanes.
+__device__ __forceinline__ float warp_sum(const float* x, int64_t count) {
+  float sum = 0.0f;
+  for (int64_t i = threadIdx.x % kWarp; i < count; i += kWarp) sum += x[i];
+  return sum_lanes(sum);
+}
+
+// The same by a block, whose 256 threads all get the sum; `buffer` holds as many values.
+__device__ __forceinline__ float block_sum(const float* x, int64_t count, float* buffer) {
+  float sum = 0.0f;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += x[i];
+  __syncthreads();  // whoever used the buffer before is done
+  buffer[threadIdx.x] = sum;
+  halve(buffer, kThreads, 1);
+  return buffer[0];
+}
+
+// How many there are in all; the order of whole numbers does not matter.
+__device__ __forceinline__ int64_t block_count(const int* x, int64_t size, float* buffer) {
+  int sum = 0;
+  for (int64_t i = threadIdx.x; i < size; i += kThreads) sum += x[i];
+  int* counts = reinterpret_cast<int*>(buffer);
+  __syncthreads();
+  counts[threadIdx.x] = sum;
+  __syncthreads();
+  int64_t total = 0;
+  for (int i = 0; i < kThreads; ++i) total += counts[i];
+  return total;
+}
+
+// Sums `parts` rows of length `stride` at 32 neighbouring columns from `first` on: warp w adds rows
+// w, w+8, ... in order, then the warps are halved. Lane i of warp 0 gets that of column first + i,
+// zero beyond `size`; the other warps get nothing. `buffer` holds 256 values.
+__device__ __forceinline__ float sum_parts(const float* x, int64_t parts, int64_t stride,
+                                           int64_t first, int64_t size, float* buffer) {
+  const int64_t column = first + threadIdx.x % kWarp;
+  float sum = 0.0f;
+  if (column < size) {
+#pragma unroll 4
+    for (int64_t part = threadIdx.x / kWarp; part < parts; part += kWarps) {
+      sum += x[part * stride + column];
+    }
+  }
+  __syncthreads();
+  buffer[threadIdx.x] = sum;
+  halve(buffer, kThreads, kWarp);
+  return buffer[threadIdx.x % kWarp];
+}
+
+}  // namespace came8bit

@@ -1,0 +1,105 @@
+// Sweep A: row and column sums of g*g; then r, c and what can be known of u before sweep B.
+#pragma once
+
+#include "tile.cuh"
+
+namespace came8bit {
+
+// One tile: sums into row_part[0], col_part[0].
+template <class G, bool fast>
+__device__ __forceinline__ void second_moment_tile(const Parameter& p, int64_t task,
+                                                   float* buffer) {
+  const Tile tile(p, task, p.grid.slab_rows, p.grid.slabs);
+  float* row_part = p.row_part + tile.strip * p.b * p.n + tile.first_row;
+  float column_sum[kVector] = {};
+  // Every thread takes part in every round: the row sums need all lanes.
+  for (int base = 0; base < tile.rows; base += kRowsAtOnce * tile.streams) {
+    const int row = base + tile.stream;
+    GradientRows<G, fast> rows;
+    rows.load(p, tile, row);
+    float row_sum[kRowsAtOnce];
+#pragma unroll
+    for (int q = 0; q < kRowsAtOnce; ++q) {
+      float g[kVector], square[kVector];
+      rows.get(p, tile, row, q, g);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        square[i] = g[i] * g[i];
+        column_sum[i] += square[i];
+      }
+      row_sum[q] = sum_vector(square);
+    }
+    store_row_sums(tile, row, row_sum, row_part);
+  }
+  sum_streams(tile, column_sum, buffer);
+  store_column_sums(p, tile, buffer, p.col_part);
+}
+
+// Tasks: chunks of 32 rows of every matrix, then chunks of 32 columns. Adds the parts, and writes
+// r, c, the column factors of u, and the sums over each chunk that `second_moment_scalars` needs.
+__device__ __forceinline__ void second_moment_combine(const Parameter& p, const Settings& s,
+                                                      int64_t task, float* buffer) {
+  const int64_t row_tasks = p.b * p.row_chunks();
+  const bool is_row = task < row_tasks;
+  const int64_t chunk = is_row ? task : task - row_tasks;
+  const int64_t chunks = is_row ? p.row_chunks() : p.col_chunks();
+  const int64_t size = is_row ? p.n : p.k;
+  const int64_t matrix = chunk / chunks, first = chunk % chunks * kWarp;
+  const float sum =
+      is_row ? sum_parts(p.row_part + matrix * p.n, p.grid.strips, p.b * p.n, first, size, buffer)
+             : sum_parts(p.col_part + matrix * p.grid.slabs * p.k, p.grid.slabs, p.k, first, size,
+                         buffer);
+  if (threadIdx.x >= kWarp) return;
+  const int64_t i = first + threadIdx.x;
+  const bool there = i < size;
+  float fresh = 0.0f, ratio = 0.0f;
+  if (there) {
+    const int64_t at = matrix * size + i;
+    const float mean = mean_square(sum, static_cast<float>(is_row ? p.k : p.n), s.eps1);
+    fresh = ema((is_row ? p.sq_row : p.sq_col)[at], s.beta2, mean, s.one_minus_beta2);
+    (is_row ? p.row_new : p.col_new)[at] = fresh;
+    if (!is_row) p.col_factor[at] = column_factor(fresh, p.scalars->correction2);
+    ratio = sum / fresh;
+  }
+  const float chunk_ratio = sum_lanes(ratio);
+  if (!is_row) {
+    if (threadIdx.x == 0) p.col_chunk[chunk] = chunk_ratio;
+    return;
+  }
+  const float chunk_sum = sum_lanes(there ? sum : 0.0f), chunk_fresh = sum_lanes(fresh);
+  if (threadIdx.x == 0) {
+    p.row_chunk[chunk] = chunk_sum;
+    p.row_chunk[row_tasks + chunk] = chunk_fresh;
+    p.row_chunk[2 * row_tasks + chunk] = chunk_ratio;
+  }
+}
+
+// One block: sqrt(mean(r)) of each matrix, the RMS that u is expected to have, whether the gradient
+// is finite.
+__device__ __forceinline__ void second_moment_scalars(const Parameter& p, const Settings& s) {
+  const int64_t row_chunks = p.row_chunks(), col_chunks = p.col_chunks();
+  for (int64_t i = threadIdx.x / kWarp; i < p.b; i += kWarps) {
+    const float* rows = p.row_chunk + i * row_chunks;
+    const float total = warp_sum(rows, row_chunks);
+    const float fresh = warp_sum(rows + p.b * row_chunks, row_chunks);
+    const float row_ratio = warp_sum(rows + 2 * p.b * row_chunks, row_chunks);
+    const float col_ratio = warp_sum(p.col_chunk + i * col_chunks, col_chunks);
+    if (threadIdx.x % kWarp == 0) {
+      const float mean = fresh / static_cast<float>(p.n);
+      p.root_mean[i] = sqrt(mean);
+      p.total[i] = total;
+      p.predicted[i] = predicted_square(row_ratio, col_ratio, mean, p.scalars->correction2, total);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+  const float total = warp_sum(p.total, p.b);
+  const float predicted = warp_sum(p.predicted, p.b);
+  if (threadIdx.x != 0) return;
+  Scalars& scalars = *p.scalars;
+  scalars.alive = s.propagate || is_finite(total) ? 1 : 0;
+  scalars.predicted_rms = root_mean(predicted, static_cast<float>(p.numel()));
+  scalars.kappa_0 = clip_scale(*p.rms_ratio * scalars.predicted_rms, s.clip_threshold);
+}
+
+}  // namespace came8bit
