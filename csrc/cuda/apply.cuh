@@ -22,32 +22,31 @@ __device__ __forceinline__ float updated(float p, float m, float w, float update
   return decay_and_apply(p, shrink, update);
 }
 
-CAME8BIT_INLINE int64_t apply_tiles(const Parameter& p, bool fast) {
-  if (fast) return p.b * ((p.n + p.apply_rows() - 1) / p.apply_rows()) * p.grid.strips;
+CAME8BIT_INLINE int64_t apply_tasks(const Parameter& p, Access access) {
+  if (access == kTiles) return p.b * ((p.n + p.apply_rows() - 1) / p.apply_rows()) * p.grid.strips;
   const int64_t blocks = p.slices * p.blocks_per_slice;
   return (blocks + kWarps - 1) / kWarps;
 }
 
-// beta1 times the stored momentum of eight elements of row r, one of many under way.
+// The stored momentum of eight elements, on its way. `scale` is null for fp32 momentum.
 struct MomentumVector8 {
   uint2 codes;
   float absmax;
-  __device__ __forceinline__ void load(const Parameter& p, const Tile& tile, int64_t row) {
-    codes = *reinterpret_cast<const uint2*>(static_cast<const int8_t*>(p.exp_avg) + row * p.k +
-                                            tile.column);
-    absmax = p.absmax[row * p.grid.strips + tile.strip];
+  __device__ __forceinline__ void load(const char* exp_avg, const float* scale) {
+    codes = __ldcg(reinterpret_cast<const uint2*>(exp_avg));
+    absmax = __ldcg(scale);
   }
+  // beta1 times it.
   __device__ __forceinline__ void decayed(float beta1, float* m) const {
     decode_vector(codes, absmax * beta1, m);
   }
 };
 struct MomentumVector32 {
   float4 low, high;
-  __device__ __forceinline__ void load(const Parameter& p, const Tile& tile, int64_t row) {
-    const float4* m = reinterpret_cast<const float4*>(static_cast<const float*>(p.exp_avg) +
-                                                      row * p.k + tile.column);
-    low = m[0];
-    high = m[1];
+  __device__ __forceinline__ void load(const char* exp_avg, const float*) {
+    const float4* m = reinterpret_cast<const float4*>(exp_avg);
+    low = __ldcg(m);
+    high = __ldcg(m + 1);
   }
   __device__ __forceinline__ void decayed(float beta1, float* m) const {
     unpack_floats(low, high, m);
@@ -71,10 +70,12 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const Settings& s,
   constexpr bool is8bit = sizeof(M) == 1;
   const int64_t slabs = (p.n + p.apply_rows() - 1) / p.apply_rows();
   const Tile tile(p, task, p.apply_rows(), slabs);
+  // In registers: the compiler cannot know that the stores below leave `p` alone.
+  const Strided grad_tensor = p.grad, param_tensor = p.param;
+  const uint32_t index = p.index, step = p.scalars->step;
   const float shrink = p.scalars->shrink;
-  const uint32_t step = p.scalars->step;
   const bool stochastic = s.stochastic, cautious = s.cautious;
-  const bool draws = stochastic && p.param.dtype != kFloat32;
+  const bool draws = stochastic && param_tensor.dtype != kFloat32;
   const bool inside = tile.columns > 0;
   float column_factor[kVector], update_column[kVector];
   const int64_t first_column = tile.matrix * p.k + tile.column;
@@ -83,6 +84,21 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const Settings& s,
     column_factor[i] = inside ? p.col_factor[first_column + i] : 0.0f;
     update_column[i] = inside && !count_only ? p.update_col[first_column + i] : 0.0f;
   }
+  // Where the next row is, stepping down by `streams` rows.
+  const int64_t row = tile.first_row + tile.stream, e = row * p.k + tile.column;
+  const int64_t pitch = int64_t{tile.streams} * p.k;
+  const int64_t scale_pitch = is8bit ? int64_t{tile.streams} * p.grid.strips : 0;
+  const char* grad = bytes_at<G>(grad_tensor, e);
+  const int64_t grad_pitch = pitch * item_bytes<G>(grad_tensor);
+  char* param = bytes_at<P>(param_tensor, e);
+  const int64_t param_pitch = pitch * item_bytes<P>(param_tensor);
+  char* exp_avg = static_cast<char*>(p.exp_avg) + e * static_cast<int64_t>(sizeof(M));
+  const int64_t exp_avg_pitch = pitch * static_cast<int64_t>(sizeof(M));
+  float* scale = is8bit ? p.absmax + row * p.grid.strips + tile.strip : nullptr;
+  const float* gain = p.row_gain + row;
+  const float* update = p.update_row + row;
+  uint64_t element = p.offset + static_cast<uint64_t>(e);
+
   // What is read of one row; the next row's is on its way while this one's is worked on.
   struct Row {
     Pack<G> grad;
@@ -90,29 +106,37 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const Settings& s,
     typename MomentumVectorOf<M>::type momenta;
     float gain, update;
   };
-  const auto load_row = [&](int base) {
+  const auto load_row = [&](bool there) {
     Row r = {};
-    if (inside && base + tile.stream < tile.rows) {
-      const int64_t row = tile.first_row + base + tile.stream;
-      r.grad = load_pack<G>(p.grad, row * p.k + tile.column);
-      if (!count_only) r.param = load_pack<P>(p.param, row * p.k + tile.column);
-      r.momenta.load(p, tile, row);
-      r.gain = p.row_gain[row];
-      if (!count_only) r.update = p.update_row[row];
+    if (there) {
+      r.grad = load_pack<G>(grad_tensor, grad);
+      if (!count_only) r.param = load_pack<P>(param_tensor, param);
+      r.momenta.load(exp_avg, scale);
+      r.gain = __ldcg(gain);
+      if (!count_only) r.update = __ldcg(update);
     }
     return r;
   };
   int agreeing = 0;
-  Row next = load_row(0);
+  bool next_there = inside && tile.stream < tile.rows;
+  Row next = load_row(next_there);
   // Every thread takes part in every round: the largest value of a block needs all lanes.
+#pragma unroll 2
   for (int base = 0; base < tile.rows; base += tile.streams) {
     const Row now = next;
-    next = load_row(base + tile.streams);
-    const bool there = inside && base + tile.stream < tile.rows;
-    const int64_t row = tile.first_row + base + tile.stream;
-    const int64_t e = row * p.k + tile.column;
+    const bool there = next_there;
+    char *const param_now = param, *const exp_avg_now = exp_avg;
+    float* const scale_now = scale;
+    grad += grad_pitch;
+    param += param_pitch;
+    exp_avg += exp_avg_pitch;
+    scale += scale_pitch;
+    gain += tile.streams;
+    update += tile.streams;
+    next_there = inside && base + tile.streams + tile.stream < tile.rows;
+    next = load_row(next_there);
     float g[kVector], decayed[kVector], w[kVector], m[kVector];
-    unpack(p.grad, now.grad, g);
+    unpack(grad_tensor, now.grad, g);
     now.momenta.decayed(s.beta1, decayed);
     new_momentum(g, decayed, now.gain, column_factor, w, m);
     if (count_only) {
@@ -121,29 +145,26 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const Settings& s,
       continue;
     }
     float x[kVector];
-    unpack(p.param, now.param, x);
+    unpack(param_tensor, now.param, x);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       x[i] = updated(x[i], m[i], w[i], precondition(m[i], now.update, update_column[i]), shrink,
                      cautious);
     }
     const uint4 random =
-        draws ? random_words((p.offset + static_cast<uint64_t>(e)) / 8, p.index, step, s.seed)
-              : make_uint4(0, 0, 0, 0);
-    if (there) store_pack(Tag<P>(), p.param, e, x, random, stochastic);
+        draws ? random_words(element / 8, index, step, s.seed) : make_uint4(0, 0, 0, 0);
+    element += static_cast<uint64_t>(pitch);
+    if (there) store_pack(Tag<P>(), param_tensor, param_now, x, random, stochastic);
     if constexpr (is8bit) {
-      bool decays[kVector];
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) decays[i] = w[i] == 0.0f;
       uint2 codes;
-      const float absmax = encode_vector(m, decays, tile.lanes, &codes);
+      const float absmax = encode_vector(m, w, there, tile.lanes, &codes);
       __syncwarp();  // all lanes have read the old absmax before one writes the new
       if (there) {
-        *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.exp_avg) + e) = codes;
-        if (tile.lane == 0) p.absmax[row * p.grid.strips + tile.strip] = absmax;
+        *reinterpret_cast<uint2*>(exp_avg_now) = codes;
+        if (tile.lane == 0) *scale_now = absmax;
       }
     } else if (there) {
-      float4* out = reinterpret_cast<float4*>(static_cast<float*>(p.exp_avg) + e);
+      float4* out = reinterpret_cast<float4*>(exp_avg_now);
       out[0] = make_float4(m[0], m[1], m[2], m[3]);
       out[1] = make_float4(m[4], m[5], m[6], m[7]);
     }
@@ -177,10 +198,10 @@ struct BlockPlace {
 // Stores the new momentum of a warp's block.
 template <class M>
 __device__ __forceinline__ void store_block(const Parameter& p, const BlockPlace& place,
-                                            const float* m, const bool* decays) {
+                                            const float* m, const float* decaying) {
   if constexpr (sizeof(M) == 1) {
     uint2 codes;
-    const float absmax = encode_vector(m, decays, kWarp, &codes);
+    const float absmax = encode_vector(m, decaying, place.count > 0, kWarp, &codes);
     if (place.block < 0) return;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -204,8 +225,7 @@ template <class M, bool count_only>
 __device__ __forceinline__ int apply_blocks(const Parameter& p, const Settings& s, int64_t task) {
   const BlockPlace place(p, task);
   const bool stochastic = s.stochastic, cautious = s.cautious;
-  float m[kVector] = {};
-  bool decays[kVector] = {};
+  float m[kVector] = {}, decaying[kVector] = {};
   int agreeing = 0;
   uint4 random = make_uint4(0, 0, 0, 0);
   if (!count_only && stochastic && p.param.dtype != kFloat32) {
@@ -219,7 +239,7 @@ __device__ __forceinline__ int apply_blocks(const Parameter& p, const Settings& 
     const int64_t column = row / p.n * p.k + (e - row * p.k);
     const float w = precondition(load_one(p.grad, e), p.row_gain[row], p.col_factor[column]);
     m[i] = momentum(load_momentum(p, e, s.beta1, static_cast<M*>(nullptr)), w);
-    decays[i] = w == 0.0f;
+    decaying[i] = w;
     if (count_only) {
       agreeing += agrees(m[i], w) ? 1 : 0;
       continue;
@@ -231,15 +251,67 @@ __device__ __forceinline__ int apply_blocks(const Parameter& p, const Settings& 
   }
   if (!count_only) {
     __syncwarp();  // all codes are read before the first is written
-    store_block<M>(p, place, m, decays);
+    store_block<M>(p, place, m, decaying);
   }
   return agreeing;
 }
 
-template <class P, class G, class M, bool fast, bool count_only>
+// The same where a thread's eight elements are in one row and aligned; 8-bit momentum.
+template <class P, class G, bool count_only>
+__device__ __forceinline__ int apply_vector_blocks(const Parameter& p, const Settings& s,
+                                                   int64_t task) {
+  const BlockPlace place(p, task);
+  const bool there = place.count > 0;  // all eight, then
+  const int64_t e = place.first, row = e / p.k;
+  const int64_t first_column = row / p.n * p.k + (e - row * p.k);
+  float w[kVector] = {}, m[kVector] = {};
+  int agreeing = 0;
+  if (there) {
+    float g[kVector], decayed[kVector], column_factor[kVector];
+    const float4* factors = reinterpret_cast<const float4*>(p.col_factor + first_column);
+    unpack_floats(factors[0], factors[1], column_factor);
+    unpack(p.grad, load_pack<G>(p.grad, e), g);
+    const uint2 codes =
+        __ldcg(reinterpret_cast<const uint2*>(static_cast<const int8_t*>(p.exp_avg) + e));
+    decode_vector(codes, __ldcg(p.absmax + place.block) * s.beta1, decayed);
+    new_momentum(g, decayed, p.row_gain[row], column_factor, w, m);
+  }
+  if (count_only) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) agreeing += there && agrees(m[i], w[i]) ? 1 : 0;
+    return agreeing;
+  }
+  if (there) {
+    float x[kVector], update_column[kVector];
+    const float4* factors = reinterpret_cast<const float4*>(p.update_col + first_column);
+    unpack_floats(factors[0], factors[1], update_column);
+    unpack(p.param, load_pack<P>(p.param, e), x);
+    const float update_row = p.update_row[row], shrink = p.scalars->shrink;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      x[i] = updated(x[i], m[i], w[i], precondition(m[i], update_row, update_column[i]), shrink,
+                     s.cautious);
+    }
+    const uint4 random = s.stochastic && p.param.dtype != kFloat32
+                             ? random_words((p.offset + static_cast<uint64_t>(e)) / 8, p.index,
+                                            p.scalars->step, s.seed)
+                             : make_uint4(0, 0, 0, 0);
+    store_pack(Tag<P>(), p.param, bytes_at<P>(p.param, e), x, random, s.stochastic);
+  }
+  uint2 codes;
+  const float absmax = encode_vector(m, w, there, kWarp, &codes);
+  __syncwarp();  // all lanes have read the old absmax before one writes the new
+  if (there) *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.exp_avg) + e) = codes;
+  if (place.block >= 0 && threadIdx.x % kWarp == 0) p.absmax[place.block] = absmax;
+  return 0;
+}
+
+template <class P, class G, class M, Access access, bool count_only>
 __device__ __forceinline__ int apply_task(const Parameter& p, const Settings& s, int64_t task) {
-  if constexpr (fast) {
+  if constexpr (access == kTiles) {
     return apply_tile<P, G, M, count_only>(p, s, task);
+  } else if constexpr (access == kBlocks) {
+    return apply_vector_blocks<P, G, count_only>(p, s, task);
   } else {
     return apply_blocks<M, count_only>(p, s, task);
   }

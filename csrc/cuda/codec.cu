@@ -33,11 +33,13 @@ __global__ void __launch_bounds__(kThreads)
                     float* absmax) {
   const Place place(slices, slice_len);
   float m[kVector];
-  const bool decays[kVector] = {};
 #pragma unroll
   for (int i = 0; i < kVector; ++i) m[i] = i < place.count ? x[place.first + i] : 0.0f;
+  float none[kVector];  // decays
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) none[i] = 1.0f;
   uint2 out;
-  const float largest = encode_vector(m, decays, kWarp, &out);
+  const float largest = encode_vector(m, none, true, kWarp, &out);
   if (place.block < 0) return;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {

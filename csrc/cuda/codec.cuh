@@ -33,32 +33,32 @@ __device__ __forceinline__ float decode_one(int8_t code, float absmax) {
   return code == kNanCode ? bits_float(0x7fc00000u) : decode(static_cast<float>(code), absmax);
 }
 
-// The largest magnitude of eight values as its bit pattern; one that is not finite is larger than
-// any that is.
-__device__ __forceinline__ uint32_t largest_pattern(const float* m) {
-  uint32_t largest = 0;
+// The largest magnitude below infinity.
+__device__ __forceinline__ float largest_finite(const float* m) {
+  float largest = 0.0f;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    const uint32_t pattern = float_bits(m[i]) & 0x7fffffffu;
-    largest = largest < pattern ? pattern : largest;
-  }
-  return largest;
-}
-__device__ __forceinline__ uint32_t largest_finite_pattern(const float* m) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    const uint32_t pattern = float_bits(m[i]) & 0x7fffffffu;
-    if (pattern < 0x7f800000u && largest < pattern) largest = pattern;
+    if (is_finite(m[i])) largest = larger_magnitude(largest, m[i]);
   }
   return largest;
 }
 
-// The largest over neighbouring `lanes` threads.
-__device__ __forceinline__ uint32_t largest_of_lanes(uint32_t x, int lanes) {
+// The largest over neighbouring `lanes` threads; NaN if there is one.
+__device__ __forceinline__ float largest_of_lanes(float x, int lanes) {
+  if (lanes == kWarp) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return bits_float(__reduce_max_sync(0xffffffffu, float_bits(x)));  // patterns sort like values
+#else
+#pragma unroll
+    for (int half = kWarp / 2; half > 0; half /= 2) {
+      x = larger_magnitude(x, __shfl_xor_sync(0xffffffffu, x, half));
+    }
+    return x;
+#endif
+  }
+#pragma unroll 1
   for (int half = lanes / 2; half > 0; half /= 2) {
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, x, half);
-    x = x < other ? other : x;
+    x = larger_magnitude(x, __shfl_xor_sync(0xffffffffu, x, half));
   }
   return x;
 }
@@ -72,28 +72,41 @@ __device__ __forceinline__ uint32_t encode_one(float value, float scale, float s
   return float_bits(signed_level + 0x1.8p23f);
 }
 
+// The same rounded to nearest: code_level with kNearestStep, the guess left where it stands in the
+// mantissa of 2^23 (which truncates it), and one subtraction to the point where the next one
+// begins.
+__device__ __forceinline__ uint32_t encode_nearest(float value, float scale) {
+  const float square = level_square(value, scale);
+  const float guess = __fadd_rz(rough_root(square) + 0.4375f, 0x1p23f);
+  const float next = guess - (0x1p23f - kNearestStep);
+  const float level = next * next > square ? next - kNearestStep : next + kNearestStep;
+  const float signed_level = bits_float(float_bits(level) | (float_bits(value) & 0x80000000u));
+  return float_bits(signed_level + 0x1.8p23f);
+}
+
 // Codes of eight values whose block, spread over `lanes` neighbouring threads, they are part of.
-// `decays[i]` rounds value i toward zero. All threads of the warp take part. Returns the absmax.
-__device__ __forceinline__ float encode_vector(const float* m, const bool* decays, int lanes,
-                                               uint2* codes) {
-  const uint32_t largest = largest_of_lanes(largest_pattern(m), lanes);
-  const bool odd = largest >= 0x7f800000u || (largest != 0 && bits_float(largest) < kTinyAbsmax);
-  float absmax = bits_float(largest);
+// Where `decaying[i]` is zero value i is rounded toward zero. All threads of the warp take part,
+// also those whose values are not `there` but zeros. Returns the absmax.
+__device__ __forceinline__ float encode_vector(const float* m, const float* decaying, bool there,
+                                               int lanes, uint2* codes) {
+  float absmax = largest_of_lanes(largest_magnitude(m), lanes);
+  const bool usual = absmax == 0.0f || (absmax >= kTinyAbsmax && is_finite(absmax));
+  bool decays = false;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) decays = decays || decaying[i] == 0.0f;
   uint32_t words[kVector];
-  if (__all_sync(0xffffffffu, !odd)) {
+  if (__all_sync(0xffffffffu, usual && !(decays && there))) {
     const float scale = level_scale(absmax);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      words[i] = encode_one(m[i], scale, decays[i] ? kDecayStep : kNearestStep);
-    }
-  } else {  // something is not finite, or everything is tiny
-    absmax = bits_float(largest_of_lanes(largest_finite_pattern(m), lanes));
+    for (int i = 0; i < kVector; ++i) words[i] = encode_nearest(m[i], scale);
+  } else {  // something decays, is not finite, or everything is tiny
+    absmax = largest_of_lanes(largest_finite(m), lanes);
     const float factor = absmax < kTinyAbsmax ? kTinyFactor : 1.0f, scale = level_scale(absmax);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      words[i] = is_finite(m[i])
-                     ? encode_one(m[i] * factor, scale, decays[i] ? kDecayStep : kNearestStep)
-                     : static_cast<uint32_t>(kNanCode);
+      const float step = decaying[i] == 0.0f ? kDecayStep : kNearestStep;
+      words[i] = is_finite(m[i]) ? encode_one(m[i] * factor, scale, step)
+                                 : static_cast<uint32_t>(kNanCode);
     }
     if (absmax < kSmallestAbsmax) absmax = 0.0f;
   }

@@ -130,32 +130,32 @@ __global__ void __launch_bounds__(kThreads)
   residual_combine(p, s, task, buffer);
 }
 
-template <class M, bool fast>
-__global__ void __launch_bounds__(kThreads)
+template <class M, Access access>
+__global__ void __launch_bounds__(kThreads, 3)
     agreeing_kernel(const Parameter* parameters, int count, Settings s) {
   __shared__ Parameter p;
   __shared__ float buffer[kThreads];
   const int64_t task = find_task(parameters, count, kSweepC, blockIdx.x, &p);
   if (!p.scalars->alive || !p.scalars->u_finite) return;
-  const int found = apply_task<Any, Any, M, fast, true>(p, s, task);
+  const int found = apply_task<Any, Any, M, access, true>(p, s, task);
   store_count(found, p.agreeing + task, buffer);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    update_rows_kernel(const Parameter* parameters, int count, Settings s, bool fast) {
+    update_rows_kernel(const Parameter* parameters, int count, Settings s, Access access) {
   __shared__ Parameter p;
   __shared__ float buffer[kThreads];
   const int64_t task = find_task(parameters, count, kRows, blockIdx.x, &p);
-  update_rows(p, s, task, apply_tiles(p, fast), buffer);
+  update_rows(p, s, task, apply_tasks(p, access), buffer);
 }
 
-template <class P, class G, class M, bool fast>
-__global__ void __launch_bounds__(kThreads, fast ? 2 : 1)
+template <class P, class G, class M, Access access>
+__global__ void __launch_bounds__(kThreads, access == kTiles ? 2 : 1)
     apply_kernel(const Parameter* parameters, int count, Settings s) {
   __shared__ Parameter p;
   const int64_t task = find_task(parameters, count, kSweepC, blockIdx.x, &p);
   if (!p.scalars->alive || !p.scalars->u_finite) return;
-  apply_task<P, G, M, fast, false>(p, s, task);
+  apply_task<P, G, M, access, false>(p, s, task);
 }
 
 // All of it for one small parameter per block.
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ float row_factors[kMaxSlabRows];
   copy_parameter(parameters[blockIdx.x], &p);
   const int64_t chunks = p.b * (p.row_chunks() + p.col_chunks());
-  const int64_t apply_count = apply_tiles(p, fast);
+  const int64_t apply_count = apply_tasks(p, kTiles);
   for (int64_t task = 0; task < p.tiles(); ++task) second_moment_tile<Any, fast>(p, task, buffer);
   __syncthreads();
   for (int64_t task = 0; task < chunks; ++task) {
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool done = alive && p.scalars->u_finite;
   if (done && s.cautious) {
     for (int64_t task = 0; task < apply_count; ++task) {
-      const int found = apply_task<Any, Any, M, fast, true>(p, s, task);
+      const int found = apply_task<Any, Any, M, kTiles, true>(p, s, task);
       store_count(found, p.agreeing + task, buffer);
     }
     __syncthreads();
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   if (!done) return;
   for (int64_t task = 0; task < apply_count; ++task) {
-    apply_task<Any, Any, M, fast, false>(p, s, task);
+    apply_task<Any, Any, M, kTiles, false>(p, s, task);
   }
 }
 
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class M, bool fast>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     flat_agreeing_kernel(const Parameter* parameters, int count, Settings s) {
   __shared__ Parameter p;
   __shared__ float buffer[kThreads];
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class M, bool fast>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     flat_apply_kernel(const Parameter* parameters, int count, Settings s) {
   __shared__ Parameter p;
   __shared__ float buffer[kThreads];

@@ -28,33 +28,41 @@ CAME8BIT_INLINE uint32_t word_of(const uint4& words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
+// Where eight elements are, in bytes, and how far apart neighbours stand.
 template <class T>
-__device__ __forceinline__ Pack<T> load_pack(const Strided& t, int64_t e);
+__device__ __forceinline__ int item_bytes(const Strided& t) {
+  return sizeof(T) == sizeof(float) || (sizeof(T) == 1 && t.dtype == kFloat32) ? 4 : 2;
+}
+template <class T>
+__device__ __forceinline__ char* bytes_at(const Strided& t, int64_t e) {
+  return static_cast<char*>(t.data) + e * item_bytes<T>(t);
+}
 
-template <>
-__device__ __forceinline__ Pack<float> load_pack<float>(const Strided& t, int64_t e) {
-  const float4* p = reinterpret_cast<const float4*>(static_cast<const float*>(t.data) + e);
-  return {p[0], p[1]};
+// Loads that stay in the L2 cache: no line is read twice by one multiprocessor.
+__device__ __forceinline__ Pack<float> load_pack(Pack<float>, const Strided&, const char* p) {
+  const float4* words = reinterpret_cast<const float4*>(p);
+  return {__ldcg(words), __ldcg(words + 1)};
 }
-template <>
-__device__ __forceinline__ Pack<Bf16> load_pack<Bf16>(const Strided& t, int64_t e) {
-  return {*reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(t.data) + e)};
+__device__ __forceinline__ Pack<Bf16> load_pack(Pack<Bf16>, const Strided&, const char* p) {
+  return {__ldcg(reinterpret_cast<const uint4*>(p))};
 }
-template <>
-__device__ __forceinline__ Pack<Half> load_pack<Half>(const Strided& t, int64_t e) {
-  return {*reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(t.data) + e)};
+__device__ __forceinline__ Pack<Half> load_pack(Pack<Half>, const Strided&, const char* p) {
+  return {__ldcg(reinterpret_cast<const uint4*>(p))};
 }
-template <>
-__device__ __forceinline__ Pack<Any> load_pack<Any>(const Strided& t, int64_t e) {
+__device__ __forceinline__ Pack<Any> load_pack(Pack<Any>, const Strided& t, const char* p) {
+  const uint4* words = reinterpret_cast<const uint4*>(p);
   Pack<Any> pack = {};
-  if (t.dtype == kFloat32) {
-    const uint4* p = reinterpret_cast<const uint4*>(static_cast<const float*>(t.data) + e);
-    pack.low = p[0];
-    pack.high = p[1];
-  } else {
-    pack.low = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(t.data) + e);
-  }
+  pack.low = __ldcg(words);
+  if (t.dtype == kFloat32) pack.high = __ldcg(words + 1);
   return pack;
+}
+template <class T>
+__device__ __forceinline__ Pack<T> load_pack(const Strided& t, const char* p) {
+  return load_pack(Pack<T>{}, t, p);
+}
+template <class T>
+__device__ __forceinline__ Pack<T> load_pack(const Strided& t, int64_t e) {
+  return load_pack(Pack<T>{}, t, bytes_at<T>(t, e));
 }
 
 __device__ __forceinline__ void unpack_floats(const float4& low, const float4& high, float* x) {
@@ -100,6 +108,23 @@ __device__ __forceinline__ void unpack(const Strided& t, const Pack<Any>& pack, 
   }
 }
 
+// The larger magnitude; NaN if there is one.
+__device__ __forceinline__ float larger_magnitude(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(abs(a)), "f"(abs(b)));
+  return larger;
+#else
+  const uint32_t x = float_bits(a) & 0x7fffffffu, y = float_bits(b) & 0x7fffffffu;
+  return bits_float(x < y ? y : x);
+#endif
+}
+__device__ __forceinline__ float largest_magnitude(const float* x) {
+  return larger_magnitude(
+      larger_magnitude(larger_magnitude(x[0], x[1]), larger_magnitude(x[2], x[3])),
+      larger_magnitude(larger_magnitude(x[4], x[5]), larger_magnitude(x[6], x[7])));
+}
+
 // Two fp32 values rounded to bf16, each with 16 random bits or (not `stochastic`) to nearest.
 __device__ __forceinline__ uint32_t two_bf16(float a, float b, uint32_t random, bool stochastic) {
   const int32_t low = round_bf16(a, static_cast<int32_t>(random & 0xffffu), stochastic);
@@ -117,41 +142,48 @@ __device__ __forceinline__ uint32_t two_half(float a, float b, uint32_t random, 
 template <class T>
 struct Tag {};
 
-// Stores eight values; `random` holds their random bits.
-__device__ __forceinline__ void store_pack(Tag<float>, const Strided& t, int64_t e, const float* x,
+// Stores eight values that will not be read again soon; `random` holds their random bits.
+__device__ __forceinline__ void store_pack(Tag<float>, const Strided&, char* p, const float* x,
                                            const uint4&, bool) {
-  float4* p = reinterpret_cast<float4*>(static_cast<float*>(t.data) + e);
-  p[0] = make_float4(x[0], x[1], x[2], x[3]);
-  p[1] = make_float4(x[4], x[5], x[6], x[7]);
+  __stcs(reinterpret_cast<float4*>(p), make_float4(x[0], x[1], x[2], x[3]));
+  __stcs(reinterpret_cast<float4*>(p) + 1, make_float4(x[4], x[5], x[6], x[7]));
 }
-__device__ __forceinline__ void store_pack(Tag<Bf16>, const Strided& t, int64_t e, const float* x,
+__device__ __forceinline__ void store_pack(Tag<Bf16>, const Strided& t, char* p, const float* x,
                                            const uint4& random, bool stochastic) {
   uint32_t words[4];
+  if (stochastic && largest_magnitude(x) < bits_float(0x7f7f0000u)) {
+    // None is beyond the largest finite bf16: round_bf16 is an addition.
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    words[i] = two_bf16(x[2 * i], x[2 * i + 1], word_of(random, i), stochastic);
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t word = word_of(random, i);
+      words[i] = __byte_perm(float_bits(x[2 * i]) + (word & 0xffffu),
+                             float_bits(x[2 * i + 1]) + (word >> 16), 0x7632);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      words[i] = two_bf16(x[2 * i], x[2 * i + 1], word_of(random, i), stochastic);
+    }
   }
-  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(t.data) + e) =
-      make_uint4(words[0], words[1], words[2], words[3]);
+  __stcs(reinterpret_cast<uint4*>(p), make_uint4(words[0], words[1], words[2], words[3]));
 }
-__device__ __forceinline__ void store_pack(Tag<Half>, const Strided& t, int64_t e, const float* x,
+__device__ __forceinline__ void store_pack(Tag<Half>, const Strided& t, char* p, const float* x,
                                            const uint4& random, bool stochastic) {
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     words[i] = two_half(x[2 * i], x[2 * i + 1], word_of(random, i), stochastic);
   }
-  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(t.data) + e) =
-      make_uint4(words[0], words[1], words[2], words[3]);
+  __stcs(reinterpret_cast<uint4*>(p), make_uint4(words[0], words[1], words[2], words[3]));
 }
-__device__ __forceinline__ void store_pack(Tag<Any>, const Strided& t, int64_t e, const float* x,
+__device__ __forceinline__ void store_pack(Tag<Any>, const Strided& t, char* p, const float* x,
                                            const uint4& random, bool stochastic) {
   if (t.dtype == kFloat32) {
-    store_pack(Tag<float>(), t, e, x, random, stochastic);
+    store_pack(Tag<float>(), t, p, x, random, stochastic);
   } else if (t.dtype == kBfloat16) {
-    store_pack(Tag<Bf16>(), t, e, x, random, stochastic);
+    store_pack(Tag<Bf16>(), t, p, x, random, stochastic);
   } else {
-    store_pack(Tag<Half>(), t, e, x, random, stochastic);
+    store_pack(Tag<Half>(), t, p, x, random, stochastic);
   }
 }
 

@@ -26,6 +26,13 @@ struct Strides {
   int64_t sizes[kMaxDims], strides[kMaxDims];
 };
 
+// How eight neighbouring elements are reached, which decides what kernels run.
+enum Access : int {
+  kOneByOne,  // any layout
+  kBlocks,    // as vectors; sweep C by blocks of the 8-bit code, which do not end where rows do
+  kTiles,     // as vectors; sweep C by tiles: a row has whole blocks of its own
+};
+
 // Parameter or gradient; `strides` is null where it is contiguous.
 struct Strided {
   void* data;
@@ -80,6 +87,7 @@ struct Parameter {
   int64_t slices, slice_len, blocks_per_slice;
   uint64_t offset;  // row-major index of the first element in the full parameter
   uint32_t index;
+  int whole_blocks;  // whether every row has blocks of the 8-bit code of its own
   Grid grid;
 
   // Workspace.

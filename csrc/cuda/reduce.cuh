@@ -11,7 +11,12 @@ __device__ __forceinline__ float sum_vector(const float* x) {
 }
 
 // Sum over the `lanes` (a power of two) neighbouring threads of a warp; every one of them gets it.
-__device__ __forceinline__ float sum_lanes(float x, int lanes = kWarp) {
+__device__ __forceinline__ float sum_lanes(float x) {
+#pragma unroll
+  for (int half = kWarp / 2; half > 0; half /= 2) x += __shfl_xor_sync(0xffffffffu, x, half);
+  return x;
+}
+__device__ __forceinline__ float sum_lanes(float x, int lanes) {
 #pragma unroll 1
   for (int half = lanes / 2; half > 0; half /= 2) x += __shfl_xor_sync(0xffffffffu, x, half);
   return x;
@@ -19,7 +24,8 @@ __device__ __forceinline__ float sum_lanes(float x, int lanes = kWarp) {
 
 // Four such sums with a third of the exchanges: each halving of the first two also halves what a
 // thread is responsible for. A thread ends up with the sum of x[which].
-__device__ __forceinline__ float sum_lanes_of_four(const float* x, int lanes, int lane,
+template <class Lanes>
+__device__ __forceinline__ float sum_lanes_of_four(const float* x, Lanes lanes, int lane,
                                                    int* which) {
   const bool upper = (lane & (lanes / 2)) != 0;
   float a = upper ? x[2] : x[0], b = upper ? x[3] : x[1];
@@ -29,8 +35,16 @@ __device__ __forceinline__ float sum_lanes_of_four(const float* x, int lanes, in
   float sum = second ? b : a;
   sum += __shfl_xor_sync(0xffffffffu, second ? a : b, lanes / 4);
   *which = (upper ? 2 : 0) + (second ? 1 : 0);
-  return sum_lanes(sum, lanes / 4);
+#pragma unroll
+  for (int half = lanes / 8; half > 0; half /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, half);
+  return sum;
 }
+
+// A number of lanes that is known when compiling.
+template <int n>
+struct Constant {
+  __host__ __device__ constexpr operator int() const { return n; }
+};
 
 // Halves `size` values in shared memory (x[i] += x[i + half]) until `stop` of them are left. All
 // threads of the block take part; writes before and reads after are safe.

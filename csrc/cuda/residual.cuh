@@ -20,11 +20,14 @@ struct MomentumRows<int8_t, true> {
     for (int q = 0; q < kRowsAtOnce; ++q) {
       const int64_t r = tile.first_row + row + q * tile.streams;
       const bool there = row + q * tile.streams < tile.rows && tile.columns > 0;
-      codes[q] = there ? *reinterpret_cast<const uint2*>(static_cast<const int8_t*>(p.exp_avg) +
-                                                         r * p.k + tile.column)
+      codes[q] = there ? __ldcg(reinterpret_cast<const uint2*>(
+                             static_cast<const int8_t*>(p.exp_avg) + r * p.k + tile.column))
                        : make_uint2(0, 0);
-      // A row has whole blocks of its own, one for every strip.
-      absmax[q] = there ? p.absmax[r * p.grid.strips + tile.strip] : 0.0f;
+      const int64_t block =
+          p.whole_blocks
+              ? r * p.grid.strips + tile.strip
+              : tile.slice_block + (r * p.k + tile.column - tile.slice_first) / kBlockSize;
+      absmax[q] = there ? __ldcg(p.absmax + block) : 0.0f;
     }
   }
   __device__ __forceinline__ void get(const Parameter&, const Tile&, int, int q, float* m) const {
@@ -44,8 +47,8 @@ struct MomentumRows<float, true> {
       if (row + q * tile.streams < tile.rows && tile.columns > 0) {
         const float4* m = reinterpret_cast<const float4*>(static_cast<const float*>(p.exp_avg) +
                                                           r * p.k + tile.column);
-        low[q] = m[0];
-        high[q] = m[1];
+        low[q] = __ldcg(m);
+        high[q] = __ldcg(m + 1);
       }
     }
   }

@@ -38,7 +38,7 @@ class Arena {
   int64_t used_ = 0;
 };
 
-void lay_out_factored(Parameter& p, bool fast, bool cautious, Arena& arena) {
+void lay_out_factored(Parameter& p, Access access, bool cautious, Arena& arena) {
   const int64_t rows = p.b * p.n, cols = p.b * p.k;
   p.row_part = arena.take<float>(3 * p.grid.strips * rows);
   p.col_part = arena.take<float>(3 * p.grid.slabs * cols);
@@ -54,10 +54,10 @@ void lay_out_factored(Parameter& p, bool fast, bool cautious, Arena& arena) {
   p.root_mean = arena.take<float>(p.b);
   p.total = arena.take<float>(p.b);
   p.predicted = arena.take<float>(p.b);
-  p.agreeing = cautious ? arena.take<int>(apply_tiles(p, fast)) : nullptr;
+  p.agreeing = cautious ? arena.take<int>(apply_tasks(p, access)) : nullptr;
 }
 
-void lay_out_flat(Parameter& p, bool, bool cautious, Arena& arena) {
+void lay_out_flat(Parameter& p, Access, bool cautious, Arena& arena) {
   p.tile_sum = arena.take<float>(2 * flat_tiles(p));
   p.agreeing = cautious ? arena.take<int>(flat_apply_tasks(p)) : nullptr;
 }
@@ -66,12 +66,13 @@ void lay_out_flat(Parameter& p, bool, bool cautious, Arena& arena) {
 
 // Parameters of one kind run the same kernels.
 struct Kind {
-  bool small, fast, is8bit;
+  bool small, is8bit;
+  Access access;
   int param_type, grad_type;  // kAnyType where kernels find out when running
 
   bool operator<(const Kind& other) const {
-    return std::tie(small, fast, is8bit, param_type, grad_type) <
-           std::tie(other.small, other.fast, other.is8bit, other.param_type, other.grad_type);
+    return std::tie(small, access, is8bit, param_type, grad_type) <
+           std::tie(other.small, other.access, other.is8bit, other.param_type, other.grad_type);
   }
 };
 
@@ -85,27 +86,27 @@ bool aligned(const void* p, size_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 
-// Whether eight neighbouring elements can be read and written at once.
-bool is_fast(const HostParameter& h, bool factored) {
+Access access_of(const HostParameter& h, bool factored) {
   const Parameter& p = h.parameter;
-  if (h.param_strides.dims != 0 || h.grad_strides.dims != 0) return false;
+  if (h.param_strides.dims != 0 || h.grad_strides.dims != 0) return kOneByOne;
   if (!aligned(p.param.data, 16) || !aligned(p.grad.data, 16) || !aligned(p.exp_avg, 16)) {
-    return false;
+    return kOneByOne;
   }
-  if (p.offset % kVector != 0) return false;
-  if (!factored) return !h.is8bit || p.slice_len % kVector == 0;
-  if (p.k % kVector != 0) return false;
-  return !h.is8bit || p.slice_len == p.k || p.k % kBlockSize == 0;
+  if (p.offset % kVector != 0) return kOneByOne;
+  if (!factored) return !h.is8bit || p.slice_len % kVector == 0 ? kTiles : kOneByOne;
+  if (p.k % kVector != 0) return kOneByOne;
+  return !h.is8bit || p.whole_blocks ? kTiles : kBlocks;
 }
 
 Kind kind_of(const HostParameter& h, bool factored, const Tuning& tuning) {
   const Parameter& p = h.parameter;
   Kind kind = {};
-  kind.fast = is_fast(h, factored);
+  kind.access = access_of(h, factored);
   kind.is8bit = h.is8bit;
-  kind.small = kind.fast && (factored || !h.is8bit) && p.numel() <= tuning.small_elements;
+  kind.small =
+      kind.access == kTiles && (factored || !h.is8bit) && p.numel() <= tuning.small_elements;
   kind.param_type = kind.grad_type = kAnyType;
-  if (kind.fast && !kind.small && factored) {
+  if (kind.access != kOneByOne && !kind.small && factored) {
     kind.grad_type = p.grad.dtype;
     if (p.param.dtype == p.grad.dtype) kind.param_type = p.param.dtype;
   }
@@ -136,7 +137,7 @@ std::vector<Group> group(std::vector<HostParameter>& parameters, bool factored, 
     if (h.parameter.numel() == 0) continue;
     const Kind kind = kind_of(h, factored, tuning);
     Arena measure(nullptr);
-    lay_out(h.parameter, kind.fast, cautious, measure);
+    lay_out(h.parameter, kind.access, cautious, measure);
     Open& o = open[kind];
     o.group.kind = kind;
     const int64_t swept = swept_bytes(h);
@@ -200,9 +201,9 @@ struct Launches {
   }
 };
 
-template <class M, bool fast>
+template <class M, Access access>
 void run_factored(const Kind& kind, const Launches& l, const Settings& s) {
-  if (kind.small) return l.run(small_factored_kernel<M>, l.count, s);
+  constexpr bool fast = access != kOneByOne;
   // Types are known in the fast kernels only.
   const auto with_grad = [&](const auto& call) {
     if constexpr (fast) {
@@ -222,34 +223,51 @@ void run_factored(const Kind& kind, const Launches& l, const Settings& s) {
     l.run(residual_kernel<G, M, fast>, l.blocks[kSweepA], l.count, s);
   });
   l.run(residual_combine_kernel, l.blocks[kCombine], l.count, s);
-  if (s.cautious) l.run(agreeing_kernel<M, fast>, l.blocks[kSweepC], l.count, s);
-  l.run(update_rows_kernel, l.blocks[kRows], l.count, s, fast);
-  if constexpr (fast) {
+  if (s.cautious) l.run(agreeing_kernel<M, access>, l.blocks[kSweepC], l.count, s);
+  l.run(update_rows_kernel, l.blocks[kRows], l.count, s, access);
+  if constexpr (access == kTiles) {
     with_type(kind.param_type, [&](auto t) {
       using T = typename decltype(t)::type;
-      l.run(apply_kernel<T, T, M, fast>, l.blocks[kSweepC], l.count, s);
+      l.run(apply_kernel<T, T, M, access>, l.blocks[kSweepC], l.count, s);
     });
   } else {
-    l.run(apply_kernel<Any, Any, M, fast>, l.blocks[kSweepC], l.count, s);
+    l.run(apply_kernel<Any, Any, M, access>, l.blocks[kSweepC], l.count, s);
   }
 }
 
+void run_factored(const Kind& kind, const Launches& l, const Settings& s) {
+  with_momentum(kind.is8bit, [&](auto m) {
+    using M = typename decltype(m)::type;
+    if (kind.small) return l.run(small_factored_kernel<M>, l.count, s);
+    if (kind.access == kTiles) return run_factored<M, kTiles>(kind, l, s);
+    if (kind.access == kOneByOne) return run_factored<M, kOneByOne>(kind, l, s);
+    if constexpr (sizeof(M) == 1) run_factored<M, kBlocks>(kind, l, s);
+  });
+}
+
 template <class M, bool fast>
-void run_flat(const Kind& kind, const Launches& l, const Settings& s) {
-  if (kind.small) return l.run(small_flat_kernel, l.count, s);
+void run_flat(const Launches& l, const Settings& s) {
   l.run(flat_sum_kernel<fast, false>, l.blocks[kSweepA], l.count, s);
   l.run(flat_sum_kernel<fast, true>, l.blocks[kSweepA], l.count, s);
   if (s.cautious) l.run(flat_agreeing_kernel<M, fast>, l.blocks[kSweepC], l.count, s);
   l.run(flat_apply_kernel<M, fast>, l.blocks[kSweepC], l.count, s);
 }
 
-void count_blocks(Parameter& p, bool factored, bool fast, int64_t* blocks) {
+void run_flat(const Kind& kind, const Launches& l, const Settings& s) {
+  if (kind.small) return l.run(small_flat_kernel, l.count, s);
+  with_momentum(kind.is8bit, [&](auto m) {
+    using M = typename decltype(m)::type;
+    kind.access == kTiles ? run_flat<M, true>(l, s) : run_flat<M, false>(l, s);
+  });
+}
+
+void count_blocks(Parameter& p, bool factored, Access access, int64_t* blocks) {
   for (int phase = 0; phase < kPhases; ++phase) p.first[phase] = blocks[phase];
   if (factored) {
     blocks[kSweepA] += p.tiles();
     blocks[kCombine] += p.b * (p.row_chunks() + p.col_chunks());
     blocks[kRows] += p.b * ((p.n + kThreads - 1) / kThreads);
-    blocks[kSweepC] += apply_tiles(p, fast);
+    blocks[kSweepC] += apply_tasks(p, access);
   } else {
     blocks[kSweepA] += flat_tiles(p);
     blocks[kSweepC] += flat_apply_tasks(p);
@@ -287,7 +305,7 @@ void step(std::vector<HostParameter>& parameters, const Settings& s, const Tenso
     Arena arena(nullptr);
     for (size_t i : g.members) {
       HostParameter& h = parameters[i];
-      lay_out(h.parameter, g.kind.fast, s.cautious, arena);
+      lay_out(h.parameter, g.kind.access, s.cautious, arena);
       if (h.param_strides.dims != 0) strides.push_back(h.param_strides);
       if (h.grad_strides.dims != 0) strides.push_back(h.grad_strides);
     }
@@ -316,11 +334,11 @@ void step(std::vector<HostParameter>& parameters, const Settings& s, const Tenso
     for (size_t i : g.members) {
       HostParameter& h = parameters[i];
       Parameter& p = h.parameter;
-      lay_out(p, g.kind.fast, s.cautious, pieces);
+      lay_out(p, g.kind.access, s.cautious, pieces);
       if (h.param_strides.dims != 0) p.param.strides = next_strides++;
       if (h.grad_strides.dims != 0) p.grad.strides = next_strides++;
       p.scalars = scalars + described.size();
-      count_blocks(p, factored, g.kind.fast, l.blocks);
+      count_blocks(p, factored, g.kind.access, l.blocks);
       described.push_back(p);
     }
     launches.push_back(l);
@@ -334,17 +352,8 @@ void step(std::vector<HostParameter>& parameters, const Settings& s, const Tenso
         launch(describe, 1, kThreads, stream, batch, size, s, out + first);
       });
   for (size_t i = 0; i < groups.size(); ++i) {
-    const Kind& kind = groups[i].kind;
-    with_momentum(kind.is8bit, [&](auto m) {
-      using M = typename decltype(m)::type;
-      if (factored) {
-        kind.fast ? run_factored<M, true>(kind, launches[i], s)
-                  : run_factored<M, false>(kind, launches[i], s);
-      } else {
-        kind.fast ? run_flat<M, true>(kind, launches[i], s)
-                  : run_flat<M, false>(kind, launches[i], s);
-      }
-    });
+    factored ? run_factored(groups[i].kind, launches[i], s)
+             : run_flat(groups[i].kind, launches[i], s);
   }
 }
 
@@ -396,6 +405,7 @@ void factored_step(std::vector<HostParameter>& parameters, const Settings& setti
   for (HostParameter& h : parameters) {
     Parameter& p = h.parameter;
     p.grid = Grid::of(p.b, p.n, p.k);
+    p.whole_blocks = p.slice_len == p.k || p.k % kBlockSize == 0 ? 1 : 0;
   }
   step(parameters, settings, any, true, lay_out_factored);
 }

@@ -15,8 +15,9 @@ struct Tile {
   int rows;           // in the tile
   int lanes, lane;    // threads on a row, which one this is
   int streams, stream;
-  int64_t column;  // of the first of the kVector elements
-  int columns;     // how many of those there are: 0 ... kVector
+  int64_t column;                    // of the first of the kVector elements
+  int columns;                       // how many of those there are: 0 ... kVector
+  int64_t slice_first, slice_block;  // first element and first block of the 8-bit code of its slice
 
   __device__ __forceinline__ Tile(const Parameter& p, int64_t task, int64_t slab_rows,
                                   int64_t slabs) {
@@ -34,6 +35,12 @@ struct Tile {
     column = strip * (int64_t{lanes} * kVector) + int64_t{lane} * kVector;
     const int64_t there = p.k - column;
     columns = static_cast<int>(there < 0 ? 0 : there < kVector ? there : kVector);
+    slice_first = slice_block = 0;
+    if (!p.whole_blocks) {  // then slices consist of matrices
+      const int64_t slice = first_row * p.k / p.slice_len;
+      slice_first = slice * p.slice_len;
+      slice_block = slice * p.blocks_per_slice;
+    }
   }
 };
 
@@ -71,7 +78,9 @@ __device__ __forceinline__ void store_row_sums(const Tile& tile, int row, const 
                                                float* out) {
   if (tile.lanes >= kRowsAtOnce) {
     int which;
-    const float sum = sum_lanes_of_four(sums, tile.lanes, tile.lane, &which);
+    const float sum = tile.lanes == kWarp
+                          ? sum_lanes_of_four(sums, Constant<kWarp>(), tile.lane, &which)
+                          : sum_lanes_of_four(sums, tile.lanes, tile.lane, &which);
     const int r = row + which * tile.streams;
     if ((tile.lane & (tile.lanes / kRowsAtOnce - 1)) == 0 && r < tile.rows) out[r] = sum;
     return;

@@ -89,7 +89,6 @@ __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const Setti
   const bool stochastic = s.stochastic, cautious = s.cautious;
   const float sign = s.maximize ? -1.0f : 1.0f;
   float g[kVector], v[kVector], x[kVector], w[kVector], m[kVector] = {};
-  bool decays[kVector] = {};
   const bool whole = fast && place.count == kVector;
   if (whole) {
     unpack(p.grad, load_pack<Any>(p.grad, place.first), g);
@@ -111,7 +110,6 @@ __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const Setti
     v[i] = ema(p.exp_avg_sq[e], s.beta2, g[i] * g[i] + s.eps1, s.one_minus_beta2);
     w[i] = precondition_unfactored(g[i], v[i], sign, p.scalars->correction2) * state.gain;
     m[i] = momentum(load_momentum(p, e, s.beta1, static_cast<M*>(nullptr)), w[i]);
-    decays[i] = g[i] == 0.0f;
     if (count_only) {
       agreeing += agrees(m[i], w[i]) ? 1 : 0;
       continue;
@@ -126,7 +124,7 @@ __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const Setti
                              p.scalars->step, s.seed);
   }
   if (whole) {
-    store_pack(Tag<Any>(), p.param, place.first, x, random, stochastic);
+    store_pack(Tag<Any>(), p.param, bytes_at<Any>(p.param, place.first), x, random, stochastic);
   } else {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -134,8 +132,8 @@ __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const Setti
       if (i < place.count) store_one(p.param, place.first + i, x[i], bits, stochastic);
     }
   }
-  __syncwarp();  // all codes are read before the first is written
-  store_block<M>(p, place, m, decays);
+  __syncwarp();                    // all codes are read before the first is written
+  store_block<M>(p, place, m, g);  // with a full second moment the gradient itself decides
   return 0;
 }
 
