@@ -3,21 +3,36 @@
 Use :class:`CAME8bit` like any ``torch.optim`` optimizer.
 """
 
+from . import memory
 from ._kernels import status as kernel_status
 from ._ops import dequantize_blockwise, quantize_blockwise
+from ._version import __version__
+from .checkpoint import (
+    CheckpointError,
+    convert_checkpoint,
+    inspect_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from .gradient_release import step_in_backward
 from .optim import CAME, CAME8bit, CAME32bit, PagedCAME, PagedCAME8bit, PagedCAME32bit
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CAME",
     "CAME8bit",
     "CAME32bit",
+    "CheckpointError",
     "PagedCAME",
     "PagedCAME8bit",
     "PagedCAME32bit",
     "__version__",
+    "convert_checkpoint",
     "dequantize_blockwise",
+    "inspect_checkpoint",
     "kernel_status",
+    "load_checkpoint",
+    "memory",
     "quantize_blockwise",
+    "save_checkpoint",
+    "step_in_backward",
 ]

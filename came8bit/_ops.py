@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _kernels, quant, reference
+from . import _kernels, _kernels_cuda, quant, reference
 
 _library = torch.library.Library("came8bit", "DEF")
 
@@ -67,6 +67,12 @@ def _view(views: Sequence[int], i: int) -> reference.View:
     return reference.View(*views[i * VIEW_INTS : (i + 1) * VIEW_INTS])
 
 
+def _warn_of_reference(tensors: Sequence[Tensor]) -> None:
+    """Say once that tensors on a GPU are not where they could be computed faster."""
+    if tensors and tensors[0].is_cuda:
+        _kernels_cuda.warn_once()
+
+
 def _factored_step(
     params: list[Tensor],
     grads: list[Tensor],
@@ -84,6 +90,7 @@ def _factored_step(
     hyper: list[float],
     options: list[int],
 ) -> None:
+    _warn_of_reference(params)
     settings = _hyper(lr_tensor, hyper, options)
     for i in range(len(params)):
         reference.factored_step_(
@@ -116,6 +123,7 @@ def _unfactored_step(
     hyper: list[float],
     options: list[int],
 ) -> None:
+    _warn_of_reference(params)
     settings = _hyper(lr_tensor, hyper, options)
     for i in range(len(params)):
         reference.unfactored_step_(
@@ -131,15 +139,21 @@ def _unfactored_step(
         )
 
 
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    _warn_of_reference([x])
+    return quant.quantize_blockwise(x)
+
+
+def _dequantize(codes: Tensor, absmax: Tensor) -> Tensor:
+    _warn_of_reference([codes])
+    return quant.dequantize_blockwise(codes, absmax)
+
+
 _DEFAULT = "CompositeExplicitAutograd"
 _library.impl("factored_step_", _factored_step, _DEFAULT)
 _library.impl("unfactored_step_", _unfactored_step, _DEFAULT)
-_library.impl("quantize_blockwise", lambda x: quant.quantize_blockwise(x), _DEFAULT)
-_library.impl(
-    "dequantize_blockwise",
-    lambda codes, absmax: quant.dequantize_blockwise(codes, absmax),
-    _DEFAULT,
-)
+_library.impl("quantize_blockwise", _quantize, _DEFAULT)
+_library.impl("dequantize_blockwise", _dequantize, _DEFAULT)
 
 
 @torch.library.register_fake("came8bit::factored_step_", lib=_library)

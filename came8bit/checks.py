@@ -87,11 +87,19 @@ def unusable_error(param: Tensor, grad: Tensor, position: int) -> Exception:
     return TypeError(message) if wrong_type or grad.layout != torch.strided else ValueError(message)
 
 
-def moved_error(param: Tensor, state: Mapping[str, Tensor], position: int) -> Exception:
-    """The error for a parameter that is no longer what its state was made for."""
+def moved_error(
+    param: Tensor, state: Mapping[str, Tensor], shape: torch.Size | None, position: int
+) -> Exception:
+    """The error for a parameter that is no longer what its state was made for, of ``shape``."""
+    if shape is None:
+        return ValueError(
+            f"the state of parameter {position} (shape {tuple(param.shape)}) is not complete: it "
+            f"has {sorted(state)} and there is no page with the rest; use load_state_dict() to "
+            "give an optimizer its state. Nothing has been changed"
+        )
     return ValueError(
         f"parameter {position} has shape {tuple(param.shape)} on {param.device}, its state was "
-        f"made for shape {tuple(state['exp_avg'].shape)} on {state['step'].device}; move the model "
+        f"made for shape {tuple(shape)} on {state['step'].device}; move the model "
         "before the first step, or save state_dict(), make a new optimizer and load it; nothing "
         "has been changed"
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +13,14 @@ from .state import dense
 from .state.layout import Layout, plan, possible_layouts
 
 Group = Mapping[str, Any]
+
+
+class Saved(NamedTuple):
+    """The saved state of one parameter, checked: its buffers are those of ``layout``."""
+
+    param: Tensor
+    layout: Layout
+    state: Mapping[str, Any]
 
 
 def plan_state(param: Tensor, group: Group) -> Layout:
@@ -28,11 +35,11 @@ def plan_state(param: Tensor, group: Group) -> Layout:
 
 def read_state_dict(
     state_dict: Mapping[str, Any], own_groups: Sequence[Group]
-) -> tuple[list[dict[str, Any]], defaultdict[Tensor, Any]]:
-    """New ``param_groups`` and ``state`` of an optimizer that has ``own_groups``.
+) -> tuple[list[dict[str, Any]], list[Saved]]:
+    """New ``param_groups`` of an optimizer that has ``own_groups``, and the state to copy into it.
 
     Saved options win; those that are not saved stay as they are in ``own_groups``, and so do the
-    parameters.  Tensors keep their dtype and share no memory with ``state_dict``.
+    parameters.  The state is that of ``state_dict``, not copied.
 
     Raises:
         ValueError: the state is another optimizer's, newer, or for other parameters.
@@ -42,7 +49,7 @@ def read_state_dict(
         if missing:
             raise ValueError(f"got a dict without {missing}, expected what state_dict() returned")
         groups = _merge_groups(state_dict, own_groups)
-        return groups, _copy_state(state_dict, groups)
+        return groups, _check_state(state_dict, groups)
     except ValueError as error:
         raise ValueError(f"load_state_dict: {error}; nothing has been changed") from error
 
@@ -93,24 +100,24 @@ def _check_version(saved: Group, index: int, has_state: bool) -> None:
         )
 
 
-def _copy_state(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> defaultdict[Tensor, Any]:
+def _check_state(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> list[Saved]:
     saved_state = state_dict["state"]
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     strangers = set(saved_state) - set(keys)
     if strangers:
         raise ValueError(f"got state for parameters {strangers}, which no saved group lists")
     members = [(param, group) for group in groups for param in group["params"]]
-    state: defaultdict[Tensor, Any] = defaultdict(dict)
+    found = []
     for position, (key, (param, group)) in enumerate(zip(keys, members, strict=True)):
         saved = saved_state.get(key)
         if saved:
             # Options that decide the layout may have been changed after the state was made.
             layouts = [plan_state(param, group), *possible_layouts(param.shape)]
             try:
-                state[param] = dense.copy_saved(saved, layouts, param.device)
+                found.append(Saved(param, dense.fit(saved, layouts), saved))
             except ValueError as error:
                 raise ValueError(
                     f"the state of parameter {position} (shape {tuple(param.shape)}) does not "
                     f"fit: {error}; load it over the same parameters in the same order"
                 ) from error
-    return state
+    return found

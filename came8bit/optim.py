@@ -6,53 +6,28 @@ Groups, checks, lazily made state and the step loop; the arithmetic is behind tw
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
-from . import _ops
 from .checks import Work, check_finite, check_params, moved_error, unusable_error, usable
-from .loading import Group, plan_state, read_state_dict
-from .options import DEFAULT_SEED, FORMAT_VERSION, check_options
-from .quant import slice_shape
-from .state import dense
+from .loading import Group
+from .options import DEFAULT_SEED, FORMAT_VERSION, check_options, check_paging
 from .state.layout import DEFAULT_MIN_8BIT_SIZE
+from .state.paged import Pager
+from .stateful import StatefulOptimizer
+from .stepping import step_all, total
 
 __all__ = ["CAME", "CAME8bit", "CAME32bit", "PagedCAME", "PagedCAME8bit", "PagedCAME32bit"]
 
 _LOOK_EVERY = 16  # steps between two looks at the skip counters
 
-_FACTORED = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "rms_ratio")
-_UNFACTORED = ("exp_avg_sq",)
-_COUNTERS = ("step", "skipped")
-# (factored, coded) -> the state tensors in the order of the operator's arguments
-_COLUMNS = {
-    (True, True): itemgetter("exp_avg", "absmax", *_FACTORED, *_COUNTERS),
-    (True, False): itemgetter("exp_avg", *_FACTORED, *_COUNTERS),
-    (False, True): itemgetter("exp_avg", "absmax", *_UNFACTORED, *_COUNTERS),
-    (False, False): itemgetter("exp_avg", *_UNFACTORED, *_COUNTERS),
-}
 
-
-class _Bucket:
-    """Arguments of one operator call: parameters of one kind on one device."""
-
-    __slots__ = ("grads", "params", "states", "views")
-
-    def __init__(self) -> None:
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.states: list[dict[str, Tensor]] = []
-        self.views: list[int] = []
-
-
-class CAME(Optimizer):
+class CAME(StatefulOptimizer):
     r"""CAME: confidence-guided adaptive memory-efficient optimization (arXiv 2307.02047).
 
     A parameter is seen as a batch of :math:`n \times k` matrices with gradient :math:`G`; all state
@@ -105,7 +80,15 @@ class CAME(Optimizer):
             ``math.inf`` turns clipping off.
         weight_decay: decoupled weight decay :math:`\lambda`.
         optim_bits: 32, or 8 for momentum in blockwise 8-bit codes (see :class:`CAME8bit`).
-        is_paged: not available yet.
+        is_paged: keep momentum (and other state of a parameter's size) outside the device, in pages
+            that come for a step and leave behind it; see ``docs/paging.md``.  Same bits.
+            ``state_dict()`` then copies; ``optimizer.state`` has only what stays on the device.
+        page_dir: an existing directory for a page file, for CPU and CUDA parameters alike, used by
+            one process at a time.  Without one, CUDA parameters have their pages in pinned host
+            memory, CPU parameters in an unnamed file in ``$TMPDIR`` or ``/var/tmp``.
+        page_budget: bytes that pages may take on each device.  Default: on CUDA 256 MiB, or three
+            times the largest page; on the CPU a sixteenth of all pages, at most 64 MiB and at
+            least the largest page.
         min_8bit_size: parameters with fewer elements keep fp32 momentum; so do those with fewer
             than two dimensions and those that codes would not make smaller.  Read, like
             ``optim_bits`` and ``factored_view``, when the state of a parameter is made.
@@ -125,7 +108,6 @@ class CAME(Optimizer):
 
     Raises:
         ValueError, TypeError: an option or parameter is not usable; the message names it.
-        NotImplementedError: ``is_paged=True``.
     """
 
     def __init__(
@@ -139,6 +121,8 @@ class CAME(Optimizer):
         *,
         optim_bits: int = 32,
         is_paged: bool = False,
+        page_dir: str | os.PathLike[str] | None = None,
+        page_budget: int | None = None,
         min_8bit_size: int = DEFAULT_MIN_8BIT_SIZE,
         rounding: str = "stochastic",
         cautious: bool = False,
@@ -148,11 +132,6 @@ class CAME(Optimizer):
         factored_view: str = "smallest",
         seed: int = DEFAULT_SEED,
     ) -> None:
-        if is_paged:
-            raise NotImplementedError(
-                f"{type(self).__name__}: paged state is not available yet; use "
-                f"CAME{8 if optim_bits == 8 else 32}bit, whose state stays on the device"
-            )
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -171,13 +150,16 @@ class CAME(Optimizer):
             "format_version": FORMAT_VERSION,
         }
         check_options(defaults)
+        placement = check_paging(is_paged, page_dir, page_budget)
+        self._pager = None if placement is None else Pager(placement)
         self._reset_warnings()
         super().__init__(params, defaults)
 
+    # Set while came8bit.gradient_release steps in backward; a copy of the optimizer does not.
+    _release: Any = None
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # The base class adds an option that this optimizer does not have.
-        self.defaults.pop("differentiable", None)
         self._reset_warnings()
 
     def _reset_warnings(self) -> None:
@@ -201,6 +183,8 @@ class CAME(Optimizer):
             present = {id(param) for group in self.param_groups for param in group["params"]}
             check_params([params] if isinstance(params, Tensor) else params, present)
         super().add_param_group(param_group)
+        if self._release is not None:
+            self._release.attach(self)
 
     # --- step -------------------------------------------------------------------------------------
 
@@ -216,13 +200,19 @@ class CAME(Optimizer):
         Raises:
             ValueError, TypeError: an option or a gradient is not usable; nothing has changed.
             FloatingPointError: ``nonfinite="raise"`` and a gradient is not finite.
+            OSError, MemoryError: paged state has no room, or is gone; nothing has changed.
         """
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            self._run(self._collect())
+        if self._release is not None:
+            self._release.finish_step(closure)
+        else:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            with torch.no_grad():
+                self._run(self._collect())
+            self._flush()
+        self._warn_if_skipped()
         return loss
 
     def _collect(self) -> list[tuple[Group, list[Work]]]:
@@ -244,10 +234,8 @@ class CAME(Optimizer):
         if not usable(param, grad):
             raise unusable_error(param, grad, position)
         state = self.state.get(param) or {}
-        if state and (
-            state["exp_avg"].shape != param.shape or state["step"].device != param.device
-        ):
-            raise moved_error(param, state, position)
+        if state and not self._fits(param, state):
+            raise moved_error(param, state, self._state_shape(param, state), position)
         if not param.numel():
             return None
         if grad.dtype == torch.float64:
@@ -260,72 +248,7 @@ class CAME(Optimizer):
             if group["nonfinite"] == "raise":
                 check_finite(members)
         self._make_missing_state(work)
-        for group, members in work:
-            self._step_group(group, members)
-        self._warn_if_skipped(work)
-
-    def _make_missing_state(self, work: list[tuple[Group, list[Work]]]) -> None:
-        """Fill the empty states in ``work``; only then put them into ``self.state``."""
-        fresh = [(item, group) for group, members in work for item in members if not item.state]
-        for item, _ in fresh:
-            if item.param.is_meta or hasattr(item.param, "placements"):
-                raise NotImplementedError(
-                    f"parameter {item.position} is a {type(item.param).__name__} on "
-                    f"{item.param.device}; meta and sharded (DTensor) parameters are not supported"
-                )
-        for item, group in fresh:
-            item.state.update(dense.allocate(plan_state(item.param, group), item.param.device))
-        for item, _ in fresh:
-            self.state[item.param] = item.state
-
-    def _step_group(self, group: Group, members: list[Work]) -> None:
-        """One operator call per kind of parameter and device."""
-        buckets: defaultdict[tuple[torch.device, bool, bool], _Bucket] = defaultdict(_Bucket)
-        for param, grad, state, position in members:
-            row = state.get("exp_avg_sq_row")
-            bucket = buckets[param.device, row is not None, "absmax" in state]
-            bucket.params.append(param)
-            bucket.grads.append(grad)
-            bucket.states.append(state)
-            if row is None:
-                bucket.views += (1, *slice_shape(param.shape), position, 0)
-            else:
-                bucket.views += (*row.shape, state["exp_avg_sq_col"].shape[1], position, 0)
-        lr = group["lr"]
-        tensor_lr = lr.detach().reshape(()) if isinstance(lr, Tensor) else None
-        hyper = [
-            *map(float, (*group["betas"], *group["eps"], group["clip_threshold"])),
-            float(lr) if tensor_lr is None else 0.0,
-            float(group["weight_decay"]),
-        ]
-        options = [
-            int(group["rounding"] == "stochastic"),
-            int(group["cautious"]),
-            int(group["nonfinite"] == "propagate"),
-            int(group["maximize"]),
-            int(group["bias_correction"]),
-            int(group["seed"]),
-        ]
-        for (device, factored, coded), bucket in buckets.items():
-            columns = [
-                list(column)
-                for column in zip(*map(_COLUMNS[factored, coded], bucket.states), strict=True)
-            ]
-            if not coded:
-                columns.insert(1, [])
-            if tensor_lr is not None:
-                tensor_lr = tensor_lr.to(device, torch.float32, non_blocking=True)
-            operator = _ops.factored_step_ if factored else _ops.unfactored_step_
-            before = _total(columns[-1]) if group["nonfinite"] == "raise" else None
-            operator(bucket.params, bucket.grads, *columns, bucket.views, tensor_lr, hyper, options)
-            # A kernel writes past autograd: a graph that still needs the old values has to notice.
-            torch.autograd.graph.increment_version(bucket.params)
-            if before is not None and int(_total(columns[-1]) - before):
-                raise FloatingPointError(
-                    "the preconditioned gradient of a parameter is not finite although its "
-                    "gradient is; that parameter was left alone, others have been updated. Lower "
-                    "the loss scale or clip gradients"
-                )
+        step_all(work, self._pager)
 
     # --- what was skipped -------------------------------------------------------------------------
 
@@ -336,7 +259,7 @@ class CAME(Optimizer):
         """
         return sum(int(state["skipped"]) for state in self.state.values() if "skipped" in state)
 
-    def _warn_if_skipped(self, work: list[tuple[Group, list[Work]]]) -> None:
+    def _warn_if_skipped(self) -> None:
         """Warn late, at 1, 10, 100, ... skipped updates, and only about counters in CPU memory.
 
         Reading a counter on an accelerator would wait for it; there, ask :meth:`skipped_steps`.
@@ -345,60 +268,23 @@ class CAME(Optimizer):
         if self._steps_until_look > 0:
             return
         self._steps_until_look = _LOOK_EVERY
-        states = [item.state for _, members in work for item in members]
-        counters = [s["skipped"] for s in states if s["skipped"].device.type == "cpu"]
-        total = int(_total(counters)) if counters else 0
-        if total < self._warn_from:
+        counters = [s["skipped"] for s in self.state.values() if "skipped" in s]
+        counters = [counter for counter in counters if counter.device.type == "cpu"]
+        skipped = int(total(counters)) if counters else 0
+        if skipped < self._warn_from:
             return
-        while self._warn_from <= total:
+        while self._warn_from <= skipped:
             self._warn_from *= 10
         warnings.warn(
-            f"{type(self).__name__}: {total} updates of single parameters have been skipped so far "
-            "because the gradient was not finite; see skipped_steps() and the option nonfinite",
+            f"{type(self).__name__}: {skipped} updates of single parameters have been skipped so "
+            "far because the gradient was not finite; see skipped_steps() and the option nonfinite",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
-
-    # --- state of one parameter -------------------------------------------------------------------
-
-    def _read_state(self, param: Tensor) -> dict[str, Tensor]:
-        """The complete state of ``param``, empty before its first step; not to be written to."""
-        return self.state.get(param) or {}
-
-    def _write_state(self, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Replace the state of ``param`` by tensors on its device that nobody else uses."""
-        self.state[param] = state
-
-    # --- saving and loading -----------------------------------------------------------------------
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned; nothing is shared with ``state_dict``.
-
-        Tensors keep their dtype and move to their parameter's device.  The options come from
-        ``state_dict``; those that it lacks stay as they are.  Hooks run as in
-        :class:`torch.optim.Optimizer`.
-
-        Raises:
-            ValueError: the state belongs to another optimizer, a newer version or other
-                parameters.  The optimizer is then as it was.
-        """
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            if replaced is not None:
-                state_dict = replaced
-        groups, state = read_state_dict(state_dict, self.param_groups)
-        self.__setstate__({"state": state, "param_groups": groups})
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-
-def _total(counters: list[Tensor]) -> Tensor:
-    return torch.stack(counters).sum()
 
 
 class _FixedCAME(CAME):
-    """CAME with ``optim_bits`` and ``is_paged`` settled by the class."""
+    """CAME with ``optim_bits`` settled by the class, and ``is_paged`` by the paged ones."""
 
     _optim_bits: int
     _is_paged = False
@@ -412,6 +298,9 @@ class _FixedCAME(CAME):
         clip_threshold: float = 1.0,
         weight_decay: float = 0.0,
         *,
+        is_paged: bool | None = None,
+        page_dir: str | os.PathLike[str] | None = None,
+        page_budget: int | None = None,
         min_8bit_size: int = DEFAULT_MIN_8BIT_SIZE,
         rounding: str = "stochastic",
         cautious: bool = False,
@@ -421,6 +310,11 @@ class _FixedCAME(CAME):
         factored_view: str = "smallest",
         seed: int = DEFAULT_SEED,
     ) -> None:
+        if self._is_paged and is_paged is False:
+            raise ValueError(
+                f"{type(self).__name__}: got is_paged=False; CAME{self._optim_bits}bit is the one "
+                "that is not paged"
+            )
         super().__init__(
             params,
             lr,
@@ -429,7 +323,9 @@ class _FixedCAME(CAME):
             clip_threshold,
             weight_decay,
             optim_bits=self._optim_bits,
-            is_paged=self._is_paged,
+            is_paged=self._is_paged if is_paged is None else is_paged,
+            page_dir=page_dir,
+            page_budget=page_budget,
             min_8bit_size=min_8bit_size,
             rounding=rounding,
             cautious=cautious,
@@ -456,15 +352,15 @@ class CAME8bit(_FixedCAME):
     factored statistics stay fp32: they change by 0.1 % and 0.01 % a step, which 8 bits cannot hold.
     The update of a step uses the momentum before it is coded.
 
-    Arguments are those of :class:`CAME` without ``optim_bits`` and ``is_paged``.  A parameter group
-    may still set ``optim_bits`` to 32, for instance for embeddings.
+    Arguments are those of :class:`CAME` without ``optim_bits``.  A parameter group may still set
+    ``optim_bits`` to 32, for instance for embeddings.
     """
 
     _optim_bits = 8
 
 
 class PagedCAME(_FixedCAME):
-    """:class:`CAME32bit` with paged state; raises NotImplementedError until that exists."""
+    """:class:`CAME32bit` with paged state: ``is_paged=True``."""
 
     _optim_bits = 32
     _is_paged = True
@@ -475,7 +371,7 @@ class PagedCAME32bit(PagedCAME):
 
 
 class PagedCAME8bit(_FixedCAME):
-    """:class:`CAME8bit` with paged state; raises NotImplementedError until that exists."""
+    """:class:`CAME8bit` with paged state: ``is_paged=True``."""
 
     _optim_bits = 8
     _is_paged = True

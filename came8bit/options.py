@@ -6,13 +6,16 @@ users write into ``param_groups`` as they like.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from .state.layout import FACTORED_VIEWS, OPTIM_BITS
+from .state.paged import Placement
 
 FORMAT_VERSION = 1
 """Version of the state; in every group, where tools that rewrite state dicts leave it alone."""
@@ -83,6 +86,38 @@ def check_lr(lr: object) -> None:
         raise ValueError(f"got lr {lr!r}, expected a number or a tensor with one element")
     if not 0.0 <= value < _LARGEST:
         raise ValueError(f"got lr {lr!r}, expected a finite number >= 0")
+
+
+def check_paging(is_paged: object, page_dir: object, page_budget: object) -> Placement | None:
+    """Where pages go, or ``None`` if state is not paged; these are no options of groups.
+
+    Raises:
+        ValueError: one of the three is wrong, or has no effect.
+    """
+    if not isinstance(is_paged, bool):
+        raise ValueError(f"got is_paged {is_paged!r}, expected True or False")
+    if not is_paged:
+        if page_dir is not None or page_budget is not None:
+            raise ValueError(
+                f"got page_dir {page_dir!r} and page_budget {page_budget!r} without is_paged=True"
+            )
+        return None
+    directory = None
+    if page_dir is not None:
+        if not isinstance(page_dir, (str, os.PathLike)):
+            raise ValueError(f"got page_dir {page_dir!r}, expected the path of a directory")
+        directory = Path(page_dir).expanduser().absolute()
+        if not directory.is_dir():
+            raise ValueError(
+                f"got page_dir {str(page_dir)!r}, which is no directory; make it first"
+            )
+    if page_budget is not None:
+        if isinstance(page_budget, bool) or not isinstance(page_budget, Integral):
+            raise ValueError(f"got page_budget {page_budget!r}, expected a number of bytes")
+        if page_budget <= 0:
+            raise ValueError(f"got page_budget {page_budget}, expected a number of bytes > 0")
+        page_budget = int(page_budget)
+    return Placement(directory, page_budget)
 
 
 def _numbers(value: object, count: int) -> bool:

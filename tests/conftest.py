@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from strategies import kernel_isas
 
-from came8bit import _kernels
+from came8bit import _kernels, _libraries
 
 # No deadlines: shared machines stall. Other numbers of examples are for the command line:
 # HYPOTHESIS_PROFILE=thorough make test ARGS="-k kernels".
@@ -39,9 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register marks, and refuse to run without the kernels where nobody asked for that."""
     config.addinivalue_line("markers", "kernels: tests the compiled kernels, not the reference")
     status = _kernels.status().cpu
-    asked = any(_kernels._flag(f"CAME8BIT_{name}") for name in ("DISABLE_KERNELS", "PURE"))
+    asked = any(_libraries.flag(f"CAME8BIT_{name}") for name in ("DISABLE_KERNELS", "PURE"))
     required = os.environ.get("CAME8BIT_REQUIRE_KERNELS", "")
-    asked = asked or (required != "" and not _kernels._flag("CAME8BIT_REQUIRE_KERNELS"))
+    asked = asked or (required != "" and not _libraries.flag("CAME8BIT_REQUIRE_KERNELS"))
     if not status.loaded and not asked:
         raise pytest.UsageError(
             f"came8bit's compiled CPU kernels are not loaded: {status.reason}. Without them the "

@@ -15,19 +15,35 @@ PACKAGE = Path(came8bit.__file__).parent
 #: What each part of the package may import from the others. A new part has to find its place here.
 #: Where "state" stands for a folder, its modules may import each other.
 ALLOWED: dict[str, set[str]] = {
+    "_version": set(),
     "reduction": set(),
     "rounding": set(),
-    "_kernels": set(),
+    "_libraries": set(),
+    "_kernels_cuda": {"_libraries"},
+    "_kernels": {"_kernels_cuda", "_libraries"},
     "quant": {"rounding"},
     "reference": {"quant", "reduction", "rounding"},
-    "_ops": {"_kernels", "quant", "reference"},
+    "_ops": {"_kernels", "_kernels_cuda", "quant", "reference"},
     "state": {"quant"},
     "options": {"state"},
     "checks": {"state"},
     "loading": {"options", "state"},
-    "optim": {"_ops", "checks", "loading", "options", "quant", "state"},
-    "__init__": {"_kernels", "_ops", "optim"},
-    "cli": set(),  # the public API only, see below
+    "stepping": {"_ops", "checks", "loading", "quant", "state"},
+    "stateful": {"checks", "loading", "state"},
+    "optim": {"checks", "loading", "options", "state", "stateful", "stepping"},
+    "gradient_release": {"optim", "options"},
+    "checkpoint": {"_ops", "_version", "checks", "loading", "optim", "options", "quant", "state"},
+    "memory": {"state"},
+    "__init__": {
+        "_kernels",
+        "_ops",
+        "_version",
+        "checkpoint",
+        "gradient_release",
+        "memory",
+        "optim",
+    },
+    "cli": {"memory"},  # the public API only, see below
     "__main__": {"cli"},
 }
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_modules import fresh_copy
 
-from came8bit import _kernels
+from came8bit import _kernels, _libraries
 
 PROBE = """
 import json, warnings
@@ -55,16 +56,7 @@ def probe(**variables: str) -> dict[str, Any]:
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A second copy of the module that has not looked for the kernels yet."""
-    for name in list(os.environ):
-        if name.startswith("CAME8BIT_"):
-            monkeypatch.delenv(name)
-    spec = importlib.util.find_spec("came8bit._kernels")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "came8bit._kernels", module)  # dataclass looks itself up
-    spec.loader.exec_module(module)
-    return module
+    return fresh_copy("came8bit._kernels", monkeypatch)
 
 
 def refusal(module: ModuleType) -> str:
@@ -77,7 +69,7 @@ def refusal(module: ModuleType) -> str:
     (warning,) = caught
     text = str(warning.message)
     assert status.cpu.reason in text
-    assert "To get them" in text
+    assert f"To get them, {status.cpu.cure}." in text
     assert module.load() == status  # and no second warning: it would be an error here
     return text
 
@@ -172,7 +164,7 @@ def test_nothing_found_and_not_installed(
     fresh: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(fresh, "_CPU_FILES", ("absent.so",))
-    monkeypatch.setattr(fresh, "build_info", dict)
+    monkeypatch.setattr(_libraries, "build_info", dict)
     assert "is not installed" in refusal(fresh)
 
 
@@ -180,7 +172,7 @@ def test_nothing_found_because_it_was_built_so(
     fresh: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fresh, "_CPU_FILES", ("absent.so",))
-    monkeypatch.setattr(fresh, "build_info", lambda: {"kernels": False, "reason": "the moon"})
+    monkeypatch.setattr(_libraries, "build_info", lambda: {"kernels": False, "reason": "the moon"})
     assert "it was built without them (the moon)" in refusal(fresh)
 
 
@@ -188,7 +180,7 @@ def test_nothing_found_because_the_sources_shadow_it(
     fresh: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fresh, "_CPU_FILES", ("absent.so",))
-    monkeypatch.setattr(fresh, "build_info", lambda: {"kernels": True, "reason": ""})
+    monkeypatch.setattr(_libraries, "build_info", lambda: {"kernels": True, "reason": ""})
     assert "start Python in another folder" in refusal(fresh)
 
 
@@ -222,7 +214,8 @@ def test_status_cannot_be_changed() -> None:
 
 
 def test_build_info_is_in_the_installed_metadata() -> None:
-    info = _kernels.build_info()
+    info = _libraries.build_info()
     assert info["kernels"] is True
     assert info["reason"] == ""
     assert str(info["torch"]).startswith("2.")
+    assert info["cuda"]["built"] is not bool(info["cuda"]["reason"])

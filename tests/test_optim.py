@@ -39,7 +39,9 @@ def test_signature():
     assert names[:6] == expected
     assert names == list(inspect.signature(CAME32bit).parameters)
     parameters = inspect.signature(CAME).parameters
-    assert set(parameters) == {*names, "optim_bits", "is_paged"}
+    assert set(parameters) == {*names, "optim_bits"}
+    for paged in (PagedCAME, PagedCAME8bit, PagedCAME32bit):
+        assert names == list(inspect.signature(paged).parameters)
     for name in set(parameters) - set(expected):
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
     defaults = {name: parameters[name].default for name in expected[1:]}
@@ -59,6 +61,9 @@ def test_signature():
         (CAME, {"optim_bits": 8}, 8),
         (CAME8bit, {}, 8),
         (CAME32bit, {}, 32),
+        (PagedCAME, {}, 32),
+        (PagedCAME8bit, {}, 8),
+        (PagedCAME32bit, {}, 32),
     ],
 )
 def test_bits_of_the_classes(cls, options, bits):
@@ -73,10 +78,8 @@ def test_bits_of_the_classes(cls, options, bits):
 @pytest.mark.parametrize("cls", [PagedCAME, PagedCAME8bit, PagedCAME32bit])
 def test_paged_classes_name_the_dense_one(cls):
     dense = "CAME8bit" if cls is PagedCAME8bit else "CAME32bit"
-    with pytest.raises(NotImplementedError, match=f"{cls.__name__}: paged .* use {dense},"):
-        cls([parameter(2)])
-    with pytest.raises(NotImplementedError, match=r"CAME: paged .* use CAME8bit,"):
-        CAME([parameter(2)], optim_bits=8, is_paged=True)
+    with pytest.raises(ValueError, match=f"{cls.__name__}: got is_paged=False; {dense} is the"):
+        cls([parameter(2)], is_paged=False)
 
 
 BAD_OPTIONS = [

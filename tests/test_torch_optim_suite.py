@@ -30,7 +30,8 @@ from torch.testing._internal.common_optimizers import (
 )
 from torch.testing._internal.common_utils import TestCase, parametrize
 
-from came8bit import CAME, CAME8bit, CAME32bit
+from came8bit import CAME, CAME8bit, CAME32bit, PagedCAME8bit
+from came8bit.state import pages
 
 
 def inputs(device, dtype=None):
@@ -94,7 +95,7 @@ INFOS = [
         not_og_supported_flags=("maximize",),
         supports_complex=False,
     )
-    for cls in (CAME, CAME8bit, CAME32bit)
+    for cls in (CAME, CAME8bit, CAME32bit, PagedCAME8bit)
 ]
 
 
@@ -133,6 +134,11 @@ def trained(cls, kwargs, device, dtype, steps=5):
 
 class TestOptim(TestCase):
     """One method for each property that torch demands of an optimizer."""
+
+    def setUp(self):
+        super().setUp()
+        kept, pages.MIN_PAGE_BYTES = pages.MIN_PAGE_BYTES, 0  # small parameters have pages, too
+        self.addCleanup(setattr, pages, "MIN_PAGE_BYTES", kept)
 
     @optims(INFOS)
     def test_infos_list_no_implementation_flags(self, device, dtype, optim_info):

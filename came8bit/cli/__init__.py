@@ -14,11 +14,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from came8bit.cli import info, tradeoff
+from came8bit.cli import convert, estimate, info, inspect, tradeoff
 from came8bit.cli.environment import package_version
 from came8bit.cli.errors import CliError
 
-_COMMANDS = (info, tradeoff)
+_COMMANDS = (info, estimate, inspect, convert, tradeoff)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -82,11 +83,8 @@ def total_memory() -> int | None:
 
 
 def kernels() -> dict[str, dict[str, Any]]:
-    """Return per compiled library whether it is loaded, whence, which ISA and, if not, why."""
-    status = came8bit.kernel_status()
-    return {
-        "cpu": {name: getattr(status.cpu, name) for name in ("loaded", "path", "isa", "reason")}
-    }
+    """Return per compiled library whether it is loaded, whence, for what and, if not, why."""
+    return dataclasses.asdict(came8bit.kernel_status())
 
 
 def git_revision() -> str | None:

@@ -41,7 +41,7 @@ def describe(facts: dict[str, Any]) -> str:
         ("torch", versions["torch"] + f" (built for {_cuda(versions['cuda'])})"),
     ]
     for library, kernel in facts["kernels"].items():
-        rows.extend(_kernel_rows(library, kernel))
+        rows.extend(_kernel_rows(library, kernel, needed=library == "cpu" or versions["cuda"]))
     rows.append(("processor", f"{hardware['cpu']}, {hardware['cores']} cores"))
     memory = hardware["memory"]
     rows.append(("memory", f"{memory / 2**30:.1f} GiB" if memory else "unknown"))
@@ -57,14 +57,18 @@ def describe(facts: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
 
 
-def _kernel_rows(library: str, kernel: dict[str, Any]) -> list[tuple[str, str]]:
+def _kernel_rows(library: str, kernel: dict[str, Any], needed: bool) -> list[tuple[str, str]]:
+    """Describe a library; ``needed`` where torch has tensors for it."""
     name = f"{library.upper()} kernels"
     if kernel["loaded"]:
         return [(name, f"loaded, {kernel['isa']}"), ("", kernel["path"])]
-    return [
+    if not needed:
+        return [(name, f"not needed: {kernel['reason']}")]
+    rows = [
         (name, f"NOT loaded: {kernel['reason']}"),
         ("", "the reference runs instead: same numbers, slower"),
     ]
+    return [*rows, ("", f"to get them, {kernel['cure']}")] if kernel["cure"] else rows
 
 
 def _in_brackets(text: str | None) -> str:

@@ -19,18 +19,12 @@ def allocate(layout: Layout, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def copy_saved(
-    saved: Mapping[str, Any], layouts: Sequence[Layout], device: torch.device
-) -> dict[str, Tensor]:
-    """Copy the saved state of one parameter, every dtype kept.
+def fit(saved: Mapping[str, Any], layouts: Sequence[Layout]) -> Layout:
+    """The first of ``layouts`` that the saved state of one parameter has.
 
     Args:
         saved: name to value; the counters may be Python integers.
         layouts: those that are accepted, the expected one first.
-        device: of the parameter.
-
-    Returns:
-        New contiguous tensors on ``device``; none shares memory with ``saved``.
 
     Raises:
         ValueError: ``saved`` fits none of ``layouts``; the message speaks of the first.
@@ -39,11 +33,17 @@ def copy_saved(
     for layout in layouts:
         complaint = _complaint(saved, layout)
         if complaint is None:
-            return {
-                buffer.name: _copy(saved[buffer.name], buffer, device) for buffer in layout.buffers
-            }
+            return layout
         complaints.append(complaint)
     raise ValueError(complaints[0])
+
+
+def copy(saved: Mapping[str, Any], layout: Layout, device: torch.device) -> dict[str, Tensor]:
+    """New contiguous buffers of ``layout`` on ``device`` with the values of ``saved``.
+
+    Every dtype is kept; no memory is shared with ``saved``, which fits ``layout`` or has more.
+    """
+    return {buffer.name: _copy(saved[buffer.name], buffer, device) for buffer in layout.buffers}
 
 
 def _complaint(saved: Mapping[str, Any], layout: Layout) -> str | None:

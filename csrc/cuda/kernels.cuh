@@ -34,10 +34,10 @@ __device__ __forceinline__ int64_t find_task(const Parameter* parameters, int co
 // --- before the first sweep -------------------------------------------------------------------
 
 // Kernel arguments are copied when a launch is queued or captured, so they carry the parameters.
-#if defined(CAME8BIT_SHIM)
-constexpr int kBatchBytes = 4000;
+#if defined(CAME8BIT_SHIM) || CUDART_VERSION < 12010
+constexpr int kBatchBytes = 3800;  // of 4 KB
 #else
-constexpr int kBatchBytes = 32000;  // CUDA 12.1 and later take 32764 bytes of arguments
+constexpr int kBatchBytes = 32000;  // of 32 KB
 #endif
 constexpr int kBatch = kBatchBytes / static_cast<int>(sizeof(Parameter));
 constexpr int kStridesBatch = kBatchBytes / static_cast<int>(sizeof(Strides));

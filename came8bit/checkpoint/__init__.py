@@ -1,0 +1,21 @@
+"""Optimizer state in a file: written whole or not at all, read whole or not at all.
+
+``docs/checkpoints.md`` describes the file.  Everything here goes through the optimizer's
+``_read_state`` and ``_write_state``, so it does not matter where the state lives.
+"""
+
+from .convert import ConvertReport, convert_checkpoint
+from .error import CheckpointError
+from .inspect import inspect_checkpoint
+from .load import LoadReport, load_checkpoint
+from .save import save_checkpoint
+
+__all__ = [
+    "CheckpointError",
+    "ConvertReport",
+    "LoadReport",
+    "convert_checkpoint",
+    "inspect_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+]

@@ -1,0 +1,129 @@
+"""A file that is there as a whole or not at all, whatever happens while it is written.
+
+The bytes go into a temporary file in the folder of the target, are made durable, and take the
+target's name in one step.  Who dies before that leaves a temporary file behind, and the next writer
+into the folder removes it.  It knows the dead from the living by a lock that the system releases
+with the process: process numbers would be wrong across containers and machines that share a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+if sys.platform != "win32":
+    import fcntl
+
+_PREFIX, _SUFFIX = ".came8bit-", ".tmp"
+_BUFFER = 1 << 20
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Yield a new file; when the block ends without error, it takes the place of ``path``.
+
+    The file can be written and sought.  A symbolic link stays one: what it points to is replaced.
+
+    Raises:
+        OSError: the folder is missing, ``path`` is not a file, or writing failed.  What was at
+            ``path`` is there unchanged, and the temporary file is gone.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {target.parent} does not exist; create it")
+    if target.exists() and not target.is_file():
+        raise OSError(f"{path} exists and is not a file; name a file in a folder")
+    remove_leftovers(target.parent)
+    temporary, file = _create(target.parent)
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if sys.platform == "win32":
+                file.close()  # an open file cannot be renamed there
+            # Under its old name the file must not be without its lock.
+            os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_folder(target.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files whose writers are dead; those of living ones stay."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries]
+    for name in names:
+        if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
+            # What cannot be opened or removed is somebody else's, or gone by now.
+            with contextlib.suppress(OSError):
+                _remove_if_dead(folder / name)
+
+
+def _remove_if_dead(path: Path) -> None:
+    if sys.platform == "win32":
+        path.unlink()  # refused while its writer has it open
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(descriptor, path):
+            path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _create(folder: Path) -> tuple[Path, BinaryIO]:
+    """A new temporary file in ``folder``, locked for as long as it is open."""
+    while True:
+        path = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(path, flags, 0o666)
+        if _lock(descriptor, path):
+            return path, os.fdopen(descriptor, "wb", _BUFFER)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    """Lock a new file; ``False`` if somebody took it for a leftover before that."""
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks: nobody can lock, so nobody removes leftovers
+    return _is_at(descriptor, path)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one that ``path`` names."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name durable, where folders can be synchronised."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)

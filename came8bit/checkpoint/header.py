@@ -1,0 +1,240 @@
+"""What stands at the head of a checkpoint, as data; :mod:`.parse` reads it, here it is written.
+
+A checkpoint is a safetensors file: eight bytes with the length of the header, a header in JSON, the
+bytes of the tensors without gaps.  What this package adds lies in the header's ``__metadata__``,
+where other programs leave it alone:
+
+* ``format``, ``format_version``: what this is, and which layout of the rest it has;
+* ``came8bit_version``: who wrote it;
+* ``header_sha256``: of the eight bytes and the header, with 64 zeros in this place;
+* ``groups``: JSON, the options of every parameter group;
+* ``parameters``: JSON, one object per parameter in the optimizer's order, with its name, group,
+  shape, dtype, step, skipped steps, and the SHA-256 of its tensors' bytes;
+* ``user``: JSON, what the caller wanted to keep beside it.
+
+The tensors of a parameter lie next to each other, in the order of :class:`~..state.layout.Layout`,
+codes last, so that everything before them is aligned.  They are called ``<name>.<buffer>``, or
+``<position>.<buffer>`` where parameters have no names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from .._version import __version__
+from ..state.layout import Buffer, Layout, possible_layouts
+from .error import CheckpointError
+
+FORMAT = "came8bit optimizer state"
+FILE_VERSION = 1
+"""Version of the file; that of the state is in every group's ``format_version``."""
+
+LARGEST_HEADER = 100_000_000
+"""What the safetensors library reads at most."""
+
+COUNTERS = ("step", "skipped")
+"""State that stands in the header and not among the tensors."""
+
+DTYPE_NAMES = {torch.int8: "I8", torch.float32: "F32"}
+NO_DIGEST = "0" * 64
+_LARGEST_COUNT = 2**63 - 1
+
+
+class Span(NamedTuple):
+    """A tensor in the file; ``begin`` and ``end`` count bytes from the end of the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter as a checkpoint knows it.
+
+    Attributes:
+        name: unique among the parameters; ``None`` for all if they have no names.
+        group: number of its parameter group.
+        shape: ``None`` where an imported file did not tell.
+        dtype: of the parameter, such as ``"bfloat16"``; ``None`` as above.
+        step: ``None`` if the parameter has no state yet.
+        skipped: steps left out because of a gradient that was not finite.
+        sha256: of the tensors' bytes, in hexadecimal.
+        tensors: buffer name to place in the file; empty without state.
+    """
+
+    name: str | None
+    group: int
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    step: int | None = None
+    skipped: int = 0
+    sha256: str | None = None
+    tensors: Mapping[str, Span] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in the file."""
+        return sum(span.end - span.begin for span in self.tensors.values())
+
+    @property
+    def layout(self) -> Layout | None:
+        """The layout of the state, ``None`` if there is none."""
+        if self.step is None or self.shape is None:
+            return None
+        return find_layout(
+            self.shape, {name: (span.dtype, span.shape) for name, span in self.tensors.items()}
+        )
+
+
+@dataclass(frozen=True)
+class Header:
+    """All that a checkpoint says before its tensors."""
+
+    groups: Sequence[Mapping[str, Any]]
+    entries: Sequence[Entry]
+    user: Mapping[str, str] = field(default_factory=dict)
+    file_version: int = FILE_VERSION
+    came8bit_version: str = __version__
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(entry.nbytes for entry in self.entries)
+
+
+def stored_buffers(layout: Layout) -> list[Buffer]:
+    """The buffers that become tensors of the file, in the file's order."""
+    buffers = [buffer for buffer in layout.buffers if buffer.name not in COUNTERS]
+    return sorted(buffers, key=lambda buffer: -buffer.dtype.itemsize)
+
+
+def find_layout(
+    shape: Sequence[int], tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> Layout | None:
+    """The layout of a parameter of ``shape`` that stores exactly ``tensors``, if there is one."""
+    for layout in possible_layouts(shape):
+        if tensors == {b.name: (b.dtype, b.shape) for b in stored_buffers(layout)}:
+            return layout
+    return None
+
+
+def place(layout: Layout, begin: int) -> dict[str, Span]:
+    """Where the tensors of a parameter lie whose first byte is at ``begin``."""
+    spans = {}
+    for buffer in stored_buffers(layout):
+        spans[buffer.name] = Span(buffer.dtype, buffer.shape, begin, begin + buffer.nbytes)
+        begin += buffer.nbytes
+    return spans
+
+
+def label(entry: Entry, position: int) -> str:
+    """What the parameter is called in tensor names and messages."""
+    return str(position) if entry.name is None else entry.name
+
+
+def reserved_bytes(header: Header) -> int:
+    """An upper bound for the length of ``header`` when all its parameters will have state.
+
+    So the tensors can be written before the header, and each state has to be read only once.
+    """
+    worst = [_longest(entry) for entry in header.entries]
+    longest = Header(header.groups, worst, header.user, header.file_version)
+    size = len(_render(longest, NO_DIGEST))
+    size += -size % 8
+    if size > LARGEST_HEADER:
+        raise CheckpointError(
+            f"{len(worst)} parameters, their names and options need a header of {size} bytes; "
+            f"safetensors allows {LARGEST_HEADER}; save the groups in several optimizers"
+        )
+    return size
+
+
+def header_bytes(header: Header, size: int, digest: str) -> bytes:
+    """The length field and the header, padded to ``size`` bytes."""
+    text = _render(header, digest)
+    if len(text) > size:
+        raise AssertionError(f"a header of {len(text)} bytes does not fit into {size}")
+    return size.to_bytes(8, "little") + text + b" " * (size - len(text))
+
+
+def _longest(entry: Entry) -> Entry:
+    """``entry`` with the state that takes the most room in a header."""
+    if entry.shape is None:
+        return entry
+    layouts = possible_layouts(entry.shape)
+    # Offsets are longest at the end of the largest file there can be.
+    places = [
+        {name: span._replace(begin=10**18, end=10**18) for name, span in place(layout, 0).items()}
+        for layout in layouts
+    ]
+    entries = [
+        Entry(
+            entry.name,
+            entry.group,
+            entry.shape,
+            entry.dtype,
+            _LARGEST_COUNT,
+            _LARGEST_COUNT,
+            NO_DIGEST,
+            spans,
+        )
+        for spans in places
+    ]
+    return max(entries, key=lambda one: len(_dump(_tensor_table(one, 10**9))))
+
+
+def _tensor_table(entry: Entry, position: int) -> dict[str, Any]:
+    return {
+        f"{label(entry, position)}.{name}": {
+            "dtype": DTYPE_NAMES[span.dtype],
+            "shape": span.shape,
+            "data_offsets": [span.begin, span.end],
+        }
+        for name, span in entry.tensors.items()
+    }
+
+
+def _parameter_table(entry: Entry) -> dict[str, Any]:
+    table: dict[str, Any] = {
+        "name": entry.name,
+        "group": entry.group,
+        "shape": entry.shape,
+        "dtype": entry.dtype,
+        "step": entry.step,
+    }
+    if entry.step is not None:
+        table |= {"skipped": entry.skipped, "sha256": entry.sha256}
+    return table
+
+
+def _render(header: Header, digest: str) -> bytes:
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(header.file_version),
+        "came8bit_version": header.came8bit_version,
+        "header_sha256": digest,
+        "groups": _dump(header.groups),
+        "parameters": _dump([_parameter_table(entry) for entry in header.entries]),
+        "user": _dump(header.user),
+    }
+    table: dict[str, Any] = {"__metadata__": metadata}
+    for position, entry in enumerate(header.entries):
+        table |= _tensor_table(entry, position)
+    return _dump(table).encode("ascii")
+
+
+def _dump(value: Any) -> str:
+    # Strict JSON: an infinity has been encoded by .values.
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"bfloat16"`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")

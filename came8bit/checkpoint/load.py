@@ -1,0 +1,195 @@
+"""From a file to an optimizer."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..optim import CAME
+from .error import CheckpointError
+from .header import label
+from .heap import FreedMemory
+from .matching import OWN_OPTIONS, Match, Pair, dtype_changes, match, same_option
+from .momentum import convert_momentum
+from .opening import open_source
+from .save import check_optimizer
+from .source import Source
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What :func:`load_checkpoint` did; ``str()`` says it in sentences.
+
+    Attributes:
+        path: of the file.
+        kind: ``"came8bit"``, or ``"came-pytorch"`` for imported state.
+        matched_by: ``"name"`` or ``"position"``.
+        loaded: parameters that have state now.
+        without_state: parameters that have none, because they had none in the file.
+        converted: ``{"32 to 8 bits": names}`` of the parameters whose momentum was converted.
+        moved: names of parameters whose position is not the saved one.
+        dtypes: parameters whose dtype is not the saved one.
+        options: per group what changed, ``{option: (before, after)}``.
+        metadata: the strings that were saved beside the state.
+    """
+
+    path: str
+    kind: str
+    matched_by: str
+    loaded: int
+    without_state: int
+    converted: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    moved: Sequence[str] = ()
+    dtypes: Sequence[str] = ()
+    options: Sequence[Mapping[str, tuple[Any, Any]]] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        first = f"{self.path} ({self.kind}): state of {self.loaded} parameters by {self.matched_by}"
+        rest = f", {self.without_state} without state" if self.without_state else ""
+        return "; ".join([first + rest, *self.remarks()])
+
+    def remarks(self) -> list[str]:
+        """What is no longer as it was saved."""
+        remarks = [
+            f"momentum of {len(names)} parameters converted from {what}"
+            for what, names in self.converted.items()
+        ]
+        if self.moved:
+            remarks.append(
+                f"{len(self.moved)} parameters are at another position than they were, so "
+                "stochastic rounding draws other bits for them"
+            )
+        if self.dtypes:
+            remarks.append(f"{len(self.dtypes)} parameters have another dtype than they had")
+        return remarks
+
+
+def load_checkpoint(optimizer: CAME, path: str | os.PathLike[str]) -> LoadReport:
+    """Continue from a file that :func:`~came8bit.save_checkpoint` wrote.
+
+    Parameters are matched by name where both sides have names (``named_parameters()``), else by
+    position.  Saved options win, those that are not saved stay, as in ``load_state_dict``; but
+    ``optim_bits`` stays the optimizer's own, and momentum is converted if it was saved in another.
+    Load the model first: it is not in the file.
+
+    A file that ``torch.save`` wrote with the ``state_dict()`` of ``came_pytorch.CAME`` can be
+    loaded, too; where that factors another view of a parameter than this optimizer, it is refused.
+
+    The whole file is read and its checksums are compared before anything changes; then the state
+    is replaced parameter by parameter, which needs memory for one of them.  Hooks of
+    ``load_state_dict`` do not run.
+
+    Args:
+        optimizer: one of this package's, over the model that was saved.
+        path: of the file.
+
+    Returns:
+        What was done.  A :class:`UserWarning` tells of conversions and of parameters that have
+        changed their position or dtype.
+
+    Raises:
+        CheckpointError: the file is damaged, truncated, foreign, newer or for other parameters; a
+            :class:`ValueError`.  Nothing has changed.
+        OSError: the file cannot be read.  Nothing has changed.
+        RuntimeError: something failed in the middle of replacing, such as memory; the message says
+            what has changed.
+    """
+    check_optimizer(optimizer, "load_checkpoint")
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.is_meta or hasattr(param, "placements"):
+                raise NotImplementedError(
+                    f"load_checkpoint: a parameter is a {type(param).__name__} on {param.device}; "
+                    "meta and sharded (DTensor) parameters are not supported"
+                )
+    with open_source(path) as source:
+        try:
+            found = match(optimizer.param_groups, source)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}; nothing has been changed") from error
+        source.verify()
+        report = _report(optimizer, os.fspath(path), source, found)
+        _replace(optimizer, source, found, os.fspath(path))
+    if report.remarks():
+        text = "; ".join(report.remarks())
+        warnings.warn(f"load_checkpoint: {path}: {text}", UserWarning, stacklevel=2)
+    return report
+
+
+def _replace(optimizer: CAME, source: Source, found: Match, path: str) -> None:
+    """Change the optimizer; everything that can be refused has been."""
+    before = [dict(group) for group in optimizer.param_groups]
+    for group, merged in zip(optimizer.param_groups, found.groups, strict=True):
+        group.update(merged)
+    done, freed = 0, FreedMemory()
+    try:
+        for pair in found.pairs:
+            _replace_one(optimizer, source, pair)
+            freed.add(4 * pair.param.numel())
+            done += 1
+    except Exception as error:
+        for group, old in zip(optimizer.param_groups, before, strict=True):
+            group.clear()
+            group.update(old)
+        state = "nothing has been changed"
+        if done:
+            state = (
+                f"the state of {done} of {len(found.pairs)} parameters has been replaced, so load "
+                "again or make a new optimizer before the next step"
+            )
+        raise RuntimeError(
+            f"{path}: loading failed ({type(error).__name__}: {error}); {state}"
+        ) from error
+    optimizer._reset_warnings()
+
+
+def _replace_one(optimizer: CAME, source: Source, pair: Pair) -> None:
+    state = source.read(pair.saved)
+    if pair.bits is not None:
+        state = convert_momentum(state, pair.bits)
+        device = pair.param.device
+        state = {name: tensor.to(device) for name, tensor in state.items()}
+    elif not optimizer._read_state(pair.param):
+        return
+    optimizer._write_state(pair.param, state)
+
+
+def _report(optimizer: CAME, path: str, source: Source, found: Match) -> LoadReport:
+    converted: dict[str, list[str]] = {}
+    moved = []
+    for pair in found.pairs:
+        entry = source.entries[pair.saved]
+        name = label(entry, pair.position)
+        layout = entry.layout
+        if layout is None:
+            continue
+        if layout.momentum_bits != pair.bits:
+            what = f"{layout.momentum_bits} to {pair.bits} bits"
+            converted.setdefault(what, []).append(name)
+        if pair.position != pair.saved:
+            moved.append(name)
+    options = []
+    for own, new in zip(optimizer.param_groups, found.groups, strict=True):
+        changes = {
+            key: (own.get(key), value)
+            for key, value in new.items()
+            if key not in OWN_OPTIONS and not (key in own and same_option(own[key], value))
+        }
+        options.append(changes)
+    loaded = sum(pair.bits is not None for pair in found.pairs)
+    return LoadReport(
+        path=path,
+        kind=source.kind,
+        matched_by="name" if found.by_name else "position",
+        loaded=loaded,
+        without_state=len(found.pairs) - loaded,
+        converted=converted,
+        moved=moved,
+        dtypes=dtype_changes(found.pairs, source.entries),
+        options=options,
+        metadata=dict(source.user),
+    )

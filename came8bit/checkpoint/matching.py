@@ -1,0 +1,223 @@
+"""Which saved parameter belongs to which of an optimizer's, and what its options become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..loading import plan_state
+from ..options import FORMAT_VERSION, check_options
+from ..state.layout import plan
+from .error import CheckpointError
+from .header import Entry, dtype_name, label
+from .source import Source
+
+Group = Mapping[str, Any]
+
+OWN_OPTIONS = frozenset({"params", "param_names", "optim_bits", "format_version"})
+"""What an optimizer keeps of its own: whose state it is, and how it is stored."""
+
+_SHOWN = 5  # parameters that a message lists
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A parameter of the optimizer and the saved one that belongs to it.
+
+    Attributes:
+        param: of the optimizer.
+        position: of ``param`` in the optimizer.
+        saved: position in the file.
+        bits: of the momentum after loading; ``None`` if there is no state to load.
+    """
+
+    param: Tensor
+    position: int
+    saved: int
+    bits: int | None
+
+
+@dataclass(frozen=True)
+class Match:
+    """What loading will do: every parameter once, in the optimizer's order."""
+
+    pairs: Sequence[Pair]
+    groups: Sequence[dict[str, Any]]
+    by_name: bool
+
+
+def own_names(groups: Sequence[Group]) -> list[str] | None:
+    """The names of all parameters in order; ``None`` if there are none or two are the same."""
+    if not all("param_names" in group for group in groups):
+        return None
+    names = [name for group in groups for name in group["param_names"]]
+    usable = all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+    return names if usable and len(names) == sum(len(group["params"]) for group in groups) else None
+
+
+def match(own_groups: Sequence[Group], source: Source) -> Match:
+    """Pair the parameters of ``own_groups`` with those of ``source`` and merge the options.
+
+    By name if both sides have names, else by position.
+
+    Raises:
+        CheckpointError: they do not fit together; the message says where.
+    """
+    names = own_names(own_groups)
+    saved_names = [entry.name for entry in source.entries]
+    by_name = names is not None and bool(names) and None not in saved_names
+    members = [(p, index) for index, group in enumerate(own_groups) for p in group["params"]]
+    if by_name and names is not None:
+        _compare_names(names, [str(name) for name in saved_names])
+        where = {name: position for position, name in enumerate(saved_names)}
+        order = [where[name] for name in names]
+    else:
+        _compare_sizes(own_groups, source)
+        order = list(range(len(members)))
+    group_of = _pair_groups(own_groups, source, [group for _, group in members], order)
+    _compare_shapes([param for param, _ in members], source.entries, order)
+    # What came-pytorch does is no choice of its user: it is refused below or makes no difference.
+    kept = OWN_OPTIONS | ({"factored_view"} if source.kind == "came-pytorch" else set())
+    groups = [
+        _merge(own, source.groups[group_of[index]], index, kept)
+        for index, own in enumerate(own_groups)
+    ]
+    pairs = []
+    for position, ((param, index), saved) in enumerate(zip(members, order, strict=True)):
+        same = groups[index]["optim_bits"] == source.groups[group_of[index]].get("optim_bits")
+        layout = source.entries[saved].layout
+        bits = None
+        if layout is not None:
+            wanted = layout if same else plan_state(param, groups[index])
+            bits = wanted.momentum_bits
+        pairs.append(Pair(param, position, saved, bits))
+    if source.kind == "came-pytorch":
+        _check_views(pairs, [groups[group] for _, group in members], source.entries)
+    return Match(pairs, groups, by_name)
+
+
+def _compare_names(own: Sequence[str], saved: Sequence[str]) -> None:
+    own_set, saved_set = set(own), set(saved)
+    missing = [name for name in own if name not in saved_set]
+    strangers = [name for name in saved if name not in own_set]
+    if missing or strangers:
+        raise CheckpointError(
+            "the file is for other parameters: "
+            f"not in the file: {_list(missing)}; not in the optimizer: {_list(strangers)}; "
+            "build the optimizer over the model that was saved"
+        )
+
+
+def _compare_sizes(own_groups: Sequence[Group], source: Source) -> None:
+    own = [len(group["params"]) for group in own_groups]
+    saved = [0] * len(source.groups)
+    for entry in source.entries:
+        saved[entry.group] += 1
+    if own != saved:
+        raise CheckpointError(
+            f"the file has groups of {saved} parameters, expected groups of {own} in this order "
+            "(not both sides have unique names, so the order decides); build the optimizer over "
+            "the model that was saved, with the same groups"
+        )
+
+
+def _pair_groups(
+    own_groups: Sequence[Group], source: Source, own_of: Sequence[int], order: Sequence[int]
+) -> list[int]:
+    """The saved group of each of the optimizer's, which must hold the same parameters."""
+    partners: list[set[int]] = [set() for _ in own_groups]
+    for index, saved in zip(own_of, order, strict=True):
+        partners[index].add(source.entries[saved].group)
+    found = [min(partner, default=-1) for partner in partners]
+    # Groups without parameters belong together in the order in which they come.
+    empty = sorted(set(range(len(source.groups))) - set(found))
+    for index, partner in enumerate(partners):
+        if not partner and empty:
+            found[index] = empty.pop(0)
+    whole = all(len(partner) <= 1 for partner in partners)
+    if not whole or sorted(found) != list(range(len(source.groups))):
+        raise CheckpointError(
+            f"the file has {len(source.groups)} groups of parameters, divided otherwise than the "
+            f"{len(own_groups)} of this optimizer, so their options belong to nobody; build the "
+            "optimizer with the same groups"
+        )
+    return found
+
+
+def _compare_shapes(
+    params: Sequence[Tensor], entries: Sequence[Entry], order: Sequence[int]
+) -> None:
+    wrong = []
+    for position, (param, saved) in enumerate(zip(params, order, strict=True)):
+        shape = entries[saved].shape
+        if shape is not None and shape != tuple(param.shape):
+            wrong.append(
+                f"{label(entries[saved], position)}: {shape}, expected {tuple(param.shape)}"
+            )
+    if wrong:
+        raise CheckpointError(
+            f"the file is for other parameters: got shapes {_list(wrong)}; build the optimizer "
+            "over the model that was saved, with its parameters in the same order"
+        )
+
+
+def _merge(own: Group, saved: Group, index: int, kept: Set[str]) -> dict[str, Any]:
+    """Saved options win; those that are not saved, and the ``kept`` ones, stay."""
+    merged = {**own, "format_version": FORMAT_VERSION}
+    for key, value in saved.items():
+        if key not in kept:
+            here = own.get(key)
+            if isinstance(value, Tensor):
+                value = value.to(here.device) if isinstance(here, Tensor) else value
+                value = value.clone()
+            merged[key] = value
+    try:
+        check_options(merged)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"group {index} of the file: {error}") from error
+    return merged
+
+
+def _check_views(pairs: Sequence[Pair], groups: Sequence[Group], entries: Sequence[Entry]) -> None:
+    """came-pytorch factors the last two dimensions; statistics of one view are not another's."""
+    other = []
+    for pair, group in zip(pairs, groups, strict=True):
+        shape = tuple(pair.param.shape)
+        if pair.bits is None:
+            continue
+        own = plan(shape, factored_view=group["factored_view"])
+        if own.buffers != plan(shape, factored_view="last_two").buffers:
+            other.append(f"{label(entries[pair.saved], pair.saved)} {shape}")
+    if other:
+        raise CheckpointError(
+            f"came-pytorch factors the last two dimensions, this optimizer chooses another view "
+            f"for {_list(other)}, and the statistics of one cannot be made from the other's; "
+            'construct the optimizer with factored_view="last_two"'
+        )
+
+
+def dtype_changes(pairs: Sequence[Pair], entries: Sequence[Entry]) -> list[str]:
+    """The parameters whose dtype is no longer the one that was saved."""
+    found = []
+    for pair in pairs:
+        saved, now = entries[pair.saved].dtype, dtype_name(pair.param.dtype)
+        if saved not in (None, now):
+            found.append(f"{label(entries[pair.saved], pair.position)}: {saved} -> {now}")
+    return found
+
+
+def same_option(first: Any, second: Any) -> bool:
+    """Whether two values of an option are equal, tensors and numbers told apart."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        both = isinstance(first, Tensor) and isinstance(second, Tensor)
+        return both and first.dtype == second.dtype and torch.equal(first.cpu(), second.cpu())
+    return type(first) is type(second) and bool(first == second)
+
+
+def _list(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return (", ".join(items[:_SHOWN]) or "none") + more

@@ -1,0 +1,254 @@
+"""From the first bytes of a file to a :class:`.header.Header`, trusting none of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from ..checks import PARAM_DTYPES
+from ..options import FORMAT_VERSION
+from ..state.layout import possible_layouts
+from .error import CheckpointError
+from .header import (
+    DTYPE_NAMES,
+    FILE_VERSION,
+    FORMAT,
+    LARGEST_HEADER,
+    NO_DIGEST,
+    Entry,
+    Header,
+    Span,
+    dtype_name,
+    label,
+    place,
+)
+from .values import decode
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_PARAM_DTYPES = sorted(map(dtype_name, PARAM_DTYPES))
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_NOT_OURS = "not an optimizer checkpoint of came8bit"
+T = TypeVar("T")
+
+
+def header_size(first: bytes, file_size: int) -> int:
+    """Length of the header, from the ``first`` nine bytes of a file of ``file_size`` bytes."""
+    size = int.from_bytes(first[:8], "little")
+    if len(first) < 9 or first[8:9] != b"{" or not 2 <= size <= LARGEST_HEADER:
+        raise CheckpointError(
+            f"got {file_size} bytes that do not begin like a safetensors file: {_NOT_OURS}, or a "
+            "damaged one"
+        )
+    if 8 + size > file_size:
+        raise CheckpointError(
+            f"got {file_size} bytes, expected a header of {size} and more: the file is truncated, "
+            "or its first bytes are damaged; use an earlier checkpoint"
+        )
+    return size
+
+
+def parse_header(first: bytes, text: bytes, file_size: int) -> Header:
+    """Check everything that can be known without reading the tensors.
+
+    Args:
+        first: the eight bytes of the length field.
+        text: the header itself.
+        file_size: of the whole file.
+
+    Raises:
+        CheckpointError: the file is foreign, newer, truncated, or its header is damaged.
+    """
+    table = _parse_json(text)
+    metadata = table.pop("__metadata__", None) if isinstance(table, dict) else None
+    if not isinstance(table, dict) or not isinstance(metadata, dict):
+        raise CheckpointError(f"got a safetensors file without metadata: {_NOT_OURS}")
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"got a safetensors file of format {metadata.get('format')!r} with "
+            f"{len(table)} tensors such as {sorted(table)[:3]}: {_NOT_OURS}; a model's file is "
+            "loaded into the model"
+        )
+    version = metadata.get("format_version")
+    if not isinstance(version, str) or not re.fullmatch(r"[1-9][0-9]{0,8}", version):
+        raise _damaged(f"format_version is {version!r}")
+    if int(version) > FILE_VERSION:
+        raise CheckpointError(
+            f"got a checkpoint of format version {version}, written by came8bit "
+            f"{metadata.get('came8bit_version')}; this came8bit reads up to {FILE_VERSION}: "
+            "upgrade came8bit"
+        )
+    _check_digest(first, text, metadata)
+    # From here on the header is what somebody wrote on purpose; it may still make no sense.
+    header = _guarded(lambda: _read_header(table, metadata))
+    _check_states(header)
+    expected = 8 + len(text) + header.data_bytes
+    if file_size != expected:
+        what = "truncated" if file_size < expected else "damaged"
+        raise CheckpointError(
+            f"got {file_size} bytes, expected {expected}: the file is {what}; "
+            "use an earlier checkpoint"
+        )
+    return header
+
+
+def _parse_json(text: bytes) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("a key is there twice")
+        return table
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the header is not JSON ({str(error)[:200]}): {_NOT_OURS}, or a damaged one"
+        ) from error
+
+
+def _check_digest(first: bytes, text: bytes, metadata: Mapping[str, Any]) -> None:
+    digest = metadata.get("header_sha256")
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise _damaged("header_sha256 is not there")
+    mark = b'"header_sha256":"%b"'
+    written = mark % digest.encode()
+    if text.count(written) != 1:
+        raise _damaged("header_sha256 is not where it was")
+    blank = text.replace(written, mark % NO_DIGEST.encode())
+    if hashlib.sha256(first[:8] + blank).hexdigest() != digest:
+        raise _damaged("its checksum is wrong")
+
+
+def _damaged(what: str) -> CheckpointError:
+    return CheckpointError(f"the header is damaged: {what}; use an earlier checkpoint")
+
+
+def _guarded(read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except CheckpointError:
+        raise
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
+        raise _damaged(f"{type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _read_header(table: dict[str, Any], metadata: Mapping[str, Any]) -> Header:
+    groups = [
+        {str(key): decode(value) for key, value in group.items()}
+        for group in _parse_json(metadata["groups"].encode())
+    ]
+    rows = _parse_json(metadata["parameters"].encode())
+    entries: list[Entry] = []
+    begin = 0
+    for position, row in enumerate(rows):
+        entry = _read_entry(row, len(groups))
+        prefix = label(entry, position) + "."
+        tensors = _take_tensors(table, prefix) if entry.step is not None else {}
+        entry = Entry(**{**vars(entry), "tensors": tensors})
+        entries.append(entry)
+        for name, span in sorted(tensors.items(), key=lambda item: item[1][2:]):
+            if span.begin != begin:
+                raise ValueError(f"{prefix}{name} begins at {span.begin}, expected {begin}")
+            begin = span.end
+    if table:
+        raise ValueError(f"tensors that belong to no parameter: {sorted(table)[:3]}")
+    named = [entry.name for entry in entries if entry.name is not None]
+    if named and (len(named) != len(entries) or len(set(named)) != len(named)):
+        raise ValueError("parameter names are missing or not unique")
+    user = _parse_json(metadata["user"].encode())
+    if not all(isinstance(value, str) for value in user.values()):
+        raise ValueError("the user's metadata are not strings")
+    return Header(
+        groups, entries, user, int(metadata["format_version"]), metadata["came8bit_version"]
+    )
+
+
+def _read_entry(row: dict[str, Any], groups: int) -> Entry:
+    name, shape, dtype = row["name"], row["shape"], row["dtype"]
+    if not (name is None or isinstance(name, str)) or dtype not in (None, *_PARAM_DTYPES):
+        raise ValueError(f"got name {name!r} and dtype {dtype!r}")
+    step, skipped, digest = row["step"], row.get("skipped", 0), row.get("sha256")
+    if step is not None:
+        _count(step)
+        _count(skipped)
+        if shape is None or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+            raise ValueError(f"state without shape or checksum: {row}")
+    shape = None if shape is None else _counts(shape)
+    if not _count(row["group"]) < groups:
+        raise ValueError(f"group {row['group']} does not exist")
+    return Entry(name, row["group"], shape, dtype, step, skipped, digest)
+
+
+def _take_tensors(table: dict[str, Any], prefix: str) -> dict[str, Span]:
+    """Remove the tensors of one parameter from ``table``."""
+    spans = {}
+    for name in (
+        "exp_avg",
+        "absmax",
+        "exp_avg_sq",
+        "exp_avg_sq_row",
+        "exp_avg_sq_col",
+        "exp_avg_res_row",
+        "exp_avg_res_col",
+        "rms_ratio",
+    ):
+        row = table.pop(prefix + name, None)
+        if row is not None:
+            begin, end = _counts(row["data_offsets"])
+            spans[name] = Span(_DTYPES[row["dtype"]], _counts(row["shape"]), begin, end)
+    return spans
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"got {value!r}, expected a count")
+    return value
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list):
+        raise ValueError(f"got {values!r}, expected a list of counts")
+    return tuple(_count(value) for value in values)
+
+
+def _check_states(header: Header) -> None:
+    """Every state is one that this version keeps, where it would have put it."""
+    for index, group in enumerate(header.groups):
+        version = group.get("format_version")
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+            raise CheckpointError(
+                f"group {index} has state of version {version!r}, this came8bit reads 1 to "
+                f"{FORMAT_VERSION}: upgrade came8bit"
+            )
+    for position, entry in enumerate(header.entries):
+        if entry.step is None:
+            continue
+        layout = entry.layout
+        first = min((span.begin for span in entry.tensors.values()), default=0)
+        if layout is None or dict(entry.tensors) != place(layout, first):
+            got = {name: tuple(span.shape) for name, span in entry.tensors.items()}
+            raise CheckpointError(
+                f"parameter {label(entry, position)} of shape {entry.shape} has state {got}, "
+                f"expected one of {_describe(entry)}; the file was not written by came8bit"
+            )
+
+
+def _describe(entry: Entry) -> list[dict[str, tuple[int, ...]]]:
+    return [
+        {name: span.shape for name, span in place(layout, 0).items()}
+        for layout in possible_layouts(entry.shape or ())
+    ]

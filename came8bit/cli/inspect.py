@@ -1,0 +1,98 @@
+"""``came8bit inspect``: what is in a checkpoint, and whether it is sound."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import came8bit
+from came8bit.cli.errors import CliError
+
+_COLUMNS = ("", "name", "shape", "dtype", "group", "step", "skipped", "momentum", "view", "bytes")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the subcommand."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="what is in a checkpoint, and whether its checksums are correct",
+        description="Show what is in a checkpoint of came8bit, or in a state dict of came-pytorch "
+        "that torch.save wrote, and compare its checksums. Exit code 1: they are wrong.",
+    )
+    parser.add_argument("file", metavar="FILE", help="the checkpoint")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="read the header only, not the tensors"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what the file holds; 1 if a tensor is damaged."""
+    try:
+        facts = came8bit.inspect_checkpoint(args.file, verify=not args.no_verify)
+    except (came8bit.CheckpointError, OSError) as error:
+        raise CliError(str(error)) from error
+    print(json.dumps(facts, indent=2, allow_nan=False) if args.json else describe(facts))
+    return 1 if facts["damage"] else 0
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """Lay the facts out for reading; see :func:`came8bit.inspect_checkpoint` for the keys."""
+    kind = "state dict of came-pytorch"
+    if facts["kind"] == "came8bit":
+        kind = (
+            f"checkpoint, format {facts['format_version']}, "
+            f"written by came8bit {facts['came8bit_version']}"
+        )
+    verified = "correct" if facts["verified"] else "not compared"
+    rows = [
+        ("file", facts["path"]),
+        ("kind", kind),
+        ("bytes", f"{facts['bytes']:,}, {facts['state_bytes']:,} of them state"),
+        ("checksums", f"WRONG: {facts['damage']}" if facts["damage"] else verified),
+    ]
+    rows += [(f"metadata {key}", value) for key, value in facts["metadata"].items()]
+    for index, group in enumerate(facts["groups"]):
+        rows.append((f"group {index}", f"{group['parameters']} parameters"))
+        rows += [(f"  {key}", str(value)) for key, value in group["options"].items()]
+    width = max(len(name) for name, _ in rows) + 2
+    lines = [f"{name:<{width}}{value}" for name, value in rows]
+    return "\n".join([*lines, "", *_table(facts["parameters"])])
+
+
+def _table(parameters: list[dict[str, Any]]) -> list[str]:
+    rows: list[tuple[str, ...]] = [_COLUMNS]
+    rows += [
+        (
+            str(one["position"]),
+            one["name"] or "-",
+            _times(one["shape"]),
+            one["dtype"] or "?",
+            str(one["group"]),
+            *(
+                ("no state", "", "", "")
+                if one["step"] is None
+                else (
+                    str(one["step"]),
+                    str(one["skipped"]),
+                    f"{one['momentum_bits']} bits",
+                    _times(one["view"]) if one["factored"] else "unfactored",
+                )
+            ),
+            f"{one['bytes']:,}",
+        )
+        for one in parameters
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _times(sizes: list[int] | None) -> str:
+    if sizes is None:
+        return "?"
+    return "×".join(map(str, sizes)) or "scalar"

@@ -1,0 +1,335 @@
+"""Step in backward: each parameter is updated, and its gradient freed, as soon as it is ready.
+
+After an ordinary backward pass all gradients exist at once.  Here a hook on every parameter hands
+the gradient to the optimizer when autograd has finished it, and frees it, so that only the one in
+hand exists.  ``docs/gradient_release.md`` says what this means for a training loop.
+
+Three things are kept in order:
+
+* **What is taken for what.**  A gradient that has been used leaves a :class:`ReleasedGradient` in
+  ``param.grad`` until ``optimizer.step()``: a tensor without memory that raises when it is read or
+  added to.  With ``None`` there, ``clip_grad_norm_`` would find a norm of 0, and a second backward
+  pass would become a second update.
+* **Streams.**  Autograd runs a hook on the stream on which it has accumulated the gradient, after
+  everything that read the parameter has been queued.  So the update goes to the current stream of
+  the hook, and ``backward()`` lets its caller's stream wait for it at the end.  The gradient may
+  have been allocated on another stream, the one of the operation that made it; ``record_stream``
+  keeps its memory from being given away before the update has read it.
+* **References.**  Autograd keeps hooks where Python's garbage collector cannot look.  A hook that
+  held the optimizer would keep it, and the model, for good; so it holds a weak reference.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .optim import CAME
+from .options import check_options
+
+__all__ = ["GradientRelease", "ReleasedGradient", "step_in_backward"]
+
+_SECOND = (
+    "a parameter got a second gradient before optimizer.step(), but with step_in_backward the "
+    "first one has been used and freed: to the optimizer they would be two steps. "
+    "Call optimizer.step() after each backward(); to add up the gradients of several backward "
+    "passes, run all but the last inside `with release.accumulate():`. If this was a single "
+    "backward(), the parameter is used in several segments of reentrant checkpointing, which is a "
+    "backward pass each: use checkpoint(..., use_reentrant=False). The parameter holds the update "
+    "of the first gradient; where that is not wanted, return to a checkpoint"
+)
+_GONE = (
+    "step_in_backward has used and freed this gradient during backward(); {what} has nothing to "
+    "work on. Global-norm clipping: use CAME's own clip_threshold, which limits the RMS of each "
+    "tensor's update (on by default), in place of clip_grad_norm_. GradScaler: train in bfloat16, "
+    "which needs none. To have the gradients all the same, run every backward() of the step inside "
+    "`with release.accumulate():`; they then exist all at once"
+)
+
+
+class ReleasedGradient(Tensor):
+    """What is left in ``param.grad`` of a gradient that has been used: no memory, no values.
+
+    Shape, dtype and device are the gradient's; every operation raises :class:`RuntimeError`.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, grad: Tensor) -> ReleasedGradient:
+        """Stand in for ``grad``."""
+        made: ReleasedGradient = Tensor._make_wrapper_subclass(
+            cls, grad.shape, strides=(0,) * grad.dim(), dtype=grad.dtype, device=grad.device
+        )
+        return made
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """0, for those who count."""
+        return 0
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"ReleasedGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        # How autograd adds to a gradient that is there.
+        if func is torch.ops.aten.add_.Tensor:
+            raise RuntimeError(_SECOND)
+        raise RuntimeError(_GONE.format(what=func))
+
+
+def step_in_backward(optimizer: Optimizer) -> GradientRelease:
+    """Let ``loss.backward()`` update every parameter as soon as its gradient is ready.
+
+    The training loop stays as it is; ``optimizer.step()`` is still called after each backward pass,
+    and ends the step.  The results are those of ordinary stepping, to the last bit::
+
+        release = came8bit.step_in_backward(optimizer)
+        for batch in batches:
+            model(batch).backward()
+            optimizer.step()
+            scheduler.step()
+
+    Args:
+        optimizer: one of this package's, or a wrapper that has one as its ``optimizer``, such as
+            accelerate's.  Groups may be added and parameters (un)frozen later.
+
+    Returns:
+        A handle with ``remove()`` and ``accumulate()``.  As a context manager it removes itself.
+        The optimizer keeps it; it does not keep the optimizer.
+
+    Raises:
+        TypeError: ``optimizer`` is not one of this package's.
+        ValueError: it steps in backward already.
+        RuntimeError: several processes train together, or the wrapper scales gradients.
+    """
+    inner: Any = optimizer
+    while not isinstance(inner, CAME):
+        scaler = getattr(inner, "scaler", None)
+        if scaler is not None and scaler.is_enabled():
+            raise RuntimeError(
+                "step_in_backward cannot be used with a GradScaler: whether a step is to be left "
+                "out is known after backward() only. Use mixed_precision='bf16', which needs none"
+            )
+        if not hasattr(inner, "optimizer"):
+            raise TypeError(
+                f"got {type(inner).__name__}, expected one of came8bit's optimizers, or a wrapper "
+                "that has one as its attribute `optimizer`"
+            )
+        inner = inner.optimizer
+    if inner._release is not None:
+        raise ValueError(
+            "this optimizer steps in backward already; use the handle of the first call, or "
+            "remove() it first"
+        )
+    _check_alone()
+    release = GradientRelease(inner)
+    inner._release = release
+    return release
+
+
+class GradientRelease:
+    """Handle of :func:`step_in_backward`."""
+
+    def __init__(self, optimizer: CAME) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._hooks: dict[int, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
+        # Backward of several devices runs in as many threads.
+        self._lock = threading.Lock()
+        self._accumulating = 0
+        self._forget_step()
+        self.attach(optimizer)
+
+    def _forget_step(self) -> None:
+        # Parameters that this step has updated, by position, in the order of backward.
+        self._updated: dict[int, Tensor] = {}
+        # id of a parameter -> its group's index and its position; empty between two steps.
+        self._places: dict[int, tuple[int, int]] = {}
+        self._groups: list[dict[str, Any]] = []
+        self._group_count = 0
+
+    # --- for users --------------------------------------------------------------------------------
+
+    def __enter__(self) -> GradientRelease:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the hooks away; the optimizer then steps in ``step()`` again.  Idempotent."""
+        for _, hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer._release is self:
+            optimizer._release = None
+            _drop_placeholders(optimizer)
+            optimizer._flush()
+            optimizer._expect_order([])
+        self._forget_step()
+
+    @contextmanager
+    def accumulate(self, enabled: bool = True) -> Iterator[None]:
+        """Let gradients add up in the backward passes inside, and update nothing.
+
+        The first backward pass outside updates each parameter with the sum, ``optimizer.step()``
+        those that this pass does not reach.  Gradients exist all at once meanwhile.
+
+        Args:
+            enabled: ``False`` for a context without effect, as for the last of several passes.
+        """
+        self._accumulating += enabled
+        try:
+            yield
+        finally:
+            self._accumulating -= enabled
+
+    # --- for the optimizer ------------------------------------------------------------------------
+
+    def finish_step(self, closure: Callable[[], Any] | None) -> None:
+        """What ``optimizer.step()`` does: update what still has a gradient, and end the step.
+
+        Raises:
+            RuntimeError: there is a closure.
+            ValueError, TypeError, FloatingPointError: as in ordinary steps.
+        """
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        if closure is not None:
+            raise RuntimeError(
+                "step(closure) evaluates the model inside step(), but step_in_backward updates "
+                "parameters during backward(): call loss.backward(), then step() without a "
+                "closure, or remove() the handle of step_in_backward first"
+            )
+        _drop_placeholders(optimizer)
+        with torch.no_grad():
+            optimizer._run(optimizer._collect())
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = None
+        optimizer._flush()
+        if self._updated:
+            optimizer._expect_order(list(self._updated.values()))
+        self._forget_step()
+        self.attach(optimizer)
+
+    def attach(self, optimizer: CAME) -> None:
+        """Hook every parameter that has no hook yet, and let go of those that have left."""
+        this = weakref.ref(self)
+
+        def hook(param: Tensor) -> None:
+            release = this()
+            if release is not None:
+                release._on_gradient(param)
+
+        present = set()
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                present.add(id(param))
+                known = self._hooks.get(id(param))
+                if known is None or known[0]() is not param:
+                    # Autograd takes no hook for a frozen parameter, but keeps one while it is.
+                    needs_gradient = param.requires_grad
+                    handle = param.requires_grad_().register_post_accumulate_grad_hook(hook)
+                    param.requires_grad_(needs_gradient)
+                    self._hooks[id(param)] = weakref.ref(param), handle
+        for key in self._hooks.keys() - present:
+            self._hooks.pop(key)[1].remove()
+
+    # --- in backward ------------------------------------------------------------------------------
+
+    def _begin_step(self, optimizer: CAME) -> None:
+        """Check options and note places, once per step and where groups have changed."""
+        _check_alone()
+        for group in optimizer.param_groups:
+            check_options(group)
+        if self._groups is not optimizer.param_groups:  # the first time, or after loading
+            self._forget_step()
+        self.attach(optimizer)
+        position = 0
+        for index, group in enumerate(optimizer.param_groups):
+            for param in group["params"]:
+                self._places[id(param)] = index, position
+                position += 1
+        self._groups, self._group_count = optimizer.param_groups, len(optimizer.param_groups)
+
+    def _on_gradient(self, param: Tensor) -> None:
+        """Update ``param``, whose gradient is complete, and free the gradient."""
+        optimizer = self._optimizer()
+        grad = param.grad
+        if optimizer is None or grad is None:
+            return
+        with self._lock:
+            groups = optimizer.param_groups
+            if self._groups is not groups or self._group_count != len(groups):
+                self._begin_step(optimizer)
+            place = self._places.get(id(param))
+            if place is None:  # taken out of the optimizer
+                return
+            index, position = place
+            if position in self._updated:
+                raise RuntimeError(f"parameter {position}: {_SECOND}")
+            if self._accumulating:
+                return
+            if type(grad) is ReleasedGradient:
+                raise RuntimeError(
+                    f"parameter {position}: another optimizer that steps in backward has used and "
+                    "freed its gradient; let one of them have the parameter"
+                )
+            if grad.requires_grad:
+                raise RuntimeError(
+                    f"parameter {position}: backward(create_graph=True) is for gradients that are "
+                    "differentiated later, but step_in_backward frees them; use "
+                    "torch.autograd.grad, or remove() the handle of step_in_backward first"
+                )
+            with torch.no_grad():
+                self._update(optimizer, index, param, position)
+            if grad.is_cuda:
+                grad.record_stream(torch.cuda.current_stream(grad.device))
+            param.grad = ReleasedGradient(grad)
+            self._updated[position] = param
+
+    def _update(self, optimizer: CAME, index: int, param: Tensor, position: int) -> None:
+        try:
+            item = optimizer._work_item(param, position)
+            if item is not None:
+                optimizer._run([(optimizer.param_groups[index], [item])])
+        except (ValueError, TypeError, FloatingPointError) as error:
+            raise type(error)(
+                f"{error}. This happened in backward(), for parameter {position} alone: "
+                f"{len(self._updated)} parameters whose gradients were ready earlier have been "
+                "updated. zero_grad() and step() end this step"
+            ) from error
+
+
+def _drop_placeholders(optimizer: CAME) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if type(param.grad) is ReleasedGradient:
+                param.grad = None
+
+
+def _check_alone() -> None:
+    """Refuse to run where gradients of several processes would have to be averaged first."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        size = distributed.get_world_size()
+        if size > 1:
+            raise RuntimeError(
+                f"step_in_backward updates a parameter before the gradients of the {size} "
+                "processes have been averaged, so their models would drift apart. Use ordinary "
+                "steps with DistributedDataParallel, or one process"
+            )

@@ -1,0 +1,233 @@
+"""Bytes of state of each optimizer, buffer by buffer, and what a step needs besides.
+
+came8bit's come from :mod:`came8bit.state`, by which the optimizers themselves allocate.  Those of
+``torch.optim.AdamW`` and bitsandbytes follow their ``init_state``; tests compare all of them with
+tensors that were really allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ..state.layout import DEFAULT_MIN_8BIT_SIZE, plan
+from ..state.paged import default_budget
+from ..state.pages import page_layout
+from .model import Parameter
+
+#: bitsandbytes keeps the state of smaller parameters on the device in its paged optimizers.
+BNB_PAGED_SIZE = 100_000
+_BNB_BLOCK = 256
+_BNB_TABLES = 2 * 256 * 4  # qmap1 and qmap2, shared by all parameters
+
+#: Temporaries of a step of came8bit's kernels: measured 0.2 to 2.2 MB on the CPU; this is the bound
+#: that tests hold them to.
+WORKSPACE_BYTES = 8_000_000
+WORKSPACE_FRACTION = 0.005  # of the parameters' bytes
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the state's bytes besides the shapes.
+
+    Attributes:
+        itemsize: bytes per element of the parameters, 2 or 4.
+        min_8bit_size: parameters with fewer elements keep 32-bit state.
+        fp32_embeddings: whether embeddings keep 32-bit state.  transformers' ``Trainer`` asks
+            bitsandbytes for that; with came8bit it is a parameter group with ``optim_bits=32``.
+        budget: ``page_budget`` of the paged optimizers, bytes of the device; ``None``: the default.
+    """
+
+    itemsize: int = 2
+    min_8bit_size: int = DEFAULT_MIN_8BIT_SIZE
+    fp32_embeddings: bool = False
+    budget: int | None = None
+
+
+@dataclass
+class State:
+    """State of all parameters.
+
+    Attributes:
+        device: buffer name -> bytes on the device.
+        host: buffer name -> bytes in the memory of the host.
+        pages: bytes of the paged state of each parameter that has some, largest first.
+        staging: bytes of the device through which pages pass.
+    """
+
+    device: Counter[str] = field(default_factory=Counter)
+    host: Counter[str] = field(default_factory=Counter)
+    pages: list[int] = field(default_factory=list)
+    staging: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """All state, wherever it is, each byte once."""
+        return sum(self.device.values()) + sum(self.host.values())
+
+
+def _adamw(parameters: Iterable[Parameter], options: Options, *, fused: bool) -> State:
+    """State has the parameter's dtype; the counter is an fp32 tensor, on the CPU unless fused."""
+    state = State()
+    for parameter in parameters:
+        for name in ("exp_avg", "exp_avg_sq"):
+            state.device[name] += parameter.numel * options.itemsize
+        (state.device if fused else state.host)["step"] += 4
+    return state
+
+
+def _bitsandbytes(
+    parameters: Iterable[Parameter], options: Options, *, bits: int, paged: bool
+) -> State:
+    state = State()
+    coded = False
+    for parameter in parameters:
+        numel = parameter.numel
+        small = numel < options.min_8bit_size or (parameter.embedding and options.fp32_embeddings)
+        eight = bits == 8 and not small
+        paged_here = paged and numel >= BNB_PAGED_SIZE
+        for index in "12":
+            place = state.host if paged_here else state.device
+            place[f"state{index}"] += numel * (1 if eight else 4)
+            if eight:
+                state.device[f"absmax{index}"] += 4 * -(-numel // _BNB_BLOCK)
+        if paged_here:
+            state.pages.append(2 * numel * (1 if eight else 4))
+        coded |= eight
+    if coded:
+        state.device["code tables"] = _BNB_TABLES
+    # Managed memory moves when it is touched: at least the parameter in hand is on the device.
+    state.pages.sort(reverse=True)
+    state.staging = state.pages[0] if state.pages else 0
+    return state
+
+
+def _came(parameters: Iterable[Parameter], options: Options, *, bits: int, paged: bool) -> State:
+    state = State()
+    for parameter in parameters:
+        wide = bits == 32 or (parameter.embedding and options.fp32_embeddings)
+        layout = plan(
+            parameter.shape,
+            optim_bits=32 if wide else 8,
+            min_8bit_size=options.min_8bit_size,
+        )
+        page = page_layout(layout) if paged else None
+        on_page = page.buffers if page else ()
+        for buffer in layout.buffers:
+            place = state.host if buffer in on_page else state.device
+            place[_group(buffer.name, layout.momentum_bits)] += buffer.nbytes
+        if page:
+            state.pages.append(page.nbytes)
+            gaps = page.nbytes - sum(buffer.nbytes for buffer in on_page)
+            if gaps:
+                state.host["alignment"] += gaps
+    if state.pages:
+        state.pages.sort(reverse=True)
+        state.staging = _staging(state.pages, options.budget)
+    return state
+
+
+def _group(buffer: str, momentum_bits: int) -> str:
+    """Under which name a buffer of :mod:`came8bit.state.layout` is shown."""
+    if buffer == "exp_avg":
+        return "momentum codes" if momentum_bits == 8 else "momentum"
+    if buffer in ("absmax", "exp_avg_sq"):
+        return {"absmax": "absmax", "exp_avg_sq": "full second moment"}[buffer]
+    return "statistics" if buffer.startswith("exp_avg_") else "counters"
+
+
+def _staging(pages: Sequence[int], budget: int | None) -> int:
+    """Bytes of the device that pages take: all of them if they fit, else the budget."""
+    if budget is None:
+        return min(sum(pages), default_budget("cuda", pages))
+    if budget < max(pages):
+        raise ValueError(
+            f"got a page budget of {budget:,} bytes, but the largest parameter has a page of "
+            f"{max(pages):,}; give at least that, and three times as much for copies to overlap"
+        )
+    return min(sum(pages), budget)
+
+
+def _no_temporaries(parameters: Sequence[Parameter], options: Options) -> int:
+    return 0
+
+
+def _root_of_second_moment(parameters: Sequence[Parameter], options: Options) -> int:
+    """The default, ``foreach``: a list of roots of all second moments."""
+    return sum(parameter.numel for parameter in parameters) * options.itemsize
+
+
+def _workspace(parameters: Sequence[Parameter], options: Options) -> int:
+    total = sum(parameter.numel for parameter in parameters) * options.itemsize
+    return WORKSPACE_BYTES + math.ceil(WORKSPACE_FRACTION * total)
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """An optimizer that can be planned for.
+
+    Attributes:
+        key: on the command line.
+        label: for people.
+        constructor: the Python expression that makes it.
+        package: what has to be imported for that.
+        state: bytes of state.
+        temporaries: bytes that a step over these parameters needs besides, for its duration.
+        step_in_backward: whether :func:`came8bit.step_in_backward` works with it.
+    """
+
+    key: str
+    label: str
+    constructor: str
+    package: str
+    state: Callable[[Sequence[Parameter], Options], State]
+    temporaries: Callable[[Sequence[Parameter], Options], int] = _no_temporaries
+
+    @property
+    def step_in_backward(self) -> bool:
+        """Whether this package can let it step in backward."""
+        return self.package == "came8bit"
+
+
+def _kinds() -> dict[str, OptimizerKind]:
+    def torch_adamw(fused: bool) -> Callable[[Sequence[Parameter], Options], State]:
+        return lambda parameters, options: _adamw(parameters, options, fused=fused)
+
+    def bnb(bits: int, paged: bool) -> Callable[[Sequence[Parameter], Options], State]:
+        return lambda parameters, options: _bitsandbytes(
+            parameters, options, bits=bits, paged=paged
+        )
+
+    def came(bits: int, paged: bool) -> Callable[[Sequence[Parameter], Options], State]:
+        return lambda parameters, options: _came(parameters, options, bits=bits, paged=paged)
+
+    def mine(key: str, name: str, bits: int, paged: bool) -> OptimizerKind:
+        constructor = f"{name}(model.parameters(), lr=2e-4)"
+        return OptimizerKind(key, name, constructor, "came8bit", came(bits, paged), _workspace)
+
+    def theirs(key: str, name: str, label: str, bits: int, paged: bool) -> OptimizerKind:
+        constructor = f"bitsandbytes.optim.{name}(model.parameters(), lr=1e-3)"
+        return OptimizerKind(key, label, constructor, "bitsandbytes", bnb(bits, paged))
+
+    adamw = "torch.optim.AdamW(model.parameters(), lr=1e-3"
+    kinds = [
+        OptimizerKind(
+            "adamw", "AdamW", adamw + ")", "torch", torch_adamw(False), _root_of_second_moment
+        ),
+        OptimizerKind(
+            "adamw-fused", "AdamW, fused", adamw + ", fused=True)", "torch", torch_adamw(True)
+        ),
+        theirs("adamw32bit", "AdamW32bit", "AdamW, fp32 state (bitsandbytes)", 32, False),
+        theirs("adamw8bit", "AdamW8bit", "AdamW8bit (bitsandbytes)", 8, False),
+        theirs("paged-adamw8bit", "PagedAdamW8bit", "PagedAdamW8bit (bitsandbytes)", 8, True),
+        mine("came32bit", "CAME32bit", 32, False),
+        mine("paged-came32bit", "PagedCAME32bit", 32, True),
+        mine("came8bit", "CAME8bit", 8, False),
+        mine("paged-came8bit", "PagedCAME8bit", 8, True),
+    ]
+    return {kind.key: kind for kind in kinds}
+
+
+OPTIMIZERS: dict[str, OptimizerKind] = _kinds()

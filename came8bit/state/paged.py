@@ -1,0 +1,382 @@
+"""State that is not on its device: pages of many parameters, brought in for a step and back.
+
+:class:`Pager` joins the parts: homes (:mod:`.pages`), a planner per device (:mod:`.schedule`) and
+what carries out its plans (:mod:`.transfer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dense
+from .layout import Layout
+from .pagefile import PageFile
+from .pages import Home, Page, PageLayout, page_layout, read_pieces, write_pieces
+from .pages import resident_buffers as resident
+from .pinned import PinnedMemory
+from .schedule import FREE, STAGE, WAIT, WRITE_BACK, Event, Schedule
+from .transfer import Mover, mover_for
+
+Run = Callable[[Sequence[tuple[int, dict[str, Tensor]]]], None]
+
+_CPU_WINDOW = 64 << 20
+_DEVICE_RING = 256 << 20
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the user wants pages.
+
+    Attributes:
+        directory: of the page file; None: no file for CUDA, an unnamed one for the CPU.
+        budget: bytes on each device that pages may take, or None for :func:`default_budget`.
+    """
+
+    directory: Path | None = None
+    budget: int | None = None
+
+
+def default_budget(device_type: str, sizes: Sequence[int]) -> int:
+    """Bytes for pages of ``sizes``, where the user says nothing.
+
+    On a device 256 MiB, or three of the largest page, so that copies overlap.  In CPU memory a
+    sixteenth of all pages, 64 MiB at most and one page at least.
+    """
+    largest, total = max(sizes), sum(sizes)
+    if device_type == "cpu":
+        return max(largest, min(_CPU_WINDOW, total // 16))
+    return min(total, max(3 * largest, _DEVICE_RING))
+
+
+class _Lane:
+    """The pages of one device, with their plan and what moves them."""
+
+    def __init__(self, device: torch.device, home: Home, mover: Mover, budget: int | None) -> None:
+        self.device = device
+        self.home = home
+        self.mover = mover
+        self.pages: dict[int, Page] = {}
+        self._budget = budget
+        self._schedule: Schedule | None = None
+        self._expected: list[int] | None = None
+
+    def add(self, pages: Iterable[Page]) -> None:
+        """New pages; the plan is made again before the next use."""
+        self.retire()
+        self.pages.update((page.key, page) for page in pages)
+
+    def remove(self, page: Page) -> None:
+        """Give back the place of ``page``."""
+        self.retire()
+        self.mover.settle(page)
+        del self.pages[page.key]
+        self.home.release(page.address, page.nbytes)
+
+    def budget(self) -> int:
+        """Bytes that pages may take.
+
+        Raises:
+            ValueError: the user's number is too small for a page.
+        """
+        sizes = [page.nbytes for page in self.pages.values()]
+        if self._budget is None:
+            return default_budget(self.device.type, sizes)
+        largest = max(self.pages.values(), key=lambda page: page.nbytes)
+        if largest.nbytes > self._budget:
+            shape = largest.layout.buffers[0].shape
+            raise ValueError(
+                f"page_budget is {self._budget} bytes, but the state of a parameter of shape "
+                f"{tuple(shape)} needs a page of {largest.nbytes}: give page_budget="
+                f"{largest.nbytes} or more, three times as much to let copies overlap. Nothing "
+                "has been changed"
+            )
+        return self._budget
+
+    def plan(self) -> None:
+        """Be ready for :meth:`use`; whatever can be refused is refused here."""
+        self.home.check()
+        schedule = self._schedule
+        if schedule is None:
+            sizes = {page.key: page.nbytes for page in self.pages.values()}
+            schedule = Schedule(sizes, self.budget(), self.mover.patient)
+        self.mover.prepare(schedule.capacity, schedule.at_once)
+        self._schedule = schedule
+
+    def retire(self) -> None:
+        """Bring all pages home and forget the plan."""
+        schedule, self._schedule = self._schedule, None
+        self._expected = None
+        if schedule is not None:
+            self._do(schedule.send_home(self.pages))
+            for key in self.pages:
+                self._do(schedule.forget(key))
+
+    def expect(self, keys: list[int], again: bool) -> None:
+        """Prefetch in this order; ``again``: from its beginning, even if it is the old one."""
+        if self._schedule is not None and (again or keys != self._expected):
+            self._expected = keys
+            self._do(self._schedule.expect(keys))
+
+    def use(self, members: Sequence[tuple[int, Page]], run: Run) -> None:
+        """Call ``run`` with the buffers of ``members``, some at a time, numbers kept."""
+        assert self._schedule is not None, "plan() comes first"
+        done = 0
+        while done < len(members):
+            count = self._schedule.group_size([page.key for _, page in members[done:]])
+            self._use_group(self._schedule, members[done : done + count], run)
+            done += count
+
+    def _use_group(self, schedule: Schedule, group: Sequence[tuple[int, Page]], run: Run) -> None:
+        keys = [page.key for _, page in group]
+        try:
+            flats = self._do(schedule.begin(keys))
+        except BaseException:
+            self._do(schedule.send_home(keys))
+            for key in keys:  # whatever has come of the others is as it was at home
+                self._do(schedule.forget(key))
+            raise
+        try:
+            # No name here holds the views: a window closes when the last of them is gone.
+            run([(number, page.layout.views(flats.pop(page.key))) for number, page in group])
+        finally:
+            for _, page in group:
+                page.blank = False
+            self._do(schedule.end(keys))
+
+    def _do(self, events: Iterable[Event]) -> dict[int, Tensor]:
+        """Carry out ``events``; the bytes of the pages that were waited for."""
+        flats = {}
+        for event in events:
+            page = self.pages[event.page]
+            if event.kind == STAGE:
+                self.mover.stage(page, event.offset)
+            elif event.kind == WAIT:
+                flats[page.key] = self.mover.wait(page, event.offset)
+            elif event.kind == WRITE_BACK:
+                self.mover.write_back(page, event.offset)
+            elif event.kind == FREE:
+                self.mover.free(page)
+        return flats
+
+    # --- between steps ----------------------------------------------------------------------------
+
+    def read(self, page: Page) -> dict[str, Tensor]:
+        """The buffers of ``page`` as they are at home, which is brought up to date."""
+        if self._schedule is not None:
+            self._do(self._schedule.send_home([page.key]))
+        self.mover.settle(page)
+        return page.layout.views(read_pieces(self.home.pieces(page.address, page.nbytes)))
+
+    def write(self, page: Page, state: Mapping[str, Tensor]) -> None:
+        """Replace the buffers of ``page``."""
+        write_pieces(self._pieces(page), page.layout, state)
+        page.blank = False
+
+    def clear(self, page: Page) -> None:
+        """Make all buffers of ``page`` zero."""
+        if not page.blank:
+            for piece in self._pieces(page):
+                piece.zero_()
+            page.blank = True
+
+    def _pieces(self, page: Page) -> list[Tensor]:
+        if self._schedule is not None:
+            self._do(self._schedule.forget(page.key))
+        self.mover.settle(page)
+        return self.home.pieces(page.address, page.nbytes)
+
+
+class Pager:
+    """The pages of an optimizer.
+
+    What is not paged, small states and statistics, never comes here: the methods that return
+    *resident* state return what belongs into ``optimizer.state``.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self._pages: dict[Tensor, Page] = {}
+        self._lanes: dict[torch.device, _Lane] = {}
+        self._file: PageFile | None = None
+        self._pinned: PinnedMemory | None = None
+        self._order: list[Tensor] = []  # set by set_order()
+        self._count = 0
+
+    def __contains__(self, param: Tensor) -> bool:
+        return param in self._pages
+
+    # --- making and removing pages ----------------------------------------------------------------
+
+    def reserve(self, wanted: Iterable[tuple[Tensor, Layout]]) -> None:
+        """Make the pages that parameters need, zero; those that have the right one keep it.
+
+        Raises:
+            OSError, MemoryError: no room; then nothing has been made.
+            NotImplementedError: neither CPU nor CUDA.
+        """
+        missing: dict[torch.device, list[tuple[Tensor, PageLayout]]] = {}
+        superfluous = []
+        for param, layout in wanted:
+            page, needed = self._pages.get(param), page_layout(layout)
+            if page is not None and page.layout != needed:
+                superfluous.append(param)
+            if needed is not None and (page is None or page.layout != needed):
+                missing.setdefault(param.device, []).append((param, needed))
+        fresh: list[tuple[_Lane, list[tuple[Tensor, Page]]]] = []
+        for device, members in missing.items():
+            try:
+                lane = self._lane(device)
+                addresses = lane.home.reserve([needed.nbytes for _, needed in members])
+            except BaseException:
+                for other, new in fresh:
+                    for _, page in new:
+                        other.home.release(page.address, page.nbytes)
+                raise
+            new = []
+            for (param, needed), address in zip(members, addresses, strict=True):
+                self._count += 1
+                new.append((param, Page(self._count, device, needed, address)))
+            fresh.append((lane, new))
+        for param in superfluous:
+            self.drop(param)
+        for lane, new in fresh:
+            lane.add(page for _, page in new)
+            self._pages.update(new)
+
+    def drop(self, param: Tensor) -> None:
+        """Forget the page of ``param``, if it has one."""
+        page = self._pages.pop(param, None)
+        if page is not None:
+            self._lanes[page.device].remove(page)
+
+    def drop_others(self, params: Iterable[Tensor]) -> None:
+        """Forget the pages of all parameters but ``params``."""
+        wanted = set(params)
+        for param in [param for param in self._pages if param not in wanted]:
+            self.drop(param)
+
+    def shape(self, param: Tensor) -> torch.Size | None:
+        """Shape of the parameter that the page of ``param`` was made for, if there is one."""
+        page = self._pages.get(param)
+        return None if page is None else torch.Size(page.layout.buffers[0].shape)
+
+    def _lane(self, device: torch.device) -> _Lane:
+        if device not in self._lanes:
+            home = self._home(device)
+            self._lanes[device] = _Lane(
+                device, home, mover_for(device, home), self.placement.budget
+            )
+        return self._lanes[device]
+
+    def _home(self, device: torch.device) -> Home:
+        if device.type not in ("cpu", "cuda"):
+            raise NotImplementedError(
+                f"paged state is for parameters on the CPU and on CUDA devices, got {device}; "
+                "use the optimizer that is not paged"
+            )
+        if device.type == "cpu" or self.placement.directory is not None:
+            self._file = self._file or PageFile(self.placement.directory)
+            return self._file
+        self._pinned = self._pinned or PinnedMemory()
+        return self._pinned
+
+    # --- state of one parameter -------------------------------------------------------------------
+
+    def allocate(self, param: Tensor, layout: Layout) -> dict[str, Tensor]:
+        """New state of ``param``, whose page has been reserved; the resident part."""
+        page = self._pages.get(param)
+        if page is not None:
+            self._lanes[page.device].clear(page)
+        return dense.allocate(resident(layout, page.layout if page else None), param.device)
+
+    def read(self, param: Tensor) -> dict[str, Tensor]:
+        """The paged buffers of ``param``: in the file or in pinned memory, until the next step."""
+        page = self._pages.get(param)
+        return self._lanes[page.device].read(page) if page is not None else {}
+
+    def write(self, param: Tensor, layout: Layout, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Replace the state of ``param``, whose page has been reserved; the resident part.
+
+        ``state`` is not aliased; tensors may be on any device, counters may be integers.
+        """
+        page = self._pages.get(param)
+        if page is not None:
+            self._lanes[page.device].write(page, state)
+        return dense.copy(state, resident(layout, page.layout if page else None), param.device)
+
+    # --- a step -----------------------------------------------------------------------------------
+
+    def usable(self) -> bool:
+        """Whether all pages are where they were."""
+        try:
+            for lane in self._lanes.values():
+                lane.home.check()
+        except OSError:
+            return False
+        return True
+
+    def set_order(self, params: Iterable[Tensor]) -> None:
+        """From now on prefetch in this order; with an empty one, in that of each step."""
+        self._order = list(params)
+        self._expect(self._order, again=False)
+
+    def prepare(self, params: Sequence[Tensor]) -> None:
+        """Be ready to visit ``params``; everything that can be refused is refused here.
+
+        Pages of parameters that have moved to another device follow them.
+
+        Raises:
+            OSError, MemoryError, ValueError: pages are gone, or the budget is too small.
+        """
+        for param in params:
+            page = self._pages.get(param)
+            if page is not None and page.device != param.device:
+                self._move(param, page)
+        for device in {self._pages[param].device for param in params if param in self._pages}:
+            self._lanes[device].plan()
+        if self._order and len(params) < 2:
+            self._expect(self._order, again=False)
+        elif params:
+            self._expect(params, again=True)
+
+    def visit(self, params: Sequence[Tensor], run: Run) -> None:
+        """Call ``run`` with the paged buffers of ``params``, as many at a time as may be.
+
+        Args:
+            params: prepared ones that have pages.
+            run: gets a list of positions in ``params`` and their buffers, changes the latter in
+                place, and keeps no reference to them.
+        """
+        by_lane: dict[torch.device, list[tuple[int, Page]]] = {}
+        for number, param in enumerate(params):
+            page = self._pages[param]
+            by_lane.setdefault(page.device, []).append((number, page))
+        for device, members in by_lane.items():
+            self._lanes[device].use(members, run)
+
+    def flush(self) -> None:
+        """Finish what the last step has left under way and can be finished without waiting."""
+        for lane in self._lanes.values():
+            lane.mover.flush()
+
+    def _expect(self, params: Sequence[Tensor], again: bool) -> None:
+        for device, lane in self._lanes.items():
+            pages = [self._pages[param] for param in params if param in self._pages]
+            lane.expect([page.key for page in pages if page.device == device], again)
+
+    def _move(self, param: Tensor, page: Page) -> None:
+        lane = self._lane(param.device)
+        (address,) = lane.home.reserve([page.nbytes])
+        self._count += 1
+        new = Page(self._count, param.device, page.layout, address)
+        old = self._lanes[page.device]
+        lane.write(new, old.read(page))
+        old.remove(page)
+        lane.add([new])
+        self._pages[param] = new

@@ -1,0 +1,260 @@
+"""Pages in a file, the home of what belongs to CPU parameters, and of others on request."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import socket
+import tempfile
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .pages import Ranges, in_words
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
+
+GRANULE = mmap.ALLOCATIONGRANULARITY
+
+_MAGIC = b"came8bit pages\n"
+_held: set[str] = set()  # page files of this process
+
+
+def default_directory() -> Path:
+    """Where page files go if the user names no directory: ``$TMPDIR``, ``/var/tmp``, or temp."""
+    if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK):
+        return Path("/var/tmp")  # on a disk, where /tmp is often memory
+    return Path(tempfile.gettempdir())
+
+
+def _close(fd: int, path: Path | None, owner: int) -> None:
+    """Close a page file and delete it, unless this process is a fork of its owner."""
+    if os.getpid() != owner:
+        return
+    if path is not None:
+        _held.discard(str(path))
+        try:
+            if os.path.samestat(os.stat(path), os.fstat(fd)):
+                os.unlink(path)
+        except OSError:
+            pass
+    os.close(fd)
+
+
+class PageFile:
+    """A file whose space is reserved beforehand, mapped one window at a time.
+
+    In a directory of the user's it is ``came8bit-<number>.pages``, locked, and deleted when it is
+    no longer used; one that a killed run left behind is used again.  Without a directory it has
+    no name, and the system deletes it with the process.
+
+    Args:
+        directory: an existing directory, or None for :func:`default_directory`.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._path: Path | None = None
+        self._fd = -1
+        self._owner = os.getpid()
+        self._end = GRANULE  # behind the header
+        self._ranges = Ranges()
+        self._mutex = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """The file for people."""
+        return str(self._path or f"the unnamed page file in {default_directory()}")
+
+    # --- space ------------------------------------------------------------------------------------
+
+    def reserve(self, sizes: Sequence[int]) -> list[int]:
+        """As :meth:`Home.reserve`; the disk has promised the space when this returns.
+
+        Raises:
+            OSError: too little space, no directory, or the file of another run.
+        """
+        sizes = [_round_up(size) for size in sizes]
+        with self._mutex:
+            if self._fd < 0:
+                self._open()
+            else:
+                self.check()
+            addresses, again, end = self._ranges.take(sizes, self._end)
+            if end > self._end:
+                self._grow(end)
+            self._ranges.taken(sizes, addresses, again)
+        for index in again:
+            for piece in self.pieces(addresses[index], sizes[index]):
+                piece.zero_()
+        return addresses
+
+    def release(self, address: int, nbytes: int) -> None:
+        """As :meth:`Home.release`; the file keeps its size."""
+        self._ranges.add(address, _round_up(nbytes))
+
+    def _grow(self, end: int) -> None:
+        wanted = end - self._end
+        stat = os.fstatvfs(self._fd)
+        had = stat.f_bavail * stat.f_frsize
+        try:
+            if wanted > had:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._fd, self._end, wanted)
+            else:
+                _write_zeros(self._fd, self._end, wanted)
+        except OSError as error:
+            os.ftruncate(self._fd, self._end)
+            raise OSError(
+                error.errno,
+                f"paged state: wanted {in_words(wanted)} more for {self.name}, had {in_words(had)} "
+                f"free on that disk ({error.strerror}). Nothing has been changed. Make room, raise "
+                "the limit, or name another directory with page_dir=",
+            ) from error
+        self._end = end
+
+    # --- windows ----------------------------------------------------------------------------------
+
+    def pieces(self, address: int, nbytes: int) -> list[Tensor]:
+        """As :meth:`Home.pieces`; one new mapping that ends with the last tensor over it.
+
+        Raises:
+            OSError: the file is too short, or the system maps no more.
+        """
+        size = os.fstat(self._fd).st_size
+        if size < address + nbytes:  # to touch what is not there would kill the process
+            raise self._too_short(size, "Parameters that came before this one have been updated")
+        try:
+            window = mmap.mmap(self._fd, nbytes, offset=address)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"paged state: cannot map {in_words(nbytes)} of {self.name} ({error.strerror}). "
+                "The address space or the number of mappings is limited: lower page_budget=, or "
+                "raise the limit (ulimit -v)",
+            ) from error
+        # The tensor holds the mapping, and nothing else does: it is never closed by hand, because
+        # a tensor that outlived it would point nowhere.
+        return [torch.frombuffer(window, dtype=torch.uint8)]
+
+    def will_need(self, address: int, nbytes: int) -> None:
+        """Have the system read a range ahead, without waiting."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, address, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def probe(self, nbytes: int) -> None:
+        """Raise an :class:`OSError` if ``nbytes`` cannot be mapped at once now."""
+        if nbytes > 0:
+            self.pieces(0, min(_round_up(nbytes), self._end))
+
+    # --- the file itself --------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise an :class:`OSError` if the file has been deleted, cut short, or is a parent's."""
+        if self._fd < 0:
+            return
+        if os.getpid() != self._owner:
+            raise OSError(
+                errno.EPERM,
+                f"paged state: {self.name} belongs to process {self._owner}, from which this one "
+                "was forked; make the optimizer in the process that trains. Nothing has been "
+                "changed",
+            )
+        stat = os.fstat(self._fd)
+        if self._path is not None and stat.st_nlink == 0:
+            raise FileNotFoundError(
+                errno.ENOENT,
+                f"paged state: {self.name} has been deleted while in use. Nothing has been "
+                "changed, and the state can still be read: save state_dict(), then load it into "
+                "an optimizer with another page_dir=",
+            )
+        if stat.st_size < self._end:
+            raise self._too_short(stat.st_size, "Nothing has been changed")
+
+    def _too_short(self, size: int, changed: str) -> OSError:
+        return OSError(
+            errno.EIO,
+            f"paged state: {self.name} has {in_words(size)}, expected {in_words(self._end)}: "
+            f"something cut it short and part of the momentum is lost. {changed}; "
+            "load_state_dict() with a saved state continues in a new file",
+        )
+
+    def _open(self) -> None:
+        if fcntl is None:
+            raise NotImplementedError("page files need a POSIX system (file locks, mappings)")
+        if self._directory is None:
+            with tempfile.TemporaryFile(dir=default_directory(), buffering=0) as file:
+                self._fd = os.dup(file.fileno())
+        else:
+            self._fd, self._path = _open_locked(self._directory)
+        closing = weakref.finalize(self, _close, self._fd, self._path, self._owner)
+        header = _MAGIC + f"process {os.getpid()} on {socket.gethostname()}\n".encode()
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, header.ljust(GRANULE, b"\0"), 0)
+        except OSError:
+            closing()
+            self._fd, self._path = -1, None
+            raise
+
+
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // GRANULE) * GRANULE
+
+
+def _write_zeros(fd: int, start: int, nbytes: int) -> None:
+    zeros = bytes(1 << 20)
+    while nbytes:
+        done = os.pwrite(fd, zeros[:nbytes], start)
+        start, nbytes = start + done, nbytes - done
+
+
+def _open_locked(directory: Path) -> tuple[int, Path]:
+    """The first page file in ``directory`` that this process does not have, locked."""
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT,
+            f"paged state: page_dir {directory} is not there (any more). Nothing has been "
+            "changed. Make it again, or name another",
+        )
+    index = 0
+    while True:
+        path = directory.resolve() / f"came8bit-{index}.pages"
+        if str(path) in _held:
+            index += 1
+            continue
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink == 0:  # its last user deleted it just now
+                os.close(fd)
+                continue
+            start = os.pread(fd, len(_MAGIC), 0)
+            if start not in (b"", _MAGIC):
+                raise FileExistsError(
+                    errno.EEXIST, f"paged state: {path} exists and is no page file; move it away"
+                )
+        except BlockingIOError as error:
+            lines = os.pread(fd, 512, 0).decode(errors="replace").split("\n")
+            os.close(fd)
+            holder = lines[1] if len(lines) > 2 else "a process that has just begun"
+            raise BlockingIOError(
+                errno.EWOULDBLOCK,
+                f"paged state: {path} is held by another run ({holder}). Nothing has been "
+                "changed. Wait for it, or give this run a page_dir= of its own, every rank of a "
+                "distributed one too",
+            ) from error
+        except OSError:
+            os.close(fd)
+            raise
+        _held.add(str(path))
+        return fd, path

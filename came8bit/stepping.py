@@ -1,0 +1,134 @@
+"""The step loop: from parameters that have something to do to a handful of operator calls."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from .checks import Work
+from .loading import Group
+from .quant import slice_shape
+from .state.paged import Pager
+
+_FACTORED = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "rms_ratio")
+_UNFACTORED = ("exp_avg_sq",)
+_COUNTERS = ("step", "skipped")
+# (factored, coded) -> the state tensors in the order of the operator's arguments
+_COLUMNS = {
+    (True, True): itemgetter("exp_avg", "absmax", *_FACTORED, *_COUNTERS),
+    (True, False): itemgetter("exp_avg", *_FACTORED, *_COUNTERS),
+    (False, True): itemgetter("exp_avg", "absmax", *_UNFACTORED, *_COUNTERS),
+    (False, False): itemgetter("exp_avg", *_UNFACTORED, *_COUNTERS),
+}
+
+
+class _Bucket:
+    """Arguments of one operator call: parameters of one kind on one device."""
+
+    __slots__ = ("grads", "params", "states", "views")
+
+    def __init__(self) -> None:
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.states: list[dict[str, Tensor]] = []
+        self.views: list[int] = []
+
+
+def step_all(work: Iterable[tuple[Group, Sequence[Work]]], pager: Pager | None) -> None:
+    """Update the parameters in ``work``, whose state is there.
+
+    Args:
+        work: groups with what to do.  State without momentum is completed by ``pager``.
+        pager: prepared for the parameters in ``work``.
+
+    Raises:
+        FloatingPointError: ``nonfinite="raise"`` and an update is not finite.
+    """
+    for group, members in work:
+        strict = group["nonfinite"] == "raise"
+        before = _skipped(members) if strict else []
+        _step_dense(group, [item for item in members if "exp_avg" in item.state])
+        paged = [item for item in members if "exp_avg" not in item.state]
+        if paged and pager is not None:
+            _step_paged(group, paged, pager)
+        after = _skipped(members) if strict else []
+        if any(int(new - old) for new, old in zip(after, before, strict=True)):
+            raise FloatingPointError(
+                "the preconditioned gradient of a parameter is not finite although its "
+                "gradient is; that parameter was left alone, others have been updated. Lower "
+                "the loss scale or clip gradients"
+            )
+
+
+def total(counters: Sequence[Tensor]) -> Tensor:
+    """The sum of 0-d tensors on one device."""
+    return torch.stack(list(counters)).sum()
+
+
+def _skipped(members: Iterable[Work]) -> list[Tensor]:
+    """Skips counted so far, by device."""
+    counters: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+    for item in members:
+        counters[item.param.device].append(item.state["skipped"])
+    return [total(column) for column in counters.values()]
+
+
+def _step_paged(group: Group, members: Sequence[Work], pager: Pager) -> None:
+    """One round of operator calls for each lot of pages that are there together."""
+
+    def run(lot: Sequence[tuple[int, dict[str, Tensor]]]) -> None:
+        complete = []
+        for number, buffers in lot:
+            item = members[number]
+            complete.append(item._replace(state={**item.state, **buffers}))
+        _step_dense(group, complete)
+
+    pager.visit([item.param for item in members], run)
+
+
+def _step_dense(group: Group, members: Sequence[Work]) -> None:
+    """One operator call per kind of parameter and device."""
+    buckets: defaultdict[tuple[torch.device, bool, bool], _Bucket] = defaultdict(_Bucket)
+    for param, grad, state, position in members:
+        row = state.get("exp_avg_sq_row")
+        bucket = buckets[param.device, row is not None, "absmax" in state]
+        bucket.params.append(param)
+        bucket.grads.append(grad)
+        bucket.states.append(state)
+        if row is None:
+            bucket.views += (1, *slice_shape(param.shape), position, 0)
+        else:
+            bucket.views += (*row.shape, state["exp_avg_sq_col"].shape[1], position, 0)
+    lr = group["lr"]
+    tensor_lr = lr.detach().reshape(()) if isinstance(lr, Tensor) else None
+    hyper = [
+        *map(float, (*group["betas"], *group["eps"], group["clip_threshold"])),
+        float(lr) if tensor_lr is None else 0.0,
+        float(group["weight_decay"]),
+    ]
+    options = [
+        int(group["rounding"] == "stochastic"),
+        int(group["cautious"]),
+        int(group["nonfinite"] == "propagate"),
+        int(group["maximize"]),
+        int(group["bias_correction"]),
+        int(group["seed"]),
+    ]
+    for (device, factored, coded), bucket in buckets.items():
+        columns = [
+            list(column)
+            for column in zip(*map(_COLUMNS[factored, coded], bucket.states), strict=True)
+        ]
+        if not coded:
+            columns.insert(1, [])
+        if tensor_lr is not None:
+            tensor_lr = tensor_lr.to(device, torch.float32, non_blocking=True)
+        operator = _ops.factored_step_ if factored else _ops.unfactored_step_
+        operator(bucket.params, bucket.grads, *columns, bucket.views, tensor_lr, hyper, options)
+        # A kernel writes past autograd: a graph that still needs the old values has to notice.
+        torch.autograd.graph.increment_version(bucket.params)

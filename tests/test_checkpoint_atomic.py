@@ -1,0 +1,210 @@
+"""A save leaves the old file or the new one, whatever happens; nothing piles up."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from checkpoints import copies, trained
+
+from came8bit import CAME8bit, load_checkpoint, save_checkpoint
+from came8bit.checkpoint import atomic, writer
+
+SHAPES = {"m": (256, 600), "v": (20,)}
+
+
+@pytest.fixture(scope="module")
+def optimizer():
+    return trained(shapes=SHAPES, steps=1)[1]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def killed(folder, *arguments):
+    """What kill_saves.py found."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(tests / "kill_saves.py"), str(folder), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("what", "kills"), [("save", 30), ("file", 200)])
+def test_kill_9_at_random_instants_leaves_a_whole_file(tmp_path, what, kills):
+    seen = killed(tmp_path, what, str(kills))
+    assert seen["0"] + seen["1"] == kills  # the one version or the other, to the last bit
+    assert min(seen["0"], seen["1"]) > kills // 20
+    assert seen["in the middle"] > kills // 20  # or the kills have not met a save
+    assert seen["piled up"] == 0
+    assert seen["left at the end"] == 0
+
+
+def test_kill_9_before_every_line_leaves_a_whole_file(tmp_path):
+    found = killed(tmp_path, "lines")
+    seen = found["seen"]
+    assert len(seen) > 30
+    new = seen.index("new")
+    assert set(seen[:new]) == {"old"}
+    assert set(seen[new:]) == {"new"}
+    assert found["left at the end"] == 0
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path, optimizer):
+    dead = tmp_path / ".came8bit-0123456789abcdef.tmp"
+    dead.write_bytes(b"half a file")
+    others = ["notes.tmp", ".came8bit-notes", ".came8bit-link.tmp"]
+    (tmp_path / others[0]).touch()
+    (tmp_path / others[1]).touch()
+    (tmp_path / others[2]).symlink_to(tmp_path / others[0])
+    with atomic.atomic_file(tmp_path / "living") as file:
+        file.write(b"begun")
+        (living,) = set(names(tmp_path)) - set(others)
+        save_checkpoint(optimizer, tmp_path / "x")
+        assert names(tmp_path) == sorted([living, "x", *others])
+        file.write(b" and finished")
+    assert (tmp_path / "living").read_bytes() == b"begun and finished"
+    assert names(tmp_path) == sorted(["living", "x", *others])
+
+
+def test_threads_do_not_disturb_each_other(tmp_path, optimizer):
+    save_checkpoint(optimizer, tmp_path / "x")
+    content = (tmp_path / "x").read_bytes()
+    failures = []
+
+    def work():
+        try:
+            for _ in range(15):
+                save_checkpoint(optimizer, tmp_path / "x")
+                assert (tmp_path / "x").read_bytes() == content
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert names(tmp_path) == ["x"]
+
+
+def test_a_new_file_that_is_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch, optimizer):
+    """Another process may look between the making of a file and its lock."""
+    lock, taken = atomic._lock, []
+
+    def late(descriptor, path):
+        if len(taken) < 3:
+            taken.append(path)
+            atomic.remove_leftovers(tmp_path)
+        return lock(descriptor, path)
+
+    monkeypatch.setattr(atomic, "_lock", late)
+    save_checkpoint(optimizer, tmp_path / "x")
+    assert len(set(taken)) == 3
+    assert names(tmp_path) == ["x"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, optimizer):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            save_checkpoint(optimizer, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, optimizer, error):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+
+    def interrupted(tensor):
+        raise error
+
+    monkeypatch.setattr(writer, "pieces", interrupted)
+    with pytest.raises(error):
+        save_checkpoint(optimizer, path)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["x"]
+
+
+def test_the_order_of_system_calls_is_the_durable_one(tmp_path, monkeypatch, optimizer):
+    """Written out before it gets its name; the folder after that."""
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        mode = os.fstat(descriptor)
+        calls.append("folder" if stat.S_ISDIR(mode.st_mode) else mode.st_size)
+        fsync(descriptor)
+
+    def noted_replace(*arguments):
+        calls.append("replace")
+        replace(*arguments)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    size = save_checkpoint(optimizer, tmp_path / "x")
+    assert calls == [size, "replace", "folder"]
+
+
+def test_unusable_paths_are_refused(tmp_path, optimizer):
+    with pytest.raises(FileNotFoundError, match=r"folder .* does not exist"):
+        save_checkpoint(optimizer, tmp_path / "nowhere" / "x")
+    with pytest.raises(OSError, match="exists and is not a file"):
+        save_checkpoint(optimizer, tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="exists and is not a file"):
+        save_checkpoint(optimizer, tmp_path / "pipe")
+    assert names(tmp_path) == ["pipe"]
+
+
+def test_a_link_stays_a_link(tmp_path, optimizer):
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "latest"
+    link.symlink_to(tmp_path / "there" / "x")
+    save_checkpoint(optimizer, link)
+    assert link.is_symlink()
+    assert names(tmp_path / "there") == ["x"]
+    params, _ = trained(shapes=SHAPES, steps=0)
+    load_checkpoint(CAME8bit(copies(params).items()), link)
+
+
+def test_a_file_replaced_while_it_is_read_does_not_mix(tmp_path, monkeypatch, optimizer):
+    from came8bit.checkpoint.source import SavedFile
+
+    path = tmp_path / "x"
+    save_checkpoint(optimizer, path)
+    _, later = trained(shapes=SHAPES, steps=2)
+    verify = SavedFile.verify
+
+    def verify_and_replace(self):
+        verify(self)
+        save_checkpoint(later, path)
+
+    monkeypatch.setattr(SavedFile, "verify", verify_and_replace)
+    params, _ = trained(shapes=SHAPES, steps=0)
+    other = CAME8bit(copies(params).items())
+    load_checkpoint(other, path)
+    steps = {int(state["step"]) for state in other.state.values()}
+    assert steps == {1}
