@@ -24,11 +24,17 @@ KERNEL_SOURCES := pyproject.toml scripts/build_backend.py $(shell find csrc -typ
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES := came8bit tests benchmarks scripts csrc/cmake
 
+# For a GPU machine: folder of the report, wheels of other optimizers to carry there, and for which Python.
+OUT ?= gpu-report
+WHEELS ?= wheels
+WHEELS_PYTHON ?= 3.12
+
 # Arguments for the runs: make test ARGS="-k quant", make demo ARGS="--seeds 3"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint type format bench-cpu bench-quant data build-checks install tools clean
+.PHONY: help demo test lint type format bench-cpu bench-gpu bench-quant data build-checks cuda-compile
+.PHONY: bench-capped bench-gradient-release bench-activations gpu-report gpu-wheels wheel install tools clean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,9 +44,16 @@ help:
 	@echo "make type          mypy on came8bit/"
 	@echo "make format        let ruff and clang-format rewrite the files"
 	@echo "make bench-cpu     time of a step against other optimizers"
+	@echo "make bench-gpu     the same on a GPU, and bandwidth; needs one"
+	@echo "make bench-capped  a Llama under a hard cap on memory: 7B and 8B on a GPU, scaled down on a CPU"
 	@echo "make bench-quant   error and speed of the 8-bit codes"
+	@echo "make bench-gradient-release, bench-activations   memory of a training step, and of activations"
 	@echo "make data          fetch the text and image corpora into data/ (Debian and Ubuntu)"
 	@echo "make build-checks  every way to install the package; the symbols of the library"
+	@echo "make cuda-compile  every CUDA kernel for every architecture; spills and registers; needs nvcc, no GPU"
+	@echo "make gpu-report    on a GPU machine, with its own Python: build, tests, sanitizer, benchmarks into OUT"
+	@echo "make gpu-wheels    download the optimizers that the report compares with into WHEELS"
+	@echo "make wheel         one wheel with both libraries, for every architecture, into dist"
 	@echo "make install       set up and build only;  make tools: and ruff, mypy, clang-format, pre-commit"
 	@echo "make clean         remove the environment, builds and caches"
 
@@ -66,8 +79,20 @@ format: $(STAMPS)/dev
 bench-cpu: $(STAMPS)/demo
 	$(PY) benchmarks/bench_cpu.py $(ARGS)
 
+bench-gpu: $(STAMPS)/demo
+	$(PY) benchmarks/bench_gpu.py $(ARGS)
+
+bench-capped: $(STAMPS)/test
+	$(PY) benchmarks/bench_capped.py $(ARGS)
+
 bench-quant: $(STAMPS)/demo
 	$(PY) benchmarks/bench_quant.py $(ARGS)
+
+bench-gradient-release: $(STAMPS)/test
+	$(PY) benchmarks/bench_gradient_release.py $(ARGS)
+
+bench-activations: $(STAMPS)/test
+	$(PY) benchmarks/bench_activations.py $(ARGS)
 
 data:
 	$(PYTHON) scripts/fetch_data.py $(ARGS)
@@ -75,6 +100,23 @@ data:
 build-checks: $(STAMPS)/installed
 	$(PY) scripts/check_symbols.py
 	$(PY) scripts/check_install.py $(ARGS)
+
+# ptxas speaks only when it compiles: the folder is a new one each time.
+cuda-compile: $(STAMPS)/installed
+	rm -rf build/cuda
+	$(PY) scripts/check_registers.py --build-dir build/cuda $(ARGS)
+	$(PY) scripts/check_symbols.py --cuda build/cuda
+
+# No environment of ours: torch and all else are those of PYTHON, and nothing is downloaded.
+gpu-report:
+	$(PYTHON) scripts/gpu_report.py --out "$(OUT)" --wheels "$(WHEELS)" $(ARGS)
+
+gpu-wheels:
+	$(PYTHON) scripts/fetch_gpu_wheels.py --out "$(WHEELS)" --python $(WHEELS_PYTHON) $(ARGS)
+
+wheel: $(STAMPS)/installed
+	$(PIP) wheel
+	$(PY) scripts/build_release.py $(ARGS)
 
 install: $(STAMPS)/installed
 tools: $(STAMPS)/dev

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cpu import quantiles, state_bytes
+from bench_cpu import quantiles
 from bench_gpu_cases import (
     CASES,
     TINY,
@@ -35,7 +35,14 @@ from bench_gpu_cases import (
     largest_swept,
     streamed_bytes,
 )
-from bench_gpu_measure import Device, by_sweep, kernel_times, make_params, param_bytes
+from bench_gpu_measure import (
+    Device,
+    by_sweep,
+    kernel_times,
+    make_params,
+    param_bytes,
+    state_bytes,
+)
 from bench_gpu_peers import OPTIMIZERS, OURS, Params, missing, remark
 from bench_gpu_targets import judge
 
@@ -197,7 +204,7 @@ def run_groups(run: Run, case: Case, seconds: float) -> None:
     times: dict[str, list[float]] = {str(size): [] for size in [*sizes, 1 << 60]}
     try:
         begin, repetition = time.monotonic(), 0
-        while repetition < WARM_UP + 5 or time.monotonic() - begin < seconds:
+        while repetition < WARM_UP + 5 or (time.monotonic() - begin < seconds and repetition < 50):
             for size, own in times.items():
                 os.environ[GROUP_VARIABLE] = size
                 own.append(run.device.seconds(optimizer.step)[0])

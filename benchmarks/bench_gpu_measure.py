@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +155,27 @@ def by_sweep(kernels: list[tuple[str, float]], shapes: list[Shape], dtype: str) 
         found.append(SweepTime(sweep.name, sum(t for _, t in mine), len(mine), counted))
     found.append(SweepTime("everything else", sum(t for _, t in rest), len(rest), 0))
     return found
+
+
+def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that a tensor is made of: itself, or those inside a quantized one."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield tensor
+    else:
+        for name in flatten()[0]:
+            yield from _plain(getattr(tensor, name))
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in the state; a storage that several share counts once."""
+    storages = {}
+    for state in optimizer.state.values():
+        for value in state.values():
+            for tensor in _plain(value) if isinstance(value, torch.Tensor) else ():
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def param_bytes(shapes: list[Shape], dtype: str) -> int:

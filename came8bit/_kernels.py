@@ -147,7 +147,8 @@ def _open(path: str) -> ctypes.CDLL:
             function.restype = ctypes.c_int
     except (OSError, RuntimeError, AttributeError) as error:
         raise NotLoadedError(
-            f"{path} cannot be used with torch {torch.__version__} ({error})", REINSTALL
+            f"{path} cannot be used with torch {torch.__version__} ({error.__cause__ or error})",
+            REINSTALL,
         ) from error
     return library
 

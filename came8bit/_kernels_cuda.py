@@ -109,5 +109,6 @@ def _open(path: str) -> str:
         return str(architectures().decode())
     except (OSError, RuntimeError, AttributeError) as error:
         raise NotLoadedError(
-            f"{path} cannot be used with torch {torch.__version__} ({error})", REINSTALL
+            f"{path} cannot be used with torch {torch.__version__} ({error.__cause__ or error})",
+            REINSTALL,
         ) from error

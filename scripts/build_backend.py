@@ -18,6 +18,10 @@ pure Python wheel that says why: at build, at import and in ``came8bit info``.
 ``CAME8BIT_REQUIRE_KERNELS=1`` makes it an error instead, ``CAME8BIT_PURE=1`` asks for the pure
 wheel. The outcome is kept in the wheel's metadata as ``came8bit-build.json``, which
 ``came8bit/_kernels.py`` reads.
+
+Whether the CUDA library is built, too, is decided in ``csrc/cmake/cuda.cmake``, which leaves a note
+of its own there (``came8bit-cuda.json``). If it was to be built only because it looked possible,
+and the build fails, there is a second one without it. ``CAME8BIT_CUDA=ON`` makes that an error.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ from scikit_build_core.errors import ScikitBuildError
 ConfigSettings = dict[str, Any] | None
 OLDEST_TORCH = (2, 10)
 _ROOT = Path(__file__).resolve().parent.parent
+_CUDA_CHOSEN = "came8bit: CUDA kernels by nvcc"  # said by csrc/cmake/cuda.cmake
 _FINDER = _ROOT / "csrc" / "cmake" / "find_torch.py"
 
 _CURES = """
@@ -103,9 +108,12 @@ def _requirements(hook: Callable[..., list[str]], config_settings: ConfigSetting
 
 
 def _build(hook: Callable[..., str], wheel_directory: str, config_settings: ConfigSettings) -> str:
+    cuda = _cuda_mode(config_settings)
     if _flag("CAME8BIT_PURE"):
         if _flag("CAME8BIT_REQUIRE_KERNELS"):
             _fail("CAME8BIT_PURE=1 and CAME8BIT_REQUIRE_KERNELS=1 contradict each other: unset one")
+        if cuda not in ("AUTO", "OFF"):
+            _fail(f"CAME8BIT_PURE=1 and CAME8BIT_CUDA={cuda} contradict each other: unset one")
         return _pure(hook, wheel_directory, config_settings, "CAME8BIT_PURE=1 was set")
     torch_dir = _find_torch()
     if torch_dir is None:
@@ -117,15 +125,44 @@ def _build(hook: Callable[..., str], wheel_directory: str, config_settings: Conf
     else:
         settings = {**(config_settings or {}), "cmake.define.CAME8BIT_TORCH_DIR": torch_dir}
         note = {"kernels": True, "reason": "", "torch": ".".join(map(str, version))}
-        with _copied_output() as output, _build_note(note):
-            try:
-                return hook(wheel_directory, settings)
-            except (ScikitBuildError, SystemExit) as error:
-                failure = error
-        reason = _first_error(output.decode(errors="replace")) or str(failure) or repr(failure)
+        with _build_note(note):
+            wheel, reason = _attempt(hook, wheel_directory, settings)
+        if wheel is not None:
+            return wheel
+    if cuda not in ("AUTO", "OFF"):
+        _fail(f"CAME8BIT_CUDA={cuda}, and the kernels were not built: {reason}")
     if _flag("CAME8BIT_REQUIRE_KERNELS"):
         _fail(f"CAME8BIT_REQUIRE_KERNELS=1, and the kernels were not built: {reason}")
     return _pure(hook, wheel_directory, config_settings, reason)
+
+
+def _attempt(
+    hook: Callable[..., str], wheel_directory: str, settings: dict[str, Any]
+) -> tuple[str | None, str]:
+    """Build once, and a second time without CUDA if that may help.
+
+    Returns:
+        The wheel's name, or None and why it could not be built.
+    """
+    with _copied_output() as output:
+        try:
+            return hook(wheel_directory, settings), ""
+        except (ScikitBuildError, SystemExit) as error:
+            failure = error
+    text = output.decode(errors="replace")
+    reason = _first_error(text) or str(failure) or repr(failure)
+    if _cuda_mode(settings) != "AUTO" or _CUDA_CHOSEN not in text:
+        return None, reason
+    _say(f"building again WITHOUT CUDA kernels, because: {reason}")
+    off = {**settings, "cmake.define.CAME8BIT_CUDA": "OFF"}
+    with _variable("CAME8BIT_CUDA_REASON", f"their build failed: {reason}"):
+        return _attempt(hook, wheel_directory, off)
+
+
+def _cuda_mode(settings: ConfigSettings) -> str:
+    """Return what ``csrc/cmake/cuda.cmake`` will find in ``CAME8BIT_CUDA``."""
+    given = (settings or {}).get("cmake.define.CAME8BIT_CUDA")
+    return str(given or os.environ.get("CAME8BIT_CUDA") or "AUTO")
 
 
 def _pure(
@@ -143,19 +180,26 @@ def _pure_settings(config_settings: ConfigSettings) -> dict[str, Any]:
 @contextlib.contextmanager
 def _build_note(note: dict[str, Any]) -> Iterator[None]:
     """Have scikit-build-core put ``note`` into the wheel's metadata folder."""
-    key = "SKBUILD_WHEEL_FORCE_INCLUDE"
-    before = os.environ.get(key)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "came8bit-build.json")
         path.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-        os.environ[key] = f"{path}=${{SKBUILD_METADATA_DIR}}/{path.name}"
-        try:
+        include = f"{path}=${{SKBUILD_METADATA_DIR}}/{path.name}"
+        with _variable("SKBUILD_WHEEL_FORCE_INCLUDE", include):
             yield
-        finally:
-            if before is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = before
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager
@@ -199,7 +243,7 @@ def _first_error(output: str) -> str:
         return " ".join(cmake.group(1).split())[:400]
     if cmake:
         return cmake.group(0).strip()[:400]
-    compiler = re.search(r"^.*\b(?:error|fatal error)( C\d+)?:.*$", plain, re.MULTILINE)
+    compiler = re.search(r"^.*\b(?:error|nvcc fatal)(?: C\d+)?\s*:.*$", plain, re.MULTILINE)
     return compiler.group(0).strip()[:400] if compiler else ""
 
 

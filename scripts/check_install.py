@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COPIED = shutil.ignore_patterns(
@@ -49,20 +52,25 @@ NOT_LINKED = (
     "__pycache__",
     "uv",
 )
-# How to install does not depend on how well the compiler optimizes, which takes half of the time.
-QUICK = {"SKBUILD_CMAKE_BUILD_TYPE": "Debug"}
-OWN_VARIABLES = ("CAME8BIT_", "SKBUILD_", "PYTHONPATH", "VIRTUAL_ENV")
+# How to install depends neither on how well the compiler optimizes nor on instruction sets, and
+# these take most of the time.
+QUICK = {
+    "SKBUILD_CMAKE_BUILD_TYPE": "Debug",
+    "SKBUILD_CMAKE_DEFINE": "isa_avx2_compiles=0;isa_avx512_compiles=0",
+}
+OWN_VARIABLES = ("CAME8BIT_", "SKBUILD_", "PYTHONPATH", "VIRTUAL_ENV", "CUDA")
 
 PROBE = """
 import json, sys, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import came8bit
-    from came8bit import _kernels
+    from came8bit import _kernels, _libraries
 status = _kernels.status().cpu
 print(json.dumps({
     "loaded": status.loaded, "path": status.path, "reason": status.reason,
     "file": came8bit.__file__,
+    "cuda": vars(_kernels.status().cuda), "build": _libraries.build_info(),
     "warnings": [str(w.message) for w in caught if "came8bit" in str(w.message)],
 }))
 """
@@ -124,6 +132,31 @@ class Environment:
         assert str(found["path"]).startswith(str(self.folder)), found
         info = self.run(str(self.bin / "came8bit"), "info")
         assert str(found["path"]) in info, info
+        # Next to a CPU build of torch the CUDA library is neither opened nor missed.
+        if torch.version.cuda is None:
+            assert found["cuda"]["reason"] == "this torch is built without CUDA", found  # type: ignore[index]
+            assert "not needed: this torch is built without CUDA" in info, info
+
+    def expect_cuda(self, built: bool, reason: str = "") -> None:
+        """The build left word of the CUDA library: there, or why not."""
+        found = self.probe()
+        note = found["build"]["cuda"]  # type: ignore[index]
+        assert note["built"] is built, note
+        assert reason in note["reason"], (reason, note)
+        library = Path(str(found["path"])).with_name("_C_cuda.so")
+        assert library.exists() is built, library
+
+    def torch_for(self, cuda: str) -> str:
+        """The torch that is here, under another name, saying that it was built for ``cuda``."""
+        real = self.folder.parent / "packages" / "torch"
+        folder = self.folder / f"torch-{cuda}"
+        folder.mkdir(exist_ok=True)
+        for name in ("include", "lib"):
+            (folder / name).symlink_to(real / name)
+        text = (real / "version.py").read_text(encoding="utf-8")
+        text = re.sub(r"(?m)^cuda\b.*$", f"cuda = {cuda!r}", text)
+        (folder / "version.py").write_text(text, encoding="utf-8")
+        return str(folder)
 
     def expect_pure(self, reason: str) -> None:
         """The package works without kernels, warns once and says why, there and in ``info``."""
@@ -170,6 +203,18 @@ def lend_packages(environment: Environment, folder: Path) -> None:
     Path(own, "lent.pth").write_text(f"{folder}\n", encoding="utf-8")
 
 
+def nvcc_release() -> str:
+    """Return the release of the nvcc on PATH, "13.0", or ''."""
+    program = shutil.which("nvcc")
+    if program is None:
+        return ""
+    text = subprocess.run(
+        [program, "--version"], capture_output=True, text=True, check=False
+    ).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    return found[1] if found else ""
+
+
 def isolated(env: Environment) -> None:
     """Plain ``pip install .``."""
     env.pip("install", str(env.source))
@@ -196,6 +241,7 @@ def editable(env: Environment) -> None:
     """``pip install -e .``: the sources stay where they are, the library is found all the same."""
     env.pip("install", "--editable", str(env.source), **QUICK)
     env.expect_kernels()
+    env.expect_cuda(False, "is built without CUDA" if torch.version.cuda is None else "")
     assert str(env.probe()["file"]).startswith(str(env.source))
     # In the folder of the sources, too, where the package without its library comes first.
     output = env.run(
@@ -229,12 +275,43 @@ def uv_in_active_environment(env: Environment) -> None:
 
 
 def uv_with_torch_named(env: Environment) -> None:
-    """``uv pip install --python ... .`` from elsewhere, torch named."""
+    """``uv pip install --python ... .`` from elsewhere, torch named; one that no nvcc fits."""
     into = ("--python", env.python)
     wrong = _uv_install(env, *into, fails=True, CAME8BIT_TORCH_DIR="/nowhere")
     assert "CAME8BIT_TORCH_DIR=/nowhere is not" in wrong, wrong
-    _uv_install(env, *into, CAME8BIT_TORCH_DIR=str(env.folder.parent / "packages" / "torch"))
+    torch_dir = env.torch_for("99.0")
+    wrong = _uv_install(env, *into, fails=True, CAME8BIT_TORCH_DIR=torch_dir, CAME8BIT_CUDA="ON")
+    why = "the major versions have to be the same" if nvcc_release() else "no nvcc was found"
+    assert why in " ".join(wrong.split()), wrong
+    _uv_install(env, *into, CAME8BIT_TORCH_DIR=torch_dir)
     env.expect_kernels()
+    env.expect_cuda(False, why)
+
+
+def with_cuda(env: Environment) -> None:
+    """Next to a CUDA torch that nvcc fits: both libraries; the second is not opened without it."""
+    release = nvcc_release()
+    if not release:
+        env.report = "not run: there is no nvcc here"
+        return
+    named = {"CAME8BIT_TORCH_DIR": env.torch_for(release), "CUDAARCHS": "75-real"}
+    env.pip("install", str(env.source), CAME8BIT_CUDA="ON", **named, **QUICK)
+    env.expect_kernels()
+    env.expect_cuda(True)
+
+
+def broken_nvcc(env: Environment) -> None:
+    """An nvcc that turns out not to work: the CPU library alone, and why; an error if asked for."""
+    nvcc = env.folder / "nvcc"
+    nvcc.write_text('#!/bin/sh\n[ "$1" = --version ] && echo release 13.0 || exit 1\n')
+    nvcc.chmod(0o755)
+    named = {"CAME8BIT_TORCH_DIR": env.torch_for("13.0"), "CUDACXX": str(nvcc)}
+    refused = env.pip("install", str(env.source), fails=True, CAME8BIT_CUDA="ON", **named, **QUICK)
+    assert "CAME8BIT_CUDA=ON, and the kernels were not built" in refused, refused
+    output = env.pip("install", "-v", str(env.source), **named, **QUICK)
+    assert "building again WITHOUT CUDA kernels" in output, output
+    env.expect_kernels()
+    env.expect_cuda(False, "their build failed: ")
 
 
 def no_compiler(env: Environment) -> None:
@@ -301,6 +378,8 @@ VARIANTS: tuple[Callable[[Environment], None], ...] = (
     editable,
     uv_in_active_environment,
     uv_with_torch_named,
+    with_cuda,
+    broken_nvcc,
     no_compiler,
     no_cmake,
     compile_error,

@@ -21,13 +21,10 @@ from came8bit import _kernels
 ON_SHIM = bool(os.environ.get("CAME8BIT_CUDA_TESTS_ON_SHIM"))
 DEVICE = "cpu" if ON_SHIM else "cuda"
 
-needs_gpu = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        not (ON_SHIM or torch.cuda.is_available()), reason="torch finds no GPU here"
-    ),
-]
-"""Marks of a module of such tests. On a GPU a skip is a failure (scripts/gpu_report.py)."""
+needs_gpu = pytest.mark.skipif(
+    not (ON_SHIM or torch.cuda.is_available()), reason="torch finds no GPU here"
+)
+"""Goes with ``pytest.mark.cuda``. On a GPU a skip is a failure (scripts/gpu_report.py)."""
 
 needs_real_gpu = pytest.mark.skipif(ON_SHIM, reason="the shim has no streams and no memory")
 

@@ -31,21 +31,24 @@ def _scripts_are_importable() -> Any:
 
 
 @pytest.fixture
-def gpu_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, working in a folder of the test."""
+def gpu_report() -> ModuleType:
     import gpu_report
 
-    monkeypatch.setattr(gpu_report, "WORK", tmp_path / "work")
-    (tmp_path / "work").mkdir()
-    (tmp_path / "out").mkdir()
     return gpu_report
 
 
 @pytest.fixture
 def report(gpu_report: ModuleType, tmp_path: Path) -> Any:
-    return gpu_report.Report(
-        tmp_path / "out", False, time.monotonic() + 60, tmp_path / "wheels", tmp_path / "site"
+    made = gpu_report.Report(
+        out=tmp_path / "out",
+        dry=False,
+        deadline=time.monotonic() + 60,
+        wheels=tmp_path / "wheels",
+        work=tmp_path / "work",
     )
+    made.out.mkdir()
+    made.work.mkdir()
+    return made
 
 
 def ends(status: int | None, text: str, also: Any = None) -> Any:
@@ -93,7 +96,7 @@ def test_skipped_tests_fail(
     expected: str,
 ) -> None:
     def results(command: list[str]) -> None:
-        (gpu_report.WORK / "tests.xml").write_text(junit(*inner))
+        (report.work / "tests.xml").write_text(junit(*inner))
         assert any(part.endswith("test_kernels_cuda.py") for part in command)
         assert any(part.endswith("test_kernels_cuda_device.py") for part in command)
 
@@ -149,6 +152,21 @@ def test_missing_sanitizer_is_said(
     assert part.lines == ["compute-sanitizer is not on this machine"]
 
 
+def test_build_for_the_gpu_that_torch_sees(
+    gpu_report: ModuleType, report: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    said = "-- came8bit: nvcc 13.0.88, sm_90 compute_90\n"
+    monkeypatch.setattr(gpu_report.Report, "run", ends(0, said, commands.append))
+    monkeypatch.setattr(gpu_report, "first_line", lambda command: "90")
+    part = gpu_report.Part("build", 10)
+    gpu_report.build(report, part)
+    assert part.status == "ok"
+    assert part.lines == ["came8bit: nvcc 13.0.88, sm_90 compute_90"]
+    assert "-DCMAKE_CUDA_ARCHITECTURES=90" in commands[0]
+    assert commands[2][-2:] == ["--prefix", str(ROOT)]  # next to the Python files
+
+
 def test_failed_build(gpu_report: ModuleType, report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_report.Report, "run", ends(1, "step.cu(1): error: the moon"))
     part = gpu_report.Part("build", 10)
@@ -181,12 +199,13 @@ def test_one_failure_does_not_stop_the_rest(
 
     monkeypatch.setattr(gpu_report, "PARTS", (("first", 1, breaks), ("second", 1, works)))
     out = tmp_path / "report"
-    assert gpu_report.main(["--out", str(out)]) == 1
+    options = ["--out", str(out), "--work", str(tmp_path / "work")]
+    assert gpu_report.main(options) == 1
     content = json.loads((out / "report.json").read_text())
     assert [part["status"] for part in content["parts"]] == ["FAILED", "ok"]
     assert "ValueError: the moon" in (out / "report.md").read_text()
-    assert gpu_report.main(["--out", str(out), "--parts", "second"]) == 0
-    assert gpu_report.main(["--out", str(out), "--parts", "second", "--budget", "1"]) == 0
+    assert gpu_report.main([*options, "--parts", "second"]) == 0
+    assert gpu_report.main([*options, "--parts", "second", "--budget", "1"]) == 0
     assert "out of time" in (out / "report.md").read_text()
     capsys.readouterr()
 
@@ -194,15 +213,17 @@ def test_one_failure_does_not_stop_the_rest(
 def test_dry_run(tmp_path: Path) -> None:
     """In earnest, without the parts that take long: nothing pretends to have run on a GPU."""
     command = [sys.executable, str(ROOT / "scripts" / "gpu_report.py"), "--dry-run"]
-    command += ["--out", str(tmp_path), "--parts", "facts,peers,memcheck", "--wheels", "/nowhere"]
+    out, work = tmp_path / "out", tmp_path / "work"
+    command += ["--out", str(out), "--work", str(work), "--wheels", str(tmp_path / "nowhere")]
+    command += ["--parts", "facts,peers,memcheck"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "report.json").read_text())
+    content = json.loads((out / "report.json").read_text())
     assert content["dry_run"] is True
     assert [part["status"] for part in content["parts"]] == ["ok", "not run", "not run"]
-    assert "no GPU; the cases ran on the CPU" in (tmp_path / "report.md").read_text()
-    assert "24 steps of 11 parameters on cpu" in (tmp_path / "sanitizer.log").read_text()
-    assert sum(1 for _ in tmp_path.iterdir()) <= 8
+    assert "no GPU; the cases ran on the CPU" in (out / "report.md").read_text()
+    assert "24 steps of 11 parameters on cpu" in (out / "sanitizer.log").read_text()
+    assert sum(1 for _ in out.iterdir()) <= 8
 
 
 # --- the benchmark --------------------------------------------------------------------------------
@@ -260,6 +281,19 @@ def test_the_kernels_are_still_called_that() -> None:
         assert f"{name}(const Parameter" in text, name
 
 
+def test_state_of_tensor_subclasses_is_counted() -> None:
+    """torchao keeps its state in tensors without a storage of their own."""
+    from bench_gpu_measure import state_bytes
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    param = torch.nn.Parameter(torch.ones(10))
+    optimizer = torch.optim.SGD([param])
+    shared = torch.ones(8)
+    inside = TwoTensor(torch.ones(10), torch.ones(10))
+    optimizer.state[param] = {"m": inside, "v": shared, "w": shared[2:], "step": 3}
+    assert state_bytes(optimizer) == 40 + 40 + 32
+
+
 def test_targets() -> None:
     from bench_gpu_targets import judge
 
@@ -314,7 +348,7 @@ def test_benchmark_on_the_cpu(
     for module in (bench_gpu, peers):
         monkeypatch.setattr(module, "OPTIMIZERS", chosen)
     for _ in range(2):
-        bench_gpu.main(["--device", "cpu", "--seconds", "3", "--out", str(tmp_path)])
+        bench_gpu.main(["--device", "cpu", "--seconds", "60", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert "plumbing only" in result["about"]["device"]
     assert result["targets"] == []

@@ -29,7 +29,7 @@ from test_kernels_cpu import OPEN, SHAPES, case_of
 
 from came8bit import _ops, quant
 
-pytestmark = needs_gpu
+pytestmark = [pytest.mark.cuda, needs_gpu]
 
 SMALL = "CAME8BIT_CUDA_SMALL_ELEMENTS"
 GROUP = "CAME8BIT_CUDA_GROUP_BYTES"

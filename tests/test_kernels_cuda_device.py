@@ -18,7 +18,7 @@ from shim.cases import run_reference
 
 from came8bit import CAME8bit, CAME32bit, quant
 
-pytestmark = [*needs_gpu, needs_real_gpu]
+pytestmark = [pytest.mark.cuda, needs_gpu, needs_real_gpu]
 
 GROUP = "CAME8BIT_CUDA_GROUP_BYTES"
 SHAPES: list[tuple[int, ...]] = [(300, 520), (64, 256), (2, 40, 300), (1000, 33)]

@@ -7,18 +7,16 @@ What needs no sanitizer runs in this process; the rest in one process for each s
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from shim.build import ADDRESS, PLAIN, THREAD, UCONTEXT, Build, sanitizer_environment
+from shim.build import ADDRESS, HERE, PLAIN, THREAD, UCONTEXT, Build, run_python
 from shim.control import ORDERS
 from shim.selftest import THREADS, SelfTest
 
-SCRIPT = Path(__file__).parent / "shim" / "selftest.py"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shim is made for Linux")
 
 RIGHT = ["sum", "transpose", "rotate", "exchange", "through global"]
 """Kernels without a mistake; ``SelfTest.check`` knows what comes out."""
@@ -35,8 +33,8 @@ WRONG_RESULT = [
 STUCK = {
     "barrier in a branch": r"threads 0-63 wait at __syncthreads in selftest.cu:\d+, threads 64-127 "
     r"have returned",
-    "two barriers": r"threads 0-63 wait at __syncthreads in selftest.cu:\d+, threads 64-127 wait at "
-    r"__syncthreads",
+    "two barriers": r"threads 0-63 wait at __syncthreads in selftest.cu:\d+, threads 64-127 wait "
+    r"at __syncthreads",
     "shuffle in a branch": r"threads 0-15 wait in a warp shuffle with mask 0xffffffff",
     "shuffle from outside": r"lane \d+ reads from lane \d+, which its mask leaves out",
     "mask without itself": r"lane \d+ is not in its own mask",
@@ -110,6 +108,15 @@ def test_intrinsics(selftest: SelfTest) -> None:
     assert out.int().tolist() == expected
 
 
+def test_whole_numbers_as_a_gpu_finds_them(selftest: SelfTest) -> None:
+    """``whole`` of came_math.h has another formula there; its arguments are -1 to 2**22."""
+    exact = torch.arange(0, 2**22 + 1, 37, dtype=torch.float32)
+    around = [torch.nextafter(exact, torch.tensor(limit)) for limit in (-1.0, 2.0**23)]
+    x = torch.cat([exact, *around, exact[:-1] + 0.5, -torch.rand(1000)])
+    out = selftest.run("whole", x, torch.zeros(len(x)), n=len(x), blocks=-(-len(x) // THREADS))
+    assert torch.equal(out, x.trunc())
+
+
 def test_shared_memory_starts_as_garbage(selftest: SelfTest) -> None:
     for garbage, expected in ((0xFF, None), (0x7F, 3.39615136e38)):
         selftest.control.configure(garbage=garbage)
@@ -152,17 +159,13 @@ def test_settings_that_make_no_sense(selftest: SelfTest) -> None:
             selftest.control.configure(**changes)
 
 
-# --- in a process of its own -----------------------------------------------------------------------
+# --- in a process of its own ----------------------------------------------------------------------
 
 
 def outcome(build: Build, *kernels: str) -> tuple[int, dict[str, str]]:
     """Status of a process that runs ``kernels``, and what it wrote to stderr during each."""
-    environment = sanitizer_environment(build)
-    environment["TSAN_OPTIONS"] = environment.get("TSAN_OPTIONS", "") + ":halt_on_error=0"
-    command = [sys.executable, str(SCRIPT), str(build.make("_C_selftest")), *kernels]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    library = build.make("_C_selftest")
+    done = run_python(build, HERE / "selftest.py", library, *kernels, keep_going=True)
     parts = re.split(r"^== (.*) ==$", done.stderr, flags=re.MULTILINE)
     return done.returncode, dict(zip(parts[1::2], parts[2::2], strict=True))
 

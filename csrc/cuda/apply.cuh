@@ -121,7 +121,7 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const Settings& s,
   bool next_there = inside && tile.stream < tile.rows;
   Row next = load_row(next_there);
   // Every thread takes part in every round: the largest value of a block needs all lanes.
-#pragma unroll 2
+#pragma unroll(sizeof(Pack<P>) == 16 ? 2 : 1)
   for (int base = 0; base < tile.rows; base += tile.streams) {
     const Row now = next;
     const bool there = next_there;

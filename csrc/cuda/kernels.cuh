@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
 // --- factored ---------------------------------------------------------------------------------
 
 template <class G, bool fast>
-__global__ void __launch_bounds__(kThreads, fast ? 4 : 1)
+__global__ void __launch_bounds__(kThreads, fast ? 3 : 1)
     second_moment_kernel(const Parameter* parameters, int count) {
   __shared__ Parameter p;
   __shared__ float buffer[kRoundVectors];

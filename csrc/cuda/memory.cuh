@@ -10,7 +10,7 @@ namespace came8bit {
 // Stands for a type that is known only when running: Strided::dtype.
 struct Any {};
 
-// Eight elements as they lie in memory.
+// Eight elements as they lie in memory: 16 or 32 bytes.
 template <class T>
 struct Pack {  // Bf16, Half
   uint4 words;
@@ -205,15 +205,15 @@ __device__ __forceinline__ int64_t offset_of(const Strided& t, int64_t e) {
   return offset;
 }
 
-__device__ __noinline__ float load_one(const Strided& t, int64_t e) {
+static __device__ __noinline__ float load_one(const Strided& t, int64_t e) {
   const int64_t i = offset_of(t, e);
   if (t.dtype == kFloat32) return static_cast<const float*>(t.data)[i];
   const uint16_t pattern = static_cast<const uint16_t*>(t.data)[i];
   return t.dtype == kBfloat16 ? bits_float(uint32_t{pattern} << 16) : half_to_float({pattern});
 }
 
-__device__ __noinline__ void store_one(const Strided& t, int64_t e, float x, uint32_t random,
-                                       bool stochastic) {
+static __device__ __noinline__ void store_one(const Strided& t, int64_t e, float x, uint32_t random,
+                                              bool stochastic) {
   const int64_t i = offset_of(t, e);
   if (t.dtype == kFloat32) {
     static_cast<float*>(t.data)[i] = x;
@@ -243,8 +243,8 @@ __device__ __forceinline__ uint4 random_words(uint64_t counter, uint32_t index, 
 }
 
 // Those of elements e ... e + 7, wherever e is.
-__device__ __noinline__ uint4 random_words_at(uint64_t e, uint32_t index, uint32_t step,
-                                              uint64_t seed) {
+static __device__ __noinline__ uint4 random_words_at(uint64_t e, uint32_t index, uint32_t step,
+                                                     uint64_t seed) {
   const uint4 first = random_words(e / 8, index, step, seed);
   const int skip = static_cast<int>(e % 8);
   if (skip == 0) return first;

@@ -22,21 +22,31 @@ __device__ __forceinline__ float sum_lanes(float x, int lanes) {
   return x;
 }
 
-// Four such sums with a third of the exchanges: each halving of the first two also halves what a
-// thread is responsible for. A thread ends up with the sum of x[which].
-template <class Lanes>
-__device__ __forceinline__ float sum_lanes_of_four(const float* x, Lanes lanes, int lane,
+// Two or four such sums with fewer exchanges: each of the first halvings also halves what a thread
+// is responsible for. A thread ends up with the sum of x[which]. There are at least `rows` lanes.
+template <int rows, class Lanes>
+__device__ __forceinline__ float sum_lanes_of_rows(const float* x, Lanes lanes, int lane,
                                                    int* which) {
   const bool upper = (lane & (lanes / 2)) != 0;
-  float a = upper ? x[2] : x[0], b = upper ? x[3] : x[1];
-  a += __shfl_xor_sync(0xffffffffu, upper ? x[0] : x[2], lanes / 2);
-  b += __shfl_xor_sync(0xffffffffu, upper ? x[1] : x[3], lanes / 2);
-  const bool second = (lane & (lanes / 4)) != 0;
-  float sum = second ? b : a;
-  sum += __shfl_xor_sync(0xffffffffu, second ? a : b, lanes / 4);
-  *which = (upper ? 2 : 0) + (second ? 1 : 0);
+  float sum;
+  if constexpr (rows == 2) {
+    sum = upper ? x[1] : x[0];
+    sum += __shfl_xor_sync(0xffffffffu, upper ? x[0] : x[1], lanes / 2);
+    *which = upper ? 1 : 0;
+  } else {
+    static_assert(rows == 4, "two or four");
+    float a = upper ? x[2] : x[0], b = upper ? x[3] : x[1];
+    a += __shfl_xor_sync(0xffffffffu, upper ? x[0] : x[2], lanes / 2);
+    b += __shfl_xor_sync(0xffffffffu, upper ? x[1] : x[3], lanes / 2);
+    const bool second = (lane & (lanes / 4)) != 0;
+    sum = second ? b : a;
+    sum += __shfl_xor_sync(0xffffffffu, second ? a : b, lanes / 4);
+    *which = (upper ? 2 : 0) + (second ? 1 : 0);
+  }
 #pragma unroll
-  for (int half = lanes / 8; half > 0; half /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, half);
+  for (int half = lanes / (2 * rows); half > 0; half /= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, half);
+  }
   return sum;
 }
 

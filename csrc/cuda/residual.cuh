@@ -6,18 +6,18 @@
 
 namespace came8bit {
 
-// The stored momentum of kRowsAtOnce rows of a thread; M is int8_t or float.
-template <class M, bool fast>
+// The stored momentum of `loads` rows of a thread; M is int8_t or float.
+template <class M, bool fast, int loads>
 struct MomentumRows;
 
-template <>
-struct MomentumRows<int8_t, true> {
-  uint2 codes[kRowsAtOnce];
-  float absmax[kRowsAtOnce];
+template <int loads>
+struct MomentumRows<int8_t, true, loads> {
+  uint2 codes[loads];
+  float absmax[loads];
 
   __device__ __forceinline__ void load(const Parameter& p, const Tile& tile, int row) {
 #pragma unroll
-    for (int q = 0; q < kRowsAtOnce; ++q) {
+    for (int q = 0; q < loads; ++q) {
       const int64_t r = tile.first_row + row + q * tile.streams;
       const bool there = row + q * tile.streams < tile.rows && tile.columns > 0;
       codes[q] = there ? __ldcg(reinterpret_cast<const uint2*>(
@@ -35,13 +35,13 @@ struct MomentumRows<int8_t, true> {
   }
 };
 
-template <>
-struct MomentumRows<float, true> {
-  float4 low[kRowsAtOnce], high[kRowsAtOnce];
+template <int loads>
+struct MomentumRows<float, true, loads> {
+  float4 low[loads], high[loads];
 
   __device__ __forceinline__ void load(const Parameter& p, const Tile& tile, int row) {
 #pragma unroll
-    for (int q = 0; q < kRowsAtOnce; ++q) {
+    for (int q = 0; q < loads; ++q) {
       const int64_t r = tile.first_row + row + q * tile.streams;
       low[q] = high[q] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       if (row + q * tile.streams < tile.rows && tile.columns > 0) {
@@ -64,15 +64,16 @@ __device__ __forceinline__ int64_t block_of(const Parameter& p, int64_t e) {
 }
 
 // One element of the stored momentum times beta1, or (beta1 == 1) as it is.
-__device__ __noinline__ float load_momentum(const Parameter& p, int64_t e, float beta1, int8_t*) {
+static __device__ __noinline__ float load_momentum(const Parameter& p, int64_t e, float beta1,
+                                                   int8_t*) {
   return decode_one(static_cast<const int8_t*>(p.exp_avg)[e], p.absmax[block_of(p, e)] * beta1);
 }
 __device__ __forceinline__ float load_momentum(const Parameter& p, int64_t e, float beta1, float*) {
   return static_cast<const float*>(p.exp_avg)[e] * beta1;
 }
 
-template <class M>
-struct MomentumRows<M, false> {
+template <class M, int loads>
+struct MomentumRows<M, false, loads> {
   __device__ __forceinline__ void load(const Parameter&, const Tile&, int) {}
   __device__ __forceinline__ void get(const Parameter& p, const Tile& tile, int row, int q,
                                       float* m) const {
@@ -108,15 +109,15 @@ __device__ __forceinline__ void residual_tile(const Parameter& p, const Settings
   float* row_part = p.row_part + tile.strip * rows + tile.first_row;
   const int64_t row_parts = p.grid.strips * rows;
   float column_sum[3][kVector] = {};
-  for (int base = 0; base < tile.rows; base += kRowsAtOnce * tile.streams) {
+  for (int base = 0; base < tile.rows; base += kRowsAtOnce<G> * tile.streams) {
     const int row = base + tile.stream;
     GradientRows<G, fast> gradients;
-    MomentumRows<M, fast> momenta;
+    MomentumRows<M, fast, kRowsAtOnce<G>> momenta;
     gradients.load(p, tile, row);
     momenta.load(p, tile, row);
-    float row_sum[3][kRowsAtOnce];
+    float row_sum[3][kRowsAtOnce<G>];
 #pragma unroll
-    for (int q = 0; q < kRowsAtOnce; ++q) {
+    for (int q = 0; q < kRowsAtOnce<G>; ++q) {
       float g[kVector], m[kVector], d2[kVector], ud[kVector], u2[kVector];
       gradients.get(p, tile, row, q, g);
       momenta.get(p, tile, row, q, m);
@@ -138,7 +139,9 @@ __device__ __forceinline__ void residual_tile(const Parameter& p, const Settings
       row_sum[2][q] = sum_vector(u2);
     }
 #pragma unroll
-    for (int i = 0; i < 3; ++i) store_row_sums(tile, row, row_sum[i], row_part + i * row_parts);
+    for (int i = 0; i < 3; ++i) {
+      store_row_sums<kRowsAtOnce<G>>(tile, row, row_sum[i], row_part + i * row_parts);
+    }
   }
 #pragma unroll
   for (int i = 0; i < 3; ++i) {

@@ -13,13 +13,13 @@ __device__ __forceinline__ void second_moment_tile(const Parameter& p, int64_t t
   float* row_part = p.row_part + tile.strip * p.b * p.n + tile.first_row;
   float column_sum[kVector] = {};
   // Every thread takes part in every round: the row sums need all lanes.
-  for (int base = 0; base < tile.rows; base += kRowsAtOnce * tile.streams) {
+  for (int base = 0; base < tile.rows; base += kRowsAtOnce<G> * tile.streams) {
     const int row = base + tile.stream;
     GradientRows<G, fast> rows;
     rows.load(p, tile, row);
-    float row_sum[kRowsAtOnce];
+    float row_sum[kRowsAtOnce<G>];
 #pragma unroll
-    for (int q = 0; q < kRowsAtOnce; ++q) {
+    for (int q = 0; q < kRowsAtOnce<G>; ++q) {
       float g[kVector], square[kVector];
       rows.get(p, tile, row, q, g);
 #pragma unroll
@@ -29,7 +29,7 @@ __device__ __forceinline__ void second_moment_tile(const Parameter& p, int64_t t
       }
       row_sum[q] = sum_vector(square);
     }
-    store_row_sums(tile, row, row_sum, row_part);
+    store_row_sums<kRowsAtOnce<G>>(tile, row, row_sum, row_part);
   }
   sum_streams(tile, column_sum, buffer);
   store_column_sums(p, tile, buffer, p.col_part);

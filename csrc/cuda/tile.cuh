@@ -6,8 +6,6 @@
 
 namespace came8bit {
 
-constexpr int kRowsAtOnce = 4;  // that a thread has under way at once
-
 // What a thread knows of its place. Rows count from the first of the tile, columns in the matrix.
 struct Tile {
   int64_t matrix, slab, strip;
@@ -44,16 +42,19 @@ struct Tile {
   }
 };
 
-// The gradients of up to kRowsAtOnce rows of a thread, `streams` rows apart, zero where there are
-// none.
+// Rows that a thread has under way at once: as many as registers allow. No sum depends on it.
+template <class G>
+constexpr int kRowsAtOnce = sizeof(Pack<G>) == 16 ? 4 : 2;
+
+// The gradients of these rows, `streams` rows apart, zero where there are none.
 template <class G, bool fast>
 struct GradientRows {
-  Pack<G> pack[kRowsAtOnce];
+  Pack<G> pack[kRowsAtOnce<G>];
 
   __device__ __forceinline__ void load(const Parameter& p, const Tile& tile, int row) {
     if (!fast) return;
 #pragma unroll
-    for (int q = 0; q < kRowsAtOnce; ++q) {
+    for (int q = 0; q < kRowsAtOnce<G>; ++q) {
       const int r = row + q * tile.streams;
       pack[q] = r < tile.rows && tile.columns > 0
                     ? load_pack<G>(p.grad, (tile.first_row + r) * p.k + tile.column)
@@ -72,21 +73,21 @@ struct GradientRows {
   }
 };
 
-// Writes the sums of kRowsAtOnce rows to their places in `out`, which counts rows from the tile's
-// first.
+// Writes the sums of `rows` rows to their places in `out`, which counts rows from the tile's first.
+template <int rows>
 __device__ __forceinline__ void store_row_sums(const Tile& tile, int row, const float* sums,
                                                float* out) {
-  if (tile.lanes >= kRowsAtOnce) {
+  if (tile.lanes >= rows) {
     int which;
     const float sum = tile.lanes == kWarp
-                          ? sum_lanes_of_four(sums, Constant<kWarp>(), tile.lane, &which)
-                          : sum_lanes_of_four(sums, tile.lanes, tile.lane, &which);
+                          ? sum_lanes_of_rows<rows>(sums, Constant<kWarp>(), tile.lane, &which)
+                          : sum_lanes_of_rows<rows>(sums, tile.lanes, tile.lane, &which);
     const int r = row + which * tile.streams;
-    if ((tile.lane & (tile.lanes / kRowsAtOnce - 1)) == 0 && r < tile.rows) out[r] = sum;
+    if ((tile.lane & (tile.lanes / rows - 1)) == 0 && r < tile.rows) out[r] = sum;
     return;
   }
 #pragma unroll
-  for (int q = 0; q < kRowsAtOnce; ++q) {
+  for (int q = 0; q < rows; ++q) {
     const float sum = sum_lanes(sums[q], tile.lanes);
     const int r = row + q * tile.streams;
     if (tile.lane == 0 && r < tile.rows) out[r] = sum;

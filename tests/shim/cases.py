@@ -1,0 +1,173 @@
+"""Steps on the shim against the reference: what is compared, and a table of small cases.
+
+The table serves three masters, each in a process of its own: the race detector, the address
+sanitizer, and builds with a mistake in them (``check.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from problems import HYPER, OPTIONS, Problem, assert_same_bits, make_problem, random_grad, run_ops
+from strategies import laid_out
+from torch import Tensor
+
+from came8bit import _ops, quant, reference
+from came8bit.reduction import CUDA_TREE
+
+from .library import kernels
+
+Shape = tuple[int, ...]
+
+
+@contextmanager
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """Within it torch's new tensors, workspaces too, are full of 0xFF."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@dataclass(frozen=True)
+class ListCase:
+    """One operator call for a list of parameters of one kind, several steps.
+
+    ``misaligned``: in turn the parameter, its gradient, its momentum, or all of them lie one
+    element further than a vector would have to.
+    ``bad``: in the second step the gradient of parameter ``i`` has the value ``bad[i]`` somewhere.
+    """
+
+    name: str
+    shapes: Sequence[Shape]
+    factored: bool = True
+    batched: bool = False
+    bits: int = 8
+    dtypes: Sequence[torch.dtype] = (torch.float32,)
+    grad_dtypes: Sequence[torch.dtype] | None = None
+    layout: str = "contiguous"
+    grad_layout: str = "contiguous"
+    misaligned: bool = False
+    bad: dict[int, float] = field(default_factory=dict)
+    steps: int = 2
+    options: dict[str, object] = field(default_factory=dict)
+
+    def problems(self) -> list[Problem]:
+        """The parameters with fresh state; dtypes take turns."""
+        problems = []
+        for i, shape in enumerate(self.shapes):
+            problem = make_problem(
+                shape,
+                factored=self.factored,
+                bits=self.bits,
+                dtype=self.dtypes[i % len(self.dtypes)],
+                batched=self.batched,
+                index=i,
+                offset=16 * i,
+                generator=torch.Generator().manual_seed(i),
+            )
+            problem.param = laid_out(problem.param, self.layout)
+            if self.misaligned and i % 4 in (0, 3):
+                problem.param = displaced(problem.param)
+            if self.misaligned and i % 4 == 2:
+                problem.state["exp_avg"] = displaced(problem.state["exp_avg"])
+            if self.misaligned and i % 4 == 3:
+                problem.state = {name: displaced(x) for name, x in problem.state.items()}
+            problems.append(problem)
+        return problems
+
+    def grads(self, step: int) -> list[Tensor]:
+        """Their gradients at ``step``."""
+        dtypes = self.grad_dtypes or self.dtypes
+        generator = torch.Generator().manual_seed(1000 + step)
+        grads = [
+            laid_out(random_grad(shape, dtypes[i % len(dtypes)], generator), self.grad_layout)
+            for i, shape in enumerate(self.shapes)
+        ]
+        for i, value in self.bad.items() if step == 1 else ():
+            grads[i].view(-1)[grads[i].numel() // 2] = value
+        if self.misaligned:
+            grads = [displaced(x) if i % 4 in (1, 3) else x for i, x in enumerate(grads)]
+        return grads
+
+    def check(self, steps: int | None = None) -> None:
+        """Step kernels and reference side by side; AssertionError where a bit differs."""
+        got = self.problems()
+        expected = [problem.copy() for problem in got]
+        for t in range(steps or self.steps):
+            grads = self.grads(t)
+            with kernels(), uninitialised_memory_is_nan():
+                run_ops(got, grads, **self.options)
+            for i, (mine, other) in enumerate(zip(got, expected, strict=True)):
+                if other.param.numel() > 0:  # kernels leave an empty parameter alone
+                    run_reference(other, grads[i], **self.options)
+                what = f"{self.name}, step {t}, parameter {i} {self.shapes[i]}"
+                assert_same_bits(mine.tensors(), other.tensors(), what)
+
+
+def displaced(x: Tensor) -> Tensor:
+    """A contiguous ``x`` one element further: aligned to its own size and no more."""
+    if not x.is_contiguous():
+        return x
+    base = torch.empty(x.numel() + 1, dtype=x.dtype)
+    return base[1:].view(x.shape).copy_(x)
+
+
+def run_reference(problem: Problem, grad: Tensor, **options: object) -> None:
+    """One step of the specification with the sums of the CUDA kernels."""
+    hyper = reference.Hyper(**{**HYPER, **OPTIONS, **options})  # type: ignore[arg-type]
+    state = [problem.state.get(name) for name in ("exp_avg", "absmax")]
+    rest = [x for name, x in problem.state.items() if name not in ("exp_avg", "absmax")]
+    run = reference.factored_step_ if problem.factored else reference.unfactored_step_
+    run(problem.param, grad, *state, *rest, problem.view, hyper, tree=CUDA_TREE)
+
+
+def check_codec(shape: Shape, scale: float = 1.0, special: bool = False) -> None:
+    """Codes and scales, and the values they stand for, as the reference has them."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * scale
+    if special and x.numel():
+        flat = x.view(-1)
+        for i, value in enumerate((math.nan, math.inf, -math.inf, 0.0, 3e38, 1e-40)):
+            flat[(i * 97 + 5) % len(flat)] = value
+    codes, absmax = quant.quantize_blockwise(x)
+    with kernels(), uninitialised_memory_is_nan():
+        got_codes, got_absmax = _ops.quantize_blockwise(x)
+        got = _ops.dequantize_blockwise(codes, absmax)
+    assert_same_bits(
+        {"codes": got_codes, "absmax": got_absmax, "values": got},
+        {"codes": codes, "absmax": absmax, "values": quant.dequantize_blockwise(codes, absmax)},
+        f"codec {shape}",
+    )
+
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+# Whole vectors and blocks ("fast"); tails in rows, columns, strips and slabs; one element; none.
+FAST: list[Shape] = [(9, 264), (40, 256), (60, 512), (3, 8)]
+SLOW: list[Shape] = [(9, 261), (67, 33), (1, 1), (0, 5), (5, 300)]
+FLAT: list[Shape] = [(1,), (8,), (300,), (0,), (2056,)]
+
+CASES = [
+    ListCase("fast", FAST, dtypes=(FP32, BF16), steps=3),
+    ListCase("long", [(1030, 9), (1030, 16)]),
+    ListCase("fast, cautious", FAST, dtypes=(BF16, FP32), options={"cautious": True}),
+    ListCase("slow", SLOW, dtypes=(BF16, FP32), steps=3),
+    ListCase("slow, cautious", SLOW, dtypes=(FP32, BF16), options={"cautious": True}),
+    ListCase("fp32 momentum", [*FAST[:2], *SLOW[:2]], bits=32, dtypes=(BF16,)),
+    ListCase("batched", [(2, 3, 264), (3, 5, 33)], batched=True, dtypes=(BF16,)),
+    ListCase("reversed", [(33, 20)], layout="reversed", grad_layout="reversed"),
+    ListCase("misaligned", [(6, 256)] * 4, misaligned=True, dtypes=(BF16,)),
+    ListCase("corrected", [(40, 256)], options={"bias_correction": True, "maximize": True}),
+    ListCase("rate in a tensor", [(5, 256)], options={"lr_tensor": torch.tensor(0.01)}),
+    ListCase("to nearest", [(9, 264), (9, 261)], dtypes=(BF16,), options={"stochastic": False}),
+    ListCase("not finite", [(5, 256)] * 3, bad={0: math.nan, 2: math.inf}, dtypes=(BF16,)),
+    ListCase("flat", FLAT, factored=False, bits=32, dtypes=(FP32, BF16), steps=3),
+    ListCase("flat, 8 bits", FLAT, factored=False, dtypes=(BF16,), options={"cautious": True}),
+    ListCase("flat, not finite", FLAT, factored=False, bad={2: math.nan}, bits=32),
+]

@@ -1,0 +1,188 @@
+"""Mistakes that the tests of the CUDA kernels have to notice, and the machinery to make them.
+
+A mutant is one edit of a copy of ``csrc``. It has to apply: where the sources change, it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Queue
+
+from .build import BUILDS, CSRC, HERE, Build, run_python
+
+DIFFERENT = 3
+"""Exit status of ``check.py`` where a result is wrong; a sanitizer's is 66, a crash is negative."""
+CAUGHT = {DIFFERENT: "comparison", 66: "sanitizer", -6: "abort", -7: "bus error", -11: "segfault"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old``, which occurs once in ``csrc/cuda/<file>``, becomes ``new``."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    checks: tuple[str, ...] = ("--order", "forward", "backward")
+    sanitizer: str = ""
+
+    def text(self, csrc: Path = CSRC) -> str:
+        """The file with the mistake; ValueError if it does not apply."""
+        text = (csrc / "cuda" / self.file).read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(
+                f"{self.name}: expected once in {self.file}, found {text.count(self.old)} times: "
+                f"{self.old!r}"
+            )
+        return text.replace(self.old, self.new)
+
+
+BARRIER = "__syncthreads();"
+LARGE = ("--large",)
+
+MUTANTS = [
+    # Barriers.
+    Mutant(
+        "no barrier between halvings", "reduce.cuh",
+        f"half >= stop; half /= 2) {{\n    {BARRIER}", "half >= stop; half /= 2) {",
+    ),
+    Mutant(
+        "no barrier before a buffer is used again", "tile.cuh",
+        f"{BARRIER}  // whoever used the buffer before is done", "",
+    ),
+    Mutant(
+        "no barrier behind the row factors", "residual.cuh",
+        f"{BARRIER}\n  const int64_t rows = p.b * p.n;", "const int64_t rows = p.b * p.n;",
+    ),
+    Mutant(
+        "no barrier behind the copy of the parameter", "kernels.cuh",
+        f"out[i] = in[i];\n  {BARRIER}", "out[i] = in[i];",
+    ),
+    Mutant(
+        "no __syncwarp before absmax is written", "apply.cuh",
+        "__syncwarp();  // all lanes have read the old absmax before one writes the new\n      if",
+        "if",
+        ("--case", "fast", "--steps", "1", "--workers", "3", "--small", "0"), "thread",
+    ),
+    # Tails.
+    Mutant(
+        "the last column is left out", "tile.cuh",
+        "const int64_t there = p.k - column;", "const int64_t there = p.k - column - 1;",
+    ),
+    Mutant(
+        "one column too many is stored", "tile.cuh",
+        "if (first + i < p.k) out[first + i]", "if (first + i <= p.k) out[first + i]",
+    ),
+    Mutant(
+        "the last block has one element too many", "apply.cuh",
+        "const int64_t left = p.slice_len - at;", "const int64_t left = p.slice_len - at + 1;",
+    ),
+    # Rows and columns, blocks and parameters.
+    Mutant(
+        "row and column partials are swapped", "second_moment.cuh",
+        "(is_row ? p.row_new : p.col_new)[at]", "(is_row ? p.col_new : p.row_new)[at]",
+    ),
+    Mutant(
+        "the block scale is that of a warp", "apply.cuh",
+        "encode_vector(m, w, there, tile.lanes, &codes)",
+        "encode_vector(m, w, there, kWarp, &codes)",
+    ),
+    Mutant(
+        "a parameter begins one block late", "kernels.cuh",
+        "parameters[i + 1].first[phase] <= block", "parameters[i + 1].first[phase] < block",
+    ),
+    Mutant(
+        "the backward walk begins one block late", "kernels.cuh",
+        "int64_t{gridDim.x} - 1 - blockIdx.x", "int64_t{gridDim.x} - 2 - blockIdx.x",
+    ),
+    Mutant(
+        "every block counts the step", "residual.cuh",
+        "if (task == 0 && threadIdx.x == 0) {\n    if (done) {",
+        "if (threadIdx.x == 0) {\n    if (done) {",
+    ),
+    Mutant(
+        "the random bits of the next vector", "apply.cuh",
+        "random_words(element / 8, index", "random_words(element / 8 + 1, index",
+    ),
+    Mutant(
+        "arrays of the workspace overlap", "step.cu",
+        "arena.take<float>(3 * p.b * p.row_chunks())", "arena.take<float>(p.b * p.row_chunks())",
+    ),
+    Mutant(
+        "alignment is taken for granted", "step.cu",
+        "if (!aligned(p.param.data, 16) ||", "if (",
+    ),
+    # Indices of 32 bits.
+    Mutant(
+        "32-bit index of sweep C", "apply.cuh",
+        "e = row * p.k + tile.column;", "e = static_cast<int>(row * p.k + tile.column);", LARGE,
+    ),
+    Mutant(
+        "32-bit index of sweeps A and B", "tile.cuh",
+        "? load_pack<G>(p.grad, (tile.first_row + r) * p.k + tile.column)",
+        "? load_pack<G>(p.grad, static_cast<int>((tile.first_row + r) * p.k + tile.column))",
+        LARGE,
+    ),
+    Mutant(
+        "32-bit index of a block of the code", "apply.cuh",
+        "first = slice * p.slice_len + at;", "first = static_cast<int>(slice * p.slice_len + at);",
+        LARGE,
+    ),
+    Mutant(
+        "32-bit offset of a strided element", "memory.cuh",
+        "int64_t offset = 0;", "int offset = 0;", LARGE,
+    ),
+]  # fmt: skip
+
+
+@dataclass
+class Workshop:
+    """A copy of ``csrc``, mutants of which are built one after the other."""
+
+    name: str
+    sanitizer: str = ""
+    build: Build = field(init=False)
+
+    def __post_init__(self) -> None:
+        folder = BUILDS / f"mutants-{self.name}"
+        self.build = Build(
+            self.name, sanitizer=self.sanitizer, csrc=folder / "csrc", few_types=True,
+            folder=folder / "build",
+        )  # fmt: skip
+
+    def _write(self, changed: dict[str, str]) -> None:
+        """Make the copy equal to ``csrc`` but for ``changed``; files that stay keep their age."""
+        copy = self.build.csrc
+        kept = set()
+        for path in CSRC.rglob("*"):
+            if path.is_dir():
+                continue
+            target = copy / path.relative_to(CSRC)
+            kept.add(target)
+            text = changed.get(path.name, path.read_text())
+            if not target.exists() or target.read_text() != text:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(text)
+        for target in copy.rglob("*"):
+            if target.is_file() and target not in kept:
+                target.unlink()
+
+    def check(self, mutant: Mutant | None, *arguments: str) -> tuple[int, str]:
+        """Build with a mistake, or without, and compare; exit status and output of ``check.py``."""
+        self._write({mutant.file: mutant.text()} if mutant else {})
+        library = self.build.make("_C_shim")
+        done = run_python(self.build, HERE / "check.py", library, *arguments)
+        return done.returncode, (done.stdout + done.stderr)[-3000:]
+
+
+@contextmanager
+def borrowed(workshops: Queue[Workshop]) -> Iterator[Workshop]:
+    """One of ``workshops``, once one is free."""
+    workshop = workshops.get()
+    try:
+        yield workshop
+    finally:
+        workshops.put(workshop)

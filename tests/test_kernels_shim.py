@@ -1,0 +1,382 @@
+"""The CUDA kernels and their launchers, run on the CPU by the shim (``tests/shim``), have the bits
+of ``reference.py`` with the sums of ``CUDA_TREE``.
+
+Every comparison is of whole steps: parameter and all state, to the last bit. The device that the
+launchers believe in is small, so that few elements make several groups and many blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import Problem, assert_same_bits, make_problem, random_grad, run_ops
+from shim import large
+from shim.build import ADDRESS, HERE, PLAIN, THREAD, Build, run_python
+from shim.cases import CASES, ListCase, check_codec, run_reference, uninitialised_memory_is_nan
+from shim.control import ORDERS, Control
+from shim.library import kernels, load
+from strategies import DTYPES, LAYOUTS, Case, cases, laid_out
+
+from came8bit import _ops
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shim is made for Linux")
+
+SMALL = "CAME8BIT_CUDA_SMALL_ELEMENTS"
+GROUP = "CAME8BIT_CUDA_GROUP_BYTES"
+PATHS = ["sweeps", "small"]
+"""Three sweeps for every parameter, or one block for each."""
+
+
+@pytest.fixture(scope="session")
+def library() -> Control:
+    return load(PLAIN.make("_C_shim"))
+
+
+@pytest.fixture
+def shim(library: Control) -> Iterator[Control]:
+    library.configure()
+    library.launches()
+    yield library
+    library.configure()
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each path through the launchers in turn."""
+    use_path(monkeypatch, request.param)
+    name: str = request.param
+    return name
+
+
+def use_path(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setenv(SMALL, "0" if path == "sweeps" else str(2**40))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def step(problems: list[Problem], grads: list[torch.Tensor], **options: object) -> None:
+    """One operator call on the shim, in memory that nothing has put in order."""
+    with kernels(), uninitialised_memory_is_nan():
+        run_ops(problems, grads, **options)
+
+
+def check(case: Case, steps: int) -> None:
+    got = case.problem()
+    expected = got.copy()
+    for t, grad in enumerate(case.grads(steps), 1):
+        step([got], [grad], **case.options)
+        run_reference(expected, grad, **case.options)
+        assert_same_bits(got.tensors(), expected.tensors(), f"step {t}, {case}")
+
+
+# --- against the reference ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_table(shim: Control, path: str, case: ListCase, order: str) -> None:
+    shim.configure(order=order, l2_bytes=40_000, workers=3)
+    case.check()
+    most = max(launch.at_once for launch in shim.launches())
+    assert most > 1 or path == "small"
+
+
+@settings(max_examples=80)
+@given(
+    cases(elements=3_000),
+    st.integers(1, 3),
+    st.sampled_from(PATHS),
+    st.sampled_from(ORDERS),
+    st.sampled_from([0xFF, 0x7F]),
+)
+def test_bits_of_the_reference(
+    library: Control, case: Case, steps: int, path: str, order: str, garbage: int
+) -> None:
+    library.configure(order=order, seed=case.seed % 1000, garbage=garbage)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_path(monkeypatch, path)
+        check(case, steps)
+
+
+def case_of(shape: tuple[int, ...], **changes: object) -> Case:
+    values: dict[str, object] = dict(
+        shape=shape, factored=True, batched=False, bits=8, dtype=torch.float32,
+        grad_dtype=torch.float32, layout="contiguous", grad_layout="contiguous", index=3,
+        offset=0, scale=1.0, zeros=0.1, seed=0,
+    )  # fmt: skip
+    return Case(**{**values, **changes})  # type: ignore[arg-type]
+
+
+# Where something else begins: lanes of a row, strips of 256 columns, slabs of 64 rows and more,
+# chunks of 32, tiles of 16,384 elements, blocks that begin inside rows, offsets that share a word
+# of random bits with the elements before.
+EDGES: list[tuple[tuple[int, ...], dict[str, object]]] = [
+    ((1, 1), {}),
+    ((1025, 8), {}),
+    ((257, 16), {"dtype": torch.bfloat16, "grad_dtype": torch.bfloat16}),
+    ((1300, 3), {}),
+    ((3, 2049), {}),
+    ((2, 4096), {"dtype": torch.float16, "grad_dtype": torch.float16}),
+    ((65, 256), {"grad_dtype": torch.bfloat16}),
+    ((129, 520), {"bits": 32}),
+    ((33, 257), {"dtype": torch.bfloat16}),
+    ((17, 504), {"offset": 4}),
+    ((17, 504), {"offset": 2**40 + 8, "dtype": torch.bfloat16}),
+    ((3, 70, 256), {"batched": True}),
+    ((3, 70, 24), {"batched": True}),
+    ((40, 2, 3, 3), {"batched": True}),
+    ((16, 16, 3, 3), {"layout": "channels_last", "grad_layout": "channels_last"}),
+    ((), {"factored": False, "bits": 32}),
+    ((16385,), {"factored": False, "bits": 32, "dtype": torch.bfloat16}),
+    ((600, 1), {"factored": False}),
+    ((33, 256), {"factored": False, "grad_layout": "reversed"}),
+    ((7, 1000), {"factored": False, "dtype": torch.float16}),
+]
+
+
+@pytest.mark.parametrize(("shape", "changes"), EDGES, ids=str)
+def test_edges(
+    shim: Control, path: str, shape: tuple[int, ...], changes: dict[str, object]
+) -> None:
+    check(case_of(shape, **changes), 2)
+    check(case_of(shape, **changes, options={"cautious": True, "bias_correction": True}), 2)
+
+
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [8, 32])
+def test_every_pair_of_dtypes(
+    shim: Control, path: str, bits: int, dtype: torch.dtype, grad_dtype: torch.dtype
+) -> None:
+    for shape in [(9, 264), (3, 300), (7, 31)]:
+        for factored in (True, False):
+            for options in ({}, {"stochastic": False}):
+                changes = {"factored": factored, "bits": bits, "options": options}
+                check(case_of(shape, dtype=dtype, grad_dtype=grad_dtype, **changes), 1)
+
+
+@pytest.mark.parametrize("shape", [(4, 256), (4, 300), (2, 4, 300), (300,)], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite(
+    shim: Control, path: str, shape: tuple[int, ...], bad: float
+) -> None:
+    """Skipped or propagated as in the reference, and the neighbours in the list go on."""
+    for propagate in (False, True):
+        changes = {"factored": len(shape) > 1, "batched": len(shape) == 3}
+        problems = [make_problem(shape, generator=generator(i), **changes) for i in range(3)]
+        expected = [problem.copy() for problem in problems]
+        for t in range(3):
+            grads = [random_grad(shape, torch.float32, generator(9 * t + i)) for i in range(3)]
+            if t == 1:
+                grads[1].view(-1)[[0, 299]] = bad
+            step(problems, grads, propagate=propagate)
+            for mine, other, grad in zip(problems, expected, grads, strict=True):
+                run_reference(other, grad, propagate=propagate)
+                assert_same_bits(mine.tensors(), other.tensors(), f"step {t}")
+        assert [int(p.state["skipped"]) for p in problems] == [0, int(not propagate), 0]
+
+
+def test_u_that_is_not_finite(shim: Control, path: str) -> None:
+    """The gradient is finite, the preconditioned gradient is not: known after the second sweep."""
+    for shape, factored in (((4, 256), True), ((256,), False)):
+        got = make_problem(shape, factored=factored, generator=generator())
+        expected = got.copy()
+        options = {"beta2": 0.0, "eps1": 0.0}
+        for t, grad in enumerate((torch.full(shape, 1e-30), torch.ones(shape))):
+            step([got], [grad], **options)
+            run_reference(expected, grad, **options)
+            assert_same_bits(got.tensors(), expected.tensors(), f"{shape} step {t}")
+        assert (int(got.state["skipped"]), int(got.state["step"])) == (1, 1)
+
+
+def test_gradient_of_one_value_everywhere(shim: Control, path: str) -> None:
+    """Expanded gradients, as ``sum().backward()`` makes them, have strides of 0."""
+    for shape in [(9, 256), (3, 5, 256), (70, 1)]:
+        got = make_problem(shape, batched=len(shape) == 3, generator=generator())
+        expected = got.copy()
+        for grad in (torch.tensor(0.5), torch.randn(shape[-1], generator=generator(1))):
+            step([got], [grad.expand(shape)])
+            run_reference(expected, grad.expand(shape))
+        assert_same_bits(got.tensors(), expected.tensors(), f"{shape}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_memory_between_the_elements_is_not_touched(shim: Control, path: str, layout: str) -> None:
+    problem = make_problem((9, 7, 5, 3), dtype=torch.bfloat16, generator=generator())
+    problem.param = laid_out(problem.param, layout)
+    base = problem.param if problem.param._base is None else problem.param._base
+    before = base.clone()
+    step([problem], [random_grad((9, 7, 5, 3), torch.float32, generator(1), zeros=0.0)], lr=0.1)
+    inside = torch.zeros_like(base, dtype=torch.bool)
+    inside.as_strided(problem.param.shape, problem.param.stride(),
+                      problem.param.storage_offset()).fill_(True)  # fmt: skip
+    assert torch.equal(base[~inside].nan_to_num(), before[~inside].nan_to_num())
+    assert int((base != before)[inside].sum()) > 0.9 * problem.param.numel()
+
+
+# --- lists, groups, launches ----------------------------------------------------------------------
+
+
+def many(count: int, **changes: object) -> tuple[list[Problem], list[torch.Tensor]]:
+    shapes = [(9, 264), (40, 33), (3, 8), (70, 256), (1, 5)]
+    problems = [
+        make_problem(shapes[i % 5], dtype=DTYPES[i // 5 % 3], index=i, generator=generator(i),
+                     **changes)
+        for i in range(count)
+    ]  # fmt: skip
+    grads = [
+        random_grad(p.param.shape, p.param.dtype, generator(99 + i)) for i, p in enumerate(problems)
+    ]
+    return problems, grads
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_results_do_not_depend_on_how_the_work_is_cut(
+    shim: Control, monkeypatch: pytest.MonkeyPatch, factored: bool
+) -> None:
+    """Groups, one block or many for a parameter, its place in the list, the order of threads."""
+    expected, grads = many(30, factored=factored)
+    start = [problem.copy() for problem in expected]
+    for problem, grad in zip(expected, grads, strict=True):
+        run_reference(problem, grad)
+    counts = set()
+    for small, group, order, workers in [
+        (0, 1, "forward", 1),
+        (0, 20_000, "backward", 2),
+        (0, 2**40, "random", 4),
+        (2_000, 20_000, "forward", 3),
+        (2**40, 1, "random", 2),
+    ]:
+        monkeypatch.setenv(SMALL, str(small))
+        monkeypatch.setenv(GROUP, str(group))
+        shim.configure(order=order, workers=workers)
+        for direction in (1, -1):
+            got = [problem.copy() for problem in start]
+            shim.launches()
+            step(got[::direction], grads[::direction])
+            counts.add(len(shim.launches()))
+            for i, (mine, other) in enumerate(zip(got, expected, strict=True)):
+                assert_same_bits(mine.tensors(), other.tensors(), f"{small} {group} parameter {i}")
+    assert len(counts) >= 3, "the cuts were all alike"
+
+
+def test_the_cache_decides_how_large_groups_are(
+    shim: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SMALL, "0")
+    monkeypatch.delenv(GROUP, raising=False)
+    counts = []
+    for l2_bytes in (2**30, 400_000, 1):
+        shim.configure(l2_bytes=l2_bytes)
+        problems = [make_problem((64, 256), generator=generator(i)) for i in range(8)]
+        shim.launches()
+        step(problems, [random_grad((64, 256), torch.float32, generator()) for _ in problems])
+        counts.append(len(shim.launches()))
+    per_group = (counts[2] - counts[0]) // 7
+    # 64 * 256 * 5 bytes each: half of the cache takes two of them.
+    assert counts[1] - counts[0] == 3 * per_group > 0
+
+
+def test_many_small_parameters_take_few_launches(shim: Control) -> None:
+    """200 parameters of one kind: one launch, and what it takes to describe them."""
+    for factored in (True, False):
+        problems = [
+            make_problem(
+                (3, 40),
+                factored=factored,
+                bits=8 if factored else 32,
+                index=i,
+                generator=generator(i),
+            )
+            for i in range(200)
+        ]
+        expected = [problem.copy() for problem in problems]
+        grads = [random_grad((3, 40), torch.float32, generator(i)) for i in range(200)]
+        step(problems, grads)
+        launches = shim.launches()
+        assert [launch for launch in launches if launch.blocks > 1] == [launches[-1]]
+        assert launches[-1].blocks == 200
+        for mine, other, grad in list(zip(problems, expected, grads, strict=True))[::37]:
+            run_reference(other, grad)
+            assert_same_bits(mine.tensors(), other.tensors(), "one of many")
+
+
+def test_empty_lists_and_parameters(shim: Control) -> None:
+    with kernels():
+        _ops.factored_step_([], [], [], [], [], [], [], [], [], [], [], [], torch.tensor(0.0),
+                            [0.9, 0.999, 0.9999, 1e-30, 1e-16, 1.0, 1e-3, 0.0],
+                            [1, 0, 0, 0, 0, 0])  # fmt: skip
+    empty = make_problem((0, 8), generator=generator())
+    step([empty], [torch.zeros(0, 8)])
+    assert shim.launches() == []
+
+
+# --- the codec ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e-35, 1e-43, 1e38])
+@pytest.mark.parametrize(
+    "shape",
+    [(), (1,), (256,), (257,), (3, 300), (2, 3, 256), (9, 1), (0,), (0, 7), (7, 0)],
+    ids=str,
+)
+def test_codec(shim: Control, shape: tuple[int, ...], scale: float, special: bool) -> None:
+    check_codec(shape, scale, special)
+
+
+def test_codec_of_a_view(shim: Control) -> None:
+    """Strides are the operator's business."""
+    x = torch.randn(40, 30, generator=generator()).t()
+    with kernels():
+        codes, absmax = _ops.quantize_blockwise(x)
+        expected = _ops.quantize_blockwise(x.contiguous())
+        back = _ops.dequantize_blockwise(codes, absmax)
+        strided = _ops.dequantize_blockwise(codes.t().contiguous().t(), absmax)
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(absmax, expected[1])
+    assert torch.equal(back, strided)
+
+
+# --- more than 2**32 elements ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", large.CHECKS)
+def test_indices_have_64_bits(shim: Control, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv(SMALL, raising=False)
+    monkeypatch.delenv(GROUP, raising=False)
+    large.CHECKS[name](shim)
+
+
+# --- in a process of its own ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checked() -> dict[str, Future[subprocess.CompletedProcess[str]]]:
+    """The table of cases under each sanitizer, side by side."""
+
+    def check(build: Build) -> subprocess.CompletedProcess[str]:
+        library = build.make("_C_shim")
+        return run_python(build, HERE / "check.py", library, "--steps", 2, "--workers", 3)
+
+    with ThreadPoolExecutor() as pool:
+        return {build.name: pool.submit(check, build) for build in (ADDRESS, THREAD)}
+
+
+@pytest.mark.parametrize("build", [ADDRESS, THREAD], ids=lambda build: build.name)
+def test_under_a_sanitizer(
+    checked: dict[str, Future[subprocess.CompletedProcess[str]]], build: Build
+) -> None:
+    """No access beyond a tensor or the workspace, and no race between any two threads."""
+    done = checked[build.name].result()
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
