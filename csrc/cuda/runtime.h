@@ -39,8 +39,9 @@ struct DeviceProperties {
 
 // Throws with the text of a CUDA error. `what` was being done; `cure` says what to try.
 inline void check_cuda(cudaError_t error, const char* what,
-                       const char* cure = "run again with CUDA_LAUNCH_BLOCKING=1, so that the "
-                                          "error of an earlier kernel is not blamed on this") {
+                       const char* cure =
+                           "run again with CUDA_LAUNCH_BLOCKING=1, so that the "
+                           "error of an earlier kernel is not blamed on this") {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error), " (",
                   cudaGetErrorName(error), "); ", cure);
 }
