@@ -21,7 +21,7 @@ STAMPS := $(VENV)/stamps
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 
 KERNEL_SOURCES := pyproject.toml scripts/build_backend.py $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests/shim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES := came8bit tests benchmarks scripts csrc/cmake
 
 # For a GPU machine: folder of the report, wheels of other optimizers to carry there, and for which Python.

@@ -148,7 +148,7 @@ __device__ __forceinline__ void store_pack(Tag<float>, const Strided&, char* p, 
   __stcs(reinterpret_cast<float4*>(p), make_float4(x[0], x[1], x[2], x[3]));
   __stcs(reinterpret_cast<float4*>(p) + 1, make_float4(x[4], x[5], x[6], x[7]));
 }
-__device__ __forceinline__ void store_pack(Tag<Bf16>, const Strided& t, char* p, const float* x,
+__device__ __forceinline__ void store_pack(Tag<Bf16>, const Strided&, char* p, const float* x,
                                            const uint4& random, bool stochastic) {
   uint32_t words[4];
   if (stochastic && largest_magnitude(x) < bits_float(0x7f7f0000u)) {
@@ -167,7 +167,7 @@ __device__ __forceinline__ void store_pack(Tag<Bf16>, const Strided& t, char* p,
   }
   __stcs(reinterpret_cast<uint4*>(p), make_uint4(words[0], words[1], words[2], words[3]));
 }
-__device__ __forceinline__ void store_pack(Tag<Half>, const Strided& t, char* p, const float* x,
+__device__ __forceinline__ void store_pack(Tag<Half>, const Strided&, char* p, const float* x,
                                            const uint4& random, bool stochastic) {
   uint32_t words[4];
 #pragma unroll

@@ -169,5 +169,7 @@ CASES = [
     ListCase("not finite", [(5, 256)] * 3, bad={0: math.nan, 2: math.inf}, dtypes=(BF16,)),
     ListCase("flat", FLAT, factored=False, bits=32, dtypes=(FP32, BF16), steps=3),
     ListCase("flat, 8 bits", FLAT, factored=False, dtypes=(BF16,), options={"cautious": True}),
+    # More than one tile, in which sums pass from thread to thread.
+    ListCase("flat, long", [(16400,)], factored=False, bits=32, options={"cautious": True}),
     ListCase("flat, not finite", FLAT, factored=False, bad={2: math.nan}, bits=32),
 ]

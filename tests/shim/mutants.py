@@ -62,6 +62,11 @@ MUTANTS = [
         f"out[i] = in[i];\n  {BARRIER}", "out[i] = in[i];",
     ),
     Mutant(
+        "no barrier behind the sums of a small flat parameter", "kernels.cuh",
+        f"flat_sum_tile<fast, false>(p, s, task, buffer);\n  {BARRIER}",
+        "flat_sum_tile<fast, false>(p, s, task, buffer);",
+    ),
+    Mutant(
         "no __syncwarp before absmax is written", "apply.cuh",
         "__syncwarp();  // all lanes have read the old absmax before one writes the new\n      if",
         "if",
