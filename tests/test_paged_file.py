@@ -291,10 +291,10 @@ def test_a_forked_process_neither_uses_nor_deletes_pages(tmp_path):
         finally:
             del optimizer
             os._exit(0)
+    os.close(write)
     os.waitpid(child, 0)
     assert f"belongs to process {os.getpid()}" in os.read(read, 1000).decode()
     os.close(read)
-    os.close(write)
     assert page_file(tmp_path).exists()
     train(optimizer, 1, first=1)
     assert_same(complete(train(make(CAME8bit), 2)), complete(optimizer))
