@@ -150,22 +150,9 @@ THREADS = 256  # of a block
 WARP = 32
 WARPS = THREADS // WARP
 VECTOR = 8  # neighbouring elements of a thread
-MAX_SLAB_ROWS = 1024
+MAX_SLAB_ROWS = 2048
+MAX_SPAN = 16
 FLAT_ROUNDS = 8
-
-
-def cuda_grid(b: int, n: int, k: int) -> tuple[int, int]:
-    """``(lanes, slab_rows)``: threads side by side on a row, and rows of a tile.
-
-    ``256 // lanes`` threads stand below each other, so a tile is as wide as 8 elements per lane.
-    """
-    lanes = 1
-    while lanes < WARP and lanes * VECTOR < k:
-        lanes *= 2
-    rows = max(64, THREADS // lanes)
-    while rows < MAX_SLAB_ROWS and b * _ceil_div(n, rows) * k * 12 > 2 << 20:
-        rows *= 2
-    return lanes, rows
 
 
 def _sum_vectors(x: Tensor) -> Tensor:
@@ -183,16 +170,46 @@ def _streams(x: Tensor, streams: int) -> Tensor:
     return _halve(_add_in_order(x, -2)).squeeze(-1)
 
 
-class _CudaTree(Tree):
-    """Blocks of 256 threads in warps of 32; see ``csrc/cuda/reduce.cuh`` and ``tile.cuh``."""
+class CudaTree(Tree):
+    """Blocks of 256 threads in warps of 32; see ``csrc/cuda/reduce.cuh`` and ``tile.cuh``.
+
+    Args:
+        column_part_bytes: partial column sums of a parameter take no more, unless tiles would need
+            more than 2048 rows for that.
+        row_part_bytes: the same of partial row sums, unless tiles would need more than 16 strips.
+    """
+
+    def __init__(self, column_part_bytes: int = 2 << 20, row_part_bytes: int = 6 << 20) -> None:
+        self._column_part_bytes = column_part_bytes
+        self._row_part_bytes = row_part_bytes
+
+    def _grid(self, b: int, n: int, k: int) -> tuple[int, int, int]:
+        """``(lanes, slab_rows, span)``: threads side by side on a row, rows and strips of a tile.
+
+        ``256 // lanes`` threads stand below each other, so a strip is as wide as 8 elements per
+        lane.
+        """
+        lanes = 1
+        while lanes < WARP and lanes * VECTOR < k:
+            lanes *= 2
+        rows = max(64, 4 * THREADS // lanes)
+        while rows < MAX_SLAB_ROWS and b * _ceil_div(n, rows) * k * 12 > self._column_part_bytes:
+            rows *= 2
+        span, strips = 1, _ceil_div(k, lanes * VECTOR)
+        while span < MAX_SPAN and b * n * _ceil_div(strips, span) * 12 > self._row_part_bytes:
+            span *= 2
+        return lanes, rows, span
 
     def rows(self, x: Tensor) -> Tensor:
-        """Vectors of a thread, the lanes of a strip halved, then the strips by 8 streams."""
+        """Vectors of a thread, lanes of a strip halved, strips of a tile in order, tiles by 8."""
         b, n, k = x.shape
-        lanes, _ = cuda_grid(b, n, k)
+        lanes, _, span = self._grid(b, n, k)
         strips = _ceil_div(k, lanes * VECTOR)
+        parts = _ceil_div(strips, span)
         x = pad(x, (0, strips * lanes * VECTOR - k)).view(b, n, strips, lanes, VECTOR)
-        return _streams(_halve(_sum_vectors(x)).squeeze(-1), WARPS)
+        sums = _halve(_sum_vectors(x)).squeeze(-1)
+        sums = pad(sums, (0, parts * span - strips)).view(b, n, parts, span)
+        return _streams(_add_in_order(sums, -1), WARPS)
 
     def _slabs(self, x: Tensor) -> Tensor:
         """Column sums of every slab, ``(b, slabs, k)``.
@@ -200,7 +217,7 @@ class _CudaTree(Tree):
         A thread adds every ``256 // lanes``-th row in order, then those threads are halved.
         """
         b, n, k = x.shape
-        lanes, rows = cuda_grid(b, n, k)
+        lanes, rows, _ = self._grid(b, n, k)
         streams = THREADS // lanes
         slabs = _ceil_div(n, rows)
         x = pad(x, (0, 0, 0, slabs * rows - n)).view(b, slabs, rows // streams, streams, k)
@@ -211,15 +228,16 @@ class _CudaTree(Tree):
         return _streams(self._slabs(x).transpose(-1, -2), WARPS)
 
     def total(self, x: Tensor) -> Tensor:
-        """The columns of each tile halved, then the tiles by 256 streams."""
+        """The columns of each strip of a slab halved, then those sums by 256 streams."""
         b, n, k = x.shape
-        lanes, _ = cuda_grid(b, n, k)
+        lanes, _, _ = self._grid(b, n, k)
         strips = _ceil_div(k, lanes * VECTOR)
         slabs = pad(self._slabs(x), (0, strips * lanes * VECTOR - k))
         tiles = _halve(slabs.unflatten(-1, (strips, lanes * VECTOR)))
         return _streams(tiles.reshape(-1), THREADS)
 
     def total_of_rows(self, x: Tensor) -> Tensor:
+        """Each matrix as a vector, then the matrices."""
         return self.matrices(self.vector(x))
 
     def vector(self, x: Tensor) -> Tensor:
@@ -230,6 +248,7 @@ class _CudaTree(Tree):
         return _streams(_halve(x).squeeze(-1), WARP)
 
     def matrices(self, x: Tensor) -> Tensor:
+        """By 32 streams."""
         return _streams(x, WARP)
 
     def flat(self, x: Tensor) -> Tensor:
@@ -242,4 +261,4 @@ class _CudaTree(Tree):
 
 
 CPU_TREE: Tree = _CpuTree()
-CUDA_TREE: Tree = _CudaTree()
+CUDA_TREE: Tree = CudaTree()

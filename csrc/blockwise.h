@@ -29,6 +29,10 @@ CAME8BIT_INLINE float level_scale(float absmax) {
   if (absmax < kSmallestAbsmax) return 0.0f;
   return 16129.0f / (absmax < kTinyAbsmax ? absmax * kTinyFactor : absmax);
 }
+// The same of a block that is not tiny; of one of zeros any number will do.
+CAME8BIT_INLINE float level_scale_of_usual(float absmax) {
+  return 16129.0f / ::fmaxf(absmax, kTinyAbsmax);
+}
 
 // Square of the level that x would have on a continuous scale; the code is the largest whole level
 // q with (q - bias)^2 <= square.

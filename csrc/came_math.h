@@ -39,12 +39,15 @@ CAME8BIT_INLINE float whole(float x) {
 CAME8BIT_INLINE float increment_unless(bool condition, float x) {
   return condition ? x : x + 1.0f;
 }
-// Any root that is good to a few per cent will do.
+// Off by at most kRoughRootError for roots up to 128, twice what PTX promises (2^-23, relative).
+constexpr float kRoughRootError = 0x1p-15f;
 CAME8BIT_INLINE float rough_root(float x) {
 #if defined(__CUDA_ARCH__)
   float root;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
   return root;
+#elif defined(CAME8BIT_SHIM)
+  return bits_float(float_bits(::sqrtf(x)) ^ 2u);  // no better than a GPU's
 #else
   return ::sqrtf(x);
 #endif
@@ -96,6 +99,19 @@ template <class T>
 CAME8BIT_INLINE T clip_scale(T rms, T clip_threshold) {
   const T ratio = rms / clip_threshold;
   return select(ratio > T(1.0f), T(1.0f) / ratio, T(1.0f));
+}
+
+// 1 - beta^step in float64, rounded once.
+CAME8BIT_INLINE float bias_correction(double beta, int64_t step) {
+  return static_cast<float>(1.0 - ::pow(beta, static_cast<double>(step)));
+}
+
+// What weight decay takes of p: of a number lr formed in float64, of a tensor in fp32.
+CAME8BIT_INLINE float shrink_of(double lr, double weight_decay) {
+  return static_cast<float>(lr * weight_decay);
+}
+CAME8BIT_INLINE float shrink_of(float lr, float weight_decay) {
+  return lr * weight_decay;
 }
 
 // Sum of u^2 over a matrix if every g^2 were the product of its row and column sums: `row_ratio` is

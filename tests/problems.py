@@ -141,3 +141,17 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     both_nan = a.isnan() & b.isnan()
     return torch.equal(torch.where(both_nan, 0, a), torch.where(both_nan, 0, b))
+
+
+def near_code_edges() -> Tensor:
+    """fp32 values, (288, 256): blocks of the 8-bit code whose values are all as far from where one
+    code ends and the next begins, from nothing to 2**-8 of a level, on either side of it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    distance = torch.cat([torch.zeros(1), 2.0 ** torch.arange(-24, -7)]).repeat(16)[:, None]
+    side = torch.randint(0, 2, (len(distance), 255), generator=generator) * 2 - 1
+    edge = torch.randint(0, 127, side.shape, generator=generator) + 0.5
+    sign = torch.randint(0, 2, side.shape, generator=generator) * 2 - 1
+    absmax = torch.exp(torch.randn(len(distance), 1, generator=generator) * 20).clamp(1e-37, 1e37)
+    x = ((edge + side * distance).double() / 127) ** 2 * absmax * sign
+    return torch.cat([absmax, x.float()], dim=1)

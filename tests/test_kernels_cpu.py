@@ -15,7 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peak import step_peak
-from problems import Problem, assert_same_bits, make_problem, random_grad, run_ops
+from problems import (
+    Problem,
+    assert_same_bits,
+    make_problem,
+    near_code_edges,
+    random_grad,
+    run_ops,
+)
 from strategies import DTYPES, LAYOUTS, Case, cases, kernel_isas, laid_out
 
 from came8bit import _kernels, _ops, quant
@@ -394,15 +401,12 @@ def test_codec_has_the_bits_of_the_reference(case: Case, special: str) -> None:
 
 
 def test_codec_at_the_edges_between_levels() -> None:
-    """Values within a few units in the last place of where one code ends and the next begins."""
-    absmax = torch.exp(torch.randn(400, 1, generator=generator()) * 20).clamp(1e-37, 1e37)
-    edge = (torch.randint(0, 127, (400, 255), generator=generator(1)).double() + 0.5) ** 2 / 16129
-    units = torch.randint(-3, 4, (400, 255), generator=generator(2)).int()
-    x = ((edge * absmax).float().view(torch.int32) + units).view(torch.float32)
-    x = torch.cat([absmax, x * torch.randn(400, 255, generator=generator(3)).sign()], dim=1)
+    """Values at and next to where one code ends and the next begins."""
+    x = near_code_edges()
     codes, scales = quant.quantize_blockwise(x)
-    assert torch.equal(scales, absmax)
-    assert 0.2 < (codes[:, 1:].abs() > edge.mul(16129).sqrt()).double().mean() < 0.8
+    assert torch.equal(scales, x[:, :1])
+    level = (x.abs() / scales).double().sqrt() * 127
+    assert 0.2 < (codes.abs() > level)[:, 1:].double().mean() < 0.8
     for isa in kernel_isas():
         _kernels.set_cpu_isa(isa)
         got, _ = _ops.quantize_blockwise(x)

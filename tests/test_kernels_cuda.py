@@ -22,7 +22,7 @@ from on_gpu import (
     step,
     to_gpu,
 )
-from problems import assert_same_bits, make_problem, random_grad
+from problems import assert_same_bits, make_problem, near_code_edges, random_grad
 from shim.cases import CASES, ListCase
 from strategies import DTYPES, Case, cases
 from test_kernels_cpu import OPEN, SHAPES, case_of
@@ -228,6 +228,15 @@ def test_codec(shape: tuple[int, ...], scale: float) -> None:
     for i, value in enumerate((math.nan, math.inf, -math.inf, 0.0, 3e38, 1e-40)):
         if x.numel() > 1000:
             x.view(-1)[(i * 97 + 5) % x.numel()] = value
+    check_codec(x)
+
+
+def test_codec_at_the_edges_between_levels() -> None:
+    """A GPU's rough root decides next to them, and is not asked at them."""
+    check_codec(near_code_edges())
+
+
+def check_codec(x: torch.Tensor) -> None:
     codes, absmax = quant.quantize_blockwise(x)
     with gpu_operators():
         got_codes, got_absmax = _ops.quantize_blockwise(on_gpu(x))
@@ -235,7 +244,7 @@ def test_codec(shape: tuple[int, ...], scale: float) -> None:
     assert_same_bits(
         {"codes": got_codes.cpu(), "absmax": got_absmax.cpu(), "values": got.cpu()},
         {"codes": codes, "absmax": absmax, "values": quant.dequantize_blockwise(codes, absmax)},
-        f"codec {shape}",
+        f"codec {tuple(x.shape)}",
     )
 
 

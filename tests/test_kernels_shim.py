@@ -1,5 +1,5 @@
 """The CUDA kernels and their launchers, run on the CPU by the shim (``tests/shim``), have the bits
-of ``reference.py`` with the sums of ``CUDA_TREE``.
+of ``reference.py`` with the sums of its ``SHIM_TREE``.
 
 Every comparison is of whole steps: parameter and all state, to the last bit. The device that the
 launchers believe in is small, so that few elements make several groups and many blocks.
@@ -17,10 +17,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Problem, assert_same_bits, make_problem, random_grad, run_ops
+from problems import (
+    Problem,
+    assert_same_bits,
+    make_problem,
+    near_code_edges,
+    random_grad,
+    run_ops,
+)
 from shim import large
 from shim.build import ADDRESS, HERE, PLAIN, THREAD, Build, run_python
-from shim.cases import CASES, ListCase, check_codec, run_reference, uninitialised_memory_is_nan
+from shim.cases import (
+    CASES,
+    ListCase,
+    check_codec,
+    check_codec_of,
+    run_shim_reference,
+    uninitialised_memory_is_nan,
+)
 from shim.control import ORDERS, Control
 from shim.library import kernels, load
 from strategies import DTYPES, LAYOUTS, Case, cases, laid_out
@@ -75,7 +89,7 @@ def check(case: Case, steps: int) -> None:
     expected = got.copy()
     for t, grad in enumerate(case.grads(steps), 1):
         step([got], [grad], **case.options)
-        run_reference(expected, grad, **case.options)
+        run_shim_reference(expected, grad, **case.options)
         assert_same_bits(got.tensors(), expected.tensors(), f"step {t}, {case}")
 
 
@@ -181,7 +195,7 @@ def test_values_that_are_not_finite(
                 grads[1].view(-1)[[0, 299]] = bad
             step(problems, grads, propagate=propagate)
             for mine, other, grad in zip(problems, expected, grads, strict=True):
-                run_reference(other, grad, propagate=propagate)
+                run_shim_reference(other, grad, propagate=propagate)
                 assert_same_bits(mine.tensors(), other.tensors(), f"step {t}")
         assert [int(p.state["skipped"]) for p in problems] == [0, int(not propagate), 0]
 
@@ -194,7 +208,7 @@ def test_u_that_is_not_finite(shim: Control, path: str) -> None:
         options = {"beta2": 0.0, "eps1": 0.0}
         for t, grad in enumerate((torch.full(shape, 1e-30), torch.ones(shape))):
             step([got], [grad], **options)
-            run_reference(expected, grad, **options)
+            run_shim_reference(expected, grad, **options)
             assert_same_bits(got.tensors(), expected.tensors(), f"{shape} step {t}")
         assert (int(got.state["skipped"]), int(got.state["step"])) == (1, 1)
 
@@ -206,7 +220,7 @@ def test_gradient_of_one_value_everywhere(shim: Control, path: str) -> None:
         expected = got.copy()
         for grad in (torch.tensor(0.5), torch.randn(shape[-1], generator=generator(1))):
             step([got], [grad.expand(shape)])
-            run_reference(expected, grad.expand(shape))
+            run_shim_reference(expected, grad.expand(shape))
         assert_same_bits(got.tensors(), expected.tensors(), f"{shape}")
 
 
@@ -248,7 +262,7 @@ def test_results_do_not_depend_on_how_the_work_is_cut(
     expected, grads = many(30, factored=factored)
     start = [problem.copy() for problem in expected]
     for problem, grad in zip(expected, grads, strict=True):
-        run_reference(problem, grad)
+        run_shim_reference(problem, grad)
     counts = set()
     for small, group, order, workers in [
         (0, 1, "forward", 1),
@@ -307,7 +321,7 @@ def test_many_small_parameters_take_few_launches(shim: Control) -> None:
         assert [launch for launch in launches if launch.blocks > 1] == [launches[-1]]
         assert launches[-1].blocks == 200
         for mine, other, grad in list(zip(problems, expected, grads, strict=True))[::37]:
-            run_reference(other, grad)
+            run_shim_reference(other, grad)
             assert_same_bits(mine.tensors(), other.tensors(), "one of many")
 
 
@@ -333,6 +347,11 @@ def test_empty_lists_and_parameters(shim: Control) -> None:
 )
 def test_codec(shim: Control, shape: tuple[int, ...], scale: float, special: bool) -> None:
     check_codec(shape, scale, special)
+
+
+def test_codec_at_the_edges_between_levels(shim: Control) -> None:
+    """There the root of the fast path is not good enough, and the other one has to take over."""
+    check_codec_of(near_code_edges())
 
 
 def test_codec_of_a_view(shim: Control) -> None:

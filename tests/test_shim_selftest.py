@@ -154,7 +154,7 @@ def test_launches_that_a_gpu_refuses(selftest: SelfTest, blocks: int, threads: i
 
 
 def test_settings_that_make_no_sense(selftest: SelfTest) -> None:
-    for changes in ({"workers": 0}, {"multiprocessors": 0}, {"garbage": 256}, {"tail": -1}):
+    for changes in ({"workers": 0}, {"l2_bytes": 0}, {"garbage": 256}, {"tail": -1}):
         with pytest.raises(ValueError, match="refuses"):
             selftest.control.configure(**changes)
 

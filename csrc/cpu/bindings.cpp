@@ -39,8 +39,8 @@ Settings settings_of(const HyperArguments& h) {
   s.eps2 = static_cast<float>(h.eps2);
   s.clip_threshold = static_cast<float>(h.clip_threshold);
   s.lr = h.lr_tensor ? *h.lr_tensor : static_cast<float>(h.lr);
-  s.shrink = h.lr_tensor ? s.lr * static_cast<float>(h.weight_decay)
-                         : static_cast<float>(h.lr * h.weight_decay);
+  s.shrink = h.lr_tensor ? shrink_of(s.lr, static_cast<float>(h.weight_decay))
+                         : shrink_of(h.lr, h.weight_decay);
   s.stochastic = h.stochastic;
   s.cautious = h.cautious;
   s.propagate = h.propagate;

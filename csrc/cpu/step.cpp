@@ -15,8 +15,7 @@ constexpr int64_t kSerialElements = 1 << 16;
 constexpr int64_t kChunksPerTask = 16;
 
 float correction(const Settings& s, double beta, int64_t step) {
-  return s.bias_correction ? static_cast<float>(1.0 - std::pow(beta, static_cast<double>(step)))
-                           : 1.0f;
+  return s.bias_correction ? bias_correction(beta, step) : 1.0f;
 }
 
 StepConstants constants_of(const Parameter& p, const Settings& s, int64_t step, float kappa) {
@@ -40,7 +39,7 @@ StepConstants constants_of(const Parameter& p, const Settings& s, int64_t step, 
 
 // Whether the step has to be left out because a sum is not finite; counts it.
 bool skip(const Parameter& p, const Settings& s, float sum) {
-  if (s.propagate || std::isfinite(sum)) return false;
+  if (s.propagate || is_finite(sum)) return false;
   ++*p.skipped;
   return true;
 }

@@ -21,6 +21,19 @@ __device__ __forceinline__ float updated(float p, float m, float w, float update
   if (cautious && !agrees(m, w)) update = 0.0f;
   return decay_and_apply(p, shrink, update);
 }
+// The same for eight neighbours, `p` changed in place; one branch for all of them.
+__device__ __forceinline__ void update_vector(float* p, const float* m, const float* w, float row,
+                                              const float* column, float shrink, bool cautious) {
+  float update[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) update[i] = precondition(m[i], row, column[i]);
+  if (cautious) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) update[i] = agrees(m[i], w[i]) ? update[i] : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) p[i] = decay_and_apply(p[i], shrink, update[i]);
+}
 
 CAME8BIT_INLINE int64_t apply_tasks(const Parameter& p, Access access) {
   if (access == kTiles) return p.b * ((p.n + p.apply_rows() - 1) / p.apply_rows()) * p.grid.strips;
@@ -37,8 +50,8 @@ struct MomentumVector8 {
     absmax = __ldcg(scale);
   }
   // beta1 times it.
-  __device__ __forceinline__ void decayed(float beta1, float* m) const {
-    decode_vector(codes, absmax * beta1, m);
+  __device__ __forceinline__ void decayed(float beta1, uint32_t byte_pattern, float* m) const {
+    decode_vector(codes, absmax * beta1, byte_pattern, m);
   }
 };
 struct MomentumVector32 {
@@ -48,7 +61,7 @@ struct MomentumVector32 {
     low = __ldcg(m);
     high = __ldcg(m + 1);
   }
-  __device__ __forceinline__ void decayed(float beta1, float* m) const {
+  __device__ __forceinline__ void decayed(float beta1, uint32_t, float* m) const {
     unpack_floats(low, high, m);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) m[i] = m[i] * beta1;
@@ -69,10 +82,10 @@ template <class P, class G, class M, bool count_only>
 __device__ __forceinline__ int apply_tile(const Parameter& p, const Settings& s, int64_t task) {
   constexpr bool is8bit = sizeof(M) == 1;
   const int64_t slabs = (p.n + p.apply_rows() - 1) / p.apply_rows();
-  const Tile tile(p, task, p.apply_rows(), slabs);
+  const Tile tile(p, task, p.apply_rows(), slabs, p.grid.strips, 1);
   // In registers: the compiler cannot know that the stores below leave `p` alone.
   const Strided grad_tensor = p.grad, param_tensor = p.param;
-  const uint32_t index = p.index, step = p.scalars->step;
+  const uint32_t index = p.index, step = p.scalars->step, byte_pattern = p.byte_pattern;
   const float shrink = p.scalars->shrink;
   const bool stochastic = s.stochastic, cautious = s.cautious;
   const bool draws = stochastic && param_tensor.dtype != kFloat32;
@@ -137,7 +150,7 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const Settings& s,
     next = load_row(next_there);
     float g[kVector], decayed[kVector], w[kVector], m[kVector];
     unpack(grad_tensor, now.grad, g);
-    now.momenta.decayed(s.beta1, decayed);
+    now.momenta.decayed(s.beta1, byte_pattern, decayed);
     new_momentum(g, decayed, now.gain, column_factor, w, m);
     if (count_only) {
 #pragma unroll
@@ -146,11 +159,7 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const Settings& s,
     }
     float x[kVector];
     unpack(param_tensor, now.param, x);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      x[i] = updated(x[i], m[i], w[i], precondition(m[i], now.update, update_column[i]), shrink,
-                     cautious);
-    }
+    update_vector(x, m, w, now.update, update_column, shrink, cautious);
     const uint4 random =
         draws ? random_words(element / 8, index, step, s.seed) : make_uint4(0, 0, 0, 0);
     element += static_cast<uint64_t>(pitch);
@@ -160,40 +169,38 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const Settings& s,
       const float absmax = encode_vector(m, w, there, tile.lanes, &codes);
       __syncwarp();  // all lanes have read the old absmax before one writes the new
       if (there) {
-        *reinterpret_cast<uint2*>(exp_avg_now) = codes;
-        if (tile.lane == 0) *scale_now = absmax;
+        __stcg(reinterpret_cast<uint2*>(exp_avg_now), codes);
+        if (tile.lane == 0) __stcg(scale_now, absmax);
       }
     } else if (there) {
       float4* out = reinterpret_cast<float4*>(exp_avg_now);
-      out[0] = make_float4(m[0], m[1], m[2], m[3]);
-      out[1] = make_float4(m[4], m[5], m[6], m[7]);
+      __stcg(out, make_float4(m[0], m[1], m[2], m[3]));
+      __stcg(out + 1, make_float4(m[4], m[5], m[6], m[7]));
     }
   }
   return agreeing;
 }
 
-// The 256 elements, or fewer, of one block of the 8-bit code, wherever rows end: a warp's work.
-struct BlockPlace {
-  int64_t block;  // -1: there is none for this warp
-  int64_t first;  // element of this thread
-  int count;      // how many of its kVector elements there are
-
-  __device__ __forceinline__ BlockPlace(const Parameter& p, int64_t task) {
-    block = task * kWarps + threadIdx.x / kWarp;
-    first = 0;
-    count = 0;
-    if (block >= p.slices * p.blocks_per_slice) {
-      block = -1;
-      return;
-    }
-    const int64_t slice = block / p.blocks_per_slice;
-    const int64_t at =
-        (block - slice * p.blocks_per_slice) * kBlockSize + int64_t{threadIdx.x % kWarp} * kVector;
-    const int64_t left = p.slice_len - at;
-    first = slice * p.slice_len + at;
-    count = static_cast<int>(left < 0 ? 0 : left < kVector ? left : kVector);
+// The momentum of a warp's block, times beta1; zeros behind its end.
+template <class M>
+__device__ __forceinline__ void load_block(const Parameter& p, const BlockPlace& place, float beta1,
+                                           float* m) {
+  const M* stored = static_cast<const M*>(p.exp_avg) + place.first;
+  float scale = 0.0f;
+  if constexpr (sizeof(M) == 1) {
+    if (place.count > 0) scale = p.absmax[place.block] * beta1;
   }
-};
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (i >= place.count) {
+      m[i] = 0.0f;
+    } else if constexpr (sizeof(M) == 1) {
+      m[i] = decode_one(stored[i], scale);
+    } else {
+      m[i] = stored[i] * beta1;
+    }
+  }
+}
 
 // Stores the new momentum of a warp's block.
 template <class M>
@@ -203,14 +210,7 @@ __device__ __forceinline__ void store_block(const Parameter& p, const BlockPlace
     uint2 codes;
     const float absmax = encode_vector(m, decaying, place.count > 0, kWarp, &codes);
     if (place.block < 0) return;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const uint32_t word = i < 4 ? codes.x : codes.y;
-      if (i < place.count) {
-        static_cast<uint8_t*>(p.exp_avg)[place.first + i] =
-            static_cast<uint8_t>(word >> (8 * (i % 4)));
-      }
-    }
+    store_codes(codes, place, static_cast<int8_t*>(p.exp_avg));
     if (threadIdx.x % kWarp == 0) p.absmax[place.block] = absmax;
   } else {
 #pragma unroll
@@ -223,44 +223,49 @@ __device__ __forceinline__ void store_block(const Parameter& p, const BlockPlace
 // The same for any layout: eight blocks, a warp each.
 template <class M, bool count_only>
 __device__ __forceinline__ int apply_blocks(const Parameter& p, const Settings& s, int64_t task) {
-  const BlockPlace place(p, task);
+  const BlockPlace place(p.slices, p.slice_len, task);
   const bool stochastic = s.stochastic, cautious = s.cautious;
-  float m[kVector] = {}, decaying[kVector] = {};
+  float g[kVector], m[kVector], w[kVector] = {}, x[kVector] = {};
   int agreeing = 0;
-  uint4 random = make_uint4(0, 0, 0, 0);
-  if (!count_only && stochastic && p.param.dtype != kFloat32) {
-    random = random_words_at(p.offset + static_cast<uint64_t>(place.first), p.index,
-                             p.scalars->step, s.seed);
-  }
+  load_some(p.grad, place.first, place.count, g);
+  load_block<M>(p, place, s.beta1, m);
+  if (!count_only) load_some(p.param, place.first, place.count, x);
+  int64_t row = place.first / p.k, column = place.first - row * p.k, matrix = row / p.n;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     if (i >= place.count) continue;
-    const int64_t e = place.first + i, row = e / p.k;
-    const int64_t column = row / p.n * p.k + (e - row * p.k);
-    const float w = precondition(load_one(p.grad, e), p.row_gain[row], p.col_factor[column]);
-    m[i] = momentum(load_momentum(p, e, s.beta1, static_cast<M*>(nullptr)), w);
-    decaying[i] = w;
+    const int64_t in_columns = matrix * p.k + column;
+    w[i] = precondition(g[i], p.row_gain[row], p.col_factor[in_columns]);
+    m[i] = momentum(m[i], w[i]);
     if (count_only) {
-      agreeing += agrees(m[i], w) ? 1 : 0;
-      continue;
+      agreeing += agrees(m[i], w[i]) ? 1 : 0;
+    } else {
+      const float update = precondition(m[i], p.update_row[row], p.update_col[in_columns]);
+      x[i] = updated(x[i], m[i], w[i], update, p.scalars->shrink, cautious);
     }
-    const float update = precondition(m[i], p.update_row[row], p.update_col[column]);
-    const float x = updated(load_one(p.param, e), m[i], w, update, p.scalars->shrink, cautious);
-    const uint32_t bits = word_of(random, i / 2) >> (16 * (i % 2)) & 0xffffu;
-    store_one(p.param, e, x, bits, stochastic);
+    if (++column == p.k) {
+      column = 0;
+      ++row;
+      matrix = row / p.n;
+    }
   }
-  if (!count_only) {
-    __syncwarp();  // all codes are read before the first is written
-    store_block<M>(p, place, m, decaying);
+  if (count_only) return agreeing;
+  uint4 random = make_uint4(0, 0, 0, 0);
+  if (stochastic && p.param.dtype != kFloat32) {
+    random = random_words_at(p.offset + static_cast<uint64_t>(place.first), p.index,
+                             p.scalars->step, s.seed);
   }
-  return agreeing;
+  store_some(p.param, place.first, place.count, x, random, stochastic);
+  __syncwarp();  // all codes are read before the first is written
+  store_block<M>(p, place, m, w);
+  return 0;
 }
 
 // The same where a thread's eight elements are in one row and aligned; 8-bit momentum.
 template <class P, class G, bool count_only>
 __device__ __forceinline__ int apply_vector_blocks(const Parameter& p, const Settings& s,
                                                    int64_t task) {
-  const BlockPlace place(p, task);
+  const BlockPlace place(p.slices, p.slice_len, task);
   const bool there = place.count > 0;  // all eight, then
   const int64_t e = place.first, row = e / p.k;
   const int64_t first_column = row / p.n * p.k + (e - row * p.k);
@@ -273,7 +278,7 @@ __device__ __forceinline__ int apply_vector_blocks(const Parameter& p, const Set
     unpack(p.grad, load_pack<G>(p.grad, e), g);
     const uint2 codes =
         __ldcg(reinterpret_cast<const uint2*>(static_cast<const int8_t*>(p.exp_avg) + e));
-    decode_vector(codes, __ldcg(p.absmax + place.block) * s.beta1, decayed);
+    decode_vector(codes, __ldcg(p.absmax + place.block) * s.beta1, p.byte_pattern, decayed);
     new_momentum(g, decayed, p.row_gain[row], column_factor, w, m);
   }
   if (count_only) {
@@ -286,12 +291,7 @@ __device__ __forceinline__ int apply_vector_blocks(const Parameter& p, const Set
     const float4* factors = reinterpret_cast<const float4*>(p.update_col + first_column);
     unpack_floats(factors[0], factors[1], update_column);
     unpack(p.param, load_pack<P>(p.param, e), x);
-    const float update_row = p.update_row[row], shrink = p.scalars->shrink;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      x[i] = updated(x[i], m[i], w[i], precondition(m[i], update_row, update_column[i]), shrink,
-                     s.cautious);
-    }
+    update_vector(x, m, w, p.update_row[row], update_column, p.scalars->shrink, s.cautious);
     const uint4 random = s.stochastic && p.param.dtype != kFloat32
                              ? random_words((p.offset + static_cast<uint64_t>(e)) / 8, p.index,
                                             p.scalars->step, s.seed)

@@ -61,6 +61,7 @@ std::vector<HostParameter> parameters_of(const std::vector<Arguments>& all) {
     p.slice_len = a.slice_len;
     p.blocks_per_slice = (a.slice_len + kBlockSize - 1) / kBlockSize;
     p.offset = a.offset;
+    p.byte_pattern = kBytePattern;
     p.index = a.index;
   }
   return parameters;
@@ -82,7 +83,7 @@ Settings settings_of(const HyperArguments& h) {
   s.eps2 = static_cast<float>(h.eps2);
   s.clip_threshold = static_cast<float>(h.clip_threshold);
   s.lr = static_cast<float>(h.lr);
-  s.shrink = static_cast<float>(h.lr * h.weight_decay);
+  s.shrink = shrink_of(h.lr, h.weight_decay);
   s.weight_decay = static_cast<float>(h.weight_decay);
   s.lr_tensor = h.lr_tensor;
   s.stochastic = h.stochastic;

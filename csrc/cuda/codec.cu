@@ -6,32 +6,10 @@
 namespace came8bit {
 namespace {
 
-// A warp's block of the code: where its elements are.
-struct Place {
-  int64_t block, first;
-  int count;
-  __device__ __forceinline__ Place(int64_t slices, int64_t slice_len) {
-    const int64_t per_slice = (slice_len + kBlockSize - 1) / kBlockSize;
-    block = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
-    if (block >= slices * per_slice) {
-      block = -1;
-      first = 0;
-      count = 0;
-      return;
-    }
-    const int64_t slice = block / per_slice;
-    const int64_t at =
-        (block - slice * per_slice) * kBlockSize + int64_t{threadIdx.x % kWarp} * kVector;
-    const int64_t left = slice_len - at;
-    first = slice * slice_len + at;
-    count = static_cast<int>(left < 0 ? 0 : left < kVector ? left : kVector);
-  }
-};
-
 __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const float* x, int64_t slices, int64_t slice_len, int8_t* codes,
                     float* absmax) {
-  const Place place(slices, slice_len);
+  const BlockPlace place(slices, slice_len, blockIdx.x);
   float m[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) m[i] = i < place.count ? x[place.first + i] : 0.0f;
@@ -41,20 +19,14 @@ __global__ void __launch_bounds__(kThreads)
   uint2 out;
   const float largest = encode_vector(m, none, true, kWarp, &out);
   if (place.block < 0) return;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    if (i >= place.count) continue;
-    const uint32_t word = i < 4 ? out.x : out.y;
-    reinterpret_cast<uint8_t*>(codes)[place.first + i] =
-        static_cast<uint8_t>(word >> (8 * (i % 4)));
-  }
+  store_codes(out, place, codes);
   if (threadIdx.x % kWarp == 0) absmax[place.block] = largest;
 }
 
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const int8_t* codes, const float* absmax, int64_t slices, int64_t slice_len,
                       float* x) {
-  const Place place(slices, slice_len);
+  const BlockPlace place(slices, slice_len, blockIdx.x);
   if (place.block < 0) return;
   const float scale = absmax[place.block];
 #pragma unroll

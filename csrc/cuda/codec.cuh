@@ -10,21 +10,21 @@ __device__ __forceinline__ bool has_zero_byte(uint32_t x) {
 }
 
 // Values of eight codes that share `absmax`. A byte that is put into the mantissa of 2^23 is a
-// number without a conversion, which would be slow.
-__device__ __forceinline__ void decode_vector(const uint2& codes, float absmax, float* m) {
+// number without a conversion, which would be slow. `byte_pattern` is kBytePattern from memory: one
+// of the two constants of a permutation has to be in a register, and the compiler would put it
+// there anew for each byte.
+__device__ __forceinline__ void decode_vector(const uint2& codes, float absmax,
+                                              uint32_t byte_pattern, float* m) {
+  const uint32_t shifted[2] = {codes.x ^ 0x80808080u, codes.y ^ 0x80808080u};  // code + 128
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint32_t shifted = (half == 0 ? codes.x : codes.y) ^ 0x80808080u;  // code + 128
+  for (int i = 0; i < kVector; ++i) {
+    const float biased = bits_float(__byte_perm(shifted[i / 4], byte_pattern, 0x7540u | (i % 4)));
+    m[i] = decode(biased - (0x1p23f + 128.0f), absmax);
+  }
+  if (__builtin_expect(has_zero_byte(shifted[0]) || has_zero_byte(shifted[1]), 0)) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float biased = bits_float(__byte_perm(shifted, 0x4b000000u, 0x7540u | i));
-      m[4 * half + i] = decode(biased - (0x1p23f + 128.0f), absmax);
-    }
-    if (has_zero_byte(shifted)) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (((shifted >> (8 * i)) & 0xffu) == 0) m[4 * half + i] = bits_float(0x7fc00000u);
-      }
+    for (int i = 0; i < kVector; ++i) {
+      if (((shifted[i / 4] >> (8 * (i % 4))) & 0xffu) == 0) m[i] = bits_float(0x7fc00000u);
     }
   }
 }
@@ -72,34 +72,30 @@ __device__ __forceinline__ uint32_t encode_one(float value, float scale, float s
   return float_bits(signed_level + 0x1.8p23f);
 }
 
-// The same rounded to nearest: code_level with kNearestStep, the guess left where it stands in the
-// mantissa of 2^23 (which truncates it), and one subtraction to the point where the next one
-// begins.
-__device__ __forceinline__ uint32_t encode_nearest(float value, float scale) {
-  const float square = level_square(value, scale);
-  const float guess = __fadd_rz(rough_root(square) + 0.4375f, 0x1p23f);
-  const float next = guess - (0x1p23f - kNearestStep);
-  const float level = next * next > square ? next - kNearestStep : next + kNearestStep;
-  const float signed_level = bits_float(float_bits(level) | (float_bits(value) & 0x80000000u));
-  return float_bits(signed_level + 0x1.8p23f);
-}
-
 // Codes of eight values whose block, spread over `lanes` neighbouring threads, they are part of.
 // Where `decaying[i]` is zero value i is rounded toward zero. All threads of the warp take part,
 // also those whose values are not `there` but zeros. Returns the absmax.
 __device__ __forceinline__ float encode_vector(const float* m, const float* decaying, bool there,
                                                int lanes, uint2* codes) {
   float absmax = largest_of_lanes(largest_magnitude(m), lanes);
-  const bool usual = absmax == 0.0f || (absmax >= kTinyAbsmax && is_finite(absmax));
-  bool decays = false;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) decays = decays || decaying[i] == 0.0f;
+  // Nearly always: no value decays, the scale is an ordinary one, and of no value is the root so
+  // close to the middle of two levels that it would have to be a better one. Then the level is the
+  // root rounded to nearest. Added to 1.5 * 2^23 a number stands in the low bits, negative ones in
+  // two's complement.
+  const uint32_t pattern = float_bits(absmax), tiny = float_bits(kTinyAbsmax);
+  bool sure = (pattern == 0 || pattern - tiny < 0x7f800000u - tiny) &&
+              !(there && smallest_magnitude(decaying) == 0.0f);
+  const float usual_scale = level_scale_of_usual(absmax);
   uint32_t words[kVector];
-  if (__all_sync(0xffffffffu, usual && !(decays && there))) {
-    const float scale = level_scale(absmax);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) words[i] = encode_nearest(m[i], scale);
-  } else {  // something decays, is not finite, or everything is tiny
+  for (int i = 0; i < kVector; ++i) {
+    const float root = rough_root(level_square(m[i], usual_scale));
+    const float level = bits_float(float_bits(root) | (float_bits(m[i]) & 0x80000000u));
+    const float code = level + 0x1.8p23f;
+    sure = sure & (abs(level - (code - 0x1.8p23f)) < 0.5f - kRoughRootError);
+    words[i] = float_bits(code);
+  }
+  if (!__all_sync(0xffffffffu, sure)) {
     absmax = largest_of_lanes(largest_finite(m), lanes);
     const float factor = absmax < kTinyAbsmax ? kTinyFactor : 1.0f, scale = level_scale(absmax);
 #pragma unroll
@@ -116,6 +112,40 @@ __device__ __forceinline__ float encode_vector(const float* m, const float* deca
   };
   *codes = make_uint2(four(0), four(4));
   return absmax;
+}
+
+// The 256 elements, or fewer, of one block of the code, wherever rows end: a warp's work.
+struct BlockPlace {
+  int64_t block;  // -1: there is none for this warp
+  int64_t first;  // element of this thread
+  int count;      // how many of its kVector elements there are
+
+  __device__ __forceinline__ BlockPlace(int64_t slices, int64_t slice_len, int64_t task) {
+    const int64_t per_slice = (slice_len + kBlockSize - 1) / kBlockSize;
+    block = task * kWarps + threadIdx.x / kWarp;
+    first = 0;
+    count = 0;
+    if (block >= slices * per_slice) {
+      block = -1;
+      return;
+    }
+    const int64_t slice = block / per_slice;
+    const int64_t at =
+        (block - slice * per_slice) * kBlockSize + int64_t{threadIdx.x % kWarp} * kVector;
+    const int64_t left = slice_len - at;
+    first = slice * slice_len + at;
+    count = static_cast<int>(left < 0 ? 0 : left < kVector ? left : kVector);
+  }
+};
+
+// Stores the codes of the elements that there are.
+__device__ __forceinline__ void store_codes(const uint2& codes, const BlockPlace& place,
+                                            int8_t* out) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const uint32_t word = i < 4 ? codes.x : codes.y;
+    if (i < place.count) out[place.first + i] = static_cast<int8_t>(word >> (8 * (i % 4)));
+  }
 }
 
 }  // namespace came8bit

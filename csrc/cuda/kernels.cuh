@@ -63,13 +63,12 @@ __global__ void __launch_bounds__(kThreads)
     out[i] = p;
     const int64_t step = *p.step + 1;
     const auto correction = [&](int which) {
-      if (!s.bias_correction) return 1.0f;
-      return static_cast<float>(1.0 - pow(s.betas[which], static_cast<double>(step)));
+      return s.bias_correction ? bias_correction(s.betas[which], step) : 1.0f;
     };
     float lr = s.lr, shrink = s.shrink;
     if (s.lr_tensor != nullptr) {
       lr = *s.lr_tensor;
-      shrink = lr * s.weight_decay;
+      shrink = shrink_of(lr, s.weight_decay);
     }
     Scalars scalars = {};
     scalars.step = static_cast<uint32_t>(step);
@@ -84,7 +83,7 @@ __global__ void __launch_bounds__(kThreads)
 // --- factored ---------------------------------------------------------------------------------
 
 template <class G, bool fast>
-__global__ void __launch_bounds__(kThreads, fast ? 3 : 1)
+__global__ void __launch_bounds__(kThreads, fast ? 4 : 1)
     second_moment_kernel(const Parameter* parameters, int count) {
   __shared__ Parameter p;
   __shared__ float buffer[kRoundVectors];
@@ -95,9 +94,8 @@ __global__ void __launch_bounds__(kThreads, fast ? 3 : 1)
 __global__ void __launch_bounds__(kThreads)
     second_moment_combine_kernel(const Parameter* parameters, int count, Settings s) {
   __shared__ Parameter p;
-  __shared__ float buffer[kThreads];
   const int64_t task = find_task(parameters, count, kCombine, blockIdx.x, &p);
-  second_moment_combine(p, s, task, buffer);
+  second_moment_combine(p, s, task);
 }
 
 // One block per parameter.
@@ -127,7 +125,8 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float buffer[kThreads];
   const int64_t task = find_task(parameters, count, kCombine, blockIdx.x, &p);
   if (!p.scalars->alive) return;
-  residual_combine(p, s, task, buffer);
+  float kappa;
+  if (find_kappa(p, s, task == 0, buffer, &kappa)) residual_combine(p, s, task, kappa);
 }
 
 template <class M, Access access>
@@ -167,14 +166,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ float buffer[kRoundVectors];
   __shared__ float row_factors[kMaxSlabRows];
   copy_parameter(parameters[blockIdx.x], &p);
-  const int64_t chunks = p.b * (p.row_chunks() + p.col_chunks());
   const int64_t apply_count = apply_tasks(p, kTiles);
   for (int64_t task = 0; task < p.tiles(); ++task) second_moment_tile<Any, fast>(p, task, buffer);
   __syncthreads();
-  for (int64_t task = 0; task < chunks; ++task) {
-    second_moment_combine(p, s, task, buffer);
-    __syncthreads();
-  }
+  for (int64_t task = 0; task < p.combine_tasks(); ++task) second_moment_combine(p, s, task);
+  __syncthreads();
   second_moment_scalars(p, s);
   __syncthreads();
   const bool alive = p.scalars->alive;
@@ -183,10 +179,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       residual_tile<Any, M, fast>(p, s, task, buffer, row_factors);
     }
     __syncthreads();
-    for (int64_t task = 0; task < chunks; ++task) {
-      residual_combine(p, s, task, buffer);
-      __syncthreads();
+    float kappa;
+    if (find_kappa(p, s, true, buffer, &kappa)) {
+      for (int64_t task = 0; task < p.combine_tasks(); ++task) residual_combine(p, s, task, kappa);
     }
+    __syncthreads();
   }
   const bool done = alive && p.scalars->u_finite;
   if (done && s.cautious) {

@@ -125,6 +125,14 @@ __device__ __forceinline__ float largest_magnitude(const float* x) {
       larger_magnitude(larger_magnitude(x[4], x[5]), larger_magnitude(x[6], x[7])));
 }
 
+// The smallest magnitude that is a number, or else NaN.
+__device__ __forceinline__ float smallest_magnitude(const float* x) {
+  float smallest = abs(x[0]);
+#pragma unroll
+  for (int i = 1; i < kVector; ++i) smallest = ::fminf(smallest, abs(x[i]));
+  return smallest;
+}
+
 // Two fp32 values rounded to bf16, each with 16 random bits or (not `stochastic`) to nearest.
 __device__ __forceinline__ uint32_t two_bf16(float a, float b, uint32_t random, bool stochastic) {
   const int32_t low = round_bf16(a, static_cast<int32_t>(random & 0xffffu), stochastic);
@@ -187,13 +195,11 @@ __device__ __forceinline__ void store_pack(Tag<Any>, const Strided& t, char* p, 
   }
 }
 
-// --- one by one
-// ----------------------------------------------------------------------------------- Calls, not
-// copies in every kernel: what they are used for is rare and bound by other things.
+// --- one by one ---------------------------------------------------------------------------------
 
-// Where element `e` of the row-major order is, counted in elements.
-__device__ __forceinline__ int64_t offset_of(const Strided& t, int64_t e) {
-  if (t.strides == nullptr) return e;
+// Where element `e` of the row-major order is, counted in elements. A call, not copies in every
+// kernel: few elements need it.
+static __device__ __noinline__ int64_t offset_of(const Strided& t, int64_t e) {
   int64_t offset = 0;
 #pragma unroll 1
   for (int d = t.strides->dims - 1; d >= 0; --d) {
@@ -205,33 +211,76 @@ __device__ __forceinline__ int64_t offset_of(const Strided& t, int64_t e) {
   return offset;
 }
 
-static __device__ __noinline__ float load_one(const Strided& t, int64_t e) {
-  const int64_t i = offset_of(t, e);
-  if (t.dtype == kFloat32) return static_cast<const float*>(t.data)[i];
-  const uint16_t pattern = static_cast<const uint16_t*>(t.data)[i];
-  return t.dtype == kBfloat16 ? bits_float(uint32_t{pattern} << 16) : half_to_float({pattern});
-}
-
-static __device__ __noinline__ void store_one(const Strided& t, int64_t e, float x, uint32_t random,
-                                              bool stochastic) {
-  const int64_t i = offset_of(t, e);
-  if (t.dtype == kFloat32) {
-    static_cast<float*>(t.data)[i] = x;
-  } else {
-    const uint32_t two = t.dtype == kBfloat16 ? two_bf16(x, 0.0f, random, stochastic)
-                                              : two_half(x, 0.0f, random, stochastic);
-    static_cast<uint16_t*>(t.data)[i] = static_cast<uint16_t>(two);
+// Places of elements e, e + 1, ... of the row-major order: where strides allow, without divisions.
+class Walk {
+ public:
+  __device__ __forceinline__ Walk(const Strided& t, int64_t e) : t_(t), e_(e) {
+    if (t.strides == nullptr) {
+      offset_ = e;
+      stride_ = 1;
+      left_ = INT64_MAX;
+    } else {
+      const int last = t.strides->dims - 1;
+      offset_ = offset_of(t, e);
+      stride_ = t.strides->strides[last];
+      left_ = t.strides->sizes[last] - e % t.strides->sizes[last];
+    }
   }
-}
+  // The place of the current element, in elements; goes on to the next.
+  __device__ __forceinline__ int64_t next() {
+    const int64_t here = offset_;
+    ++e_;
+    offset_ += stride_;
+    if (--left_ == 0) {
+      offset_ = offset_of(t_, e_);
+      left_ = t_.strides->sizes[t_.strides->dims - 1];
+    }
+    return here;
+  }
+
+ private:
+  const Strided& t_;
+  int64_t e_, offset_, stride_;
+  int64_t left_;  // elements that lie `stride_` apart, from here on
+};
 
 // `count` elements from `e` on, then zeros.
 __device__ __forceinline__ void load_some(const Strided& t, int64_t e, int count, float* x) {
+  Walk walk(t, e);
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) x[i] = i < count ? load_one(t, e + i) : 0.0f;
+  for (int i = 0; i < kVector; ++i) {
+    x[i] = 0.0f;
+    if (i >= count) continue;
+    const int64_t at = walk.next();
+    if (t.dtype == kFloat32) {
+      x[i] = static_cast<const float*>(t.data)[at];
+    } else {
+      const uint16_t pattern = static_cast<const uint16_t*>(t.data)[at];
+      x[i] = t.dtype == kBfloat16 ? bits_float(uint32_t{pattern} << 16) : half_to_float({pattern});
+    }
+  }
 }
 
-// --- random bits
-// ----------------------------------------------------------------------------------
+// Stores `count` values from `e` on; `random` holds their random bits.
+__device__ __forceinline__ void store_some(const Strided& t, int64_t e, int count, const float* x,
+                                           const uint4& random, bool stochastic) {
+  Walk walk(t, e);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (i >= count) continue;
+    const int64_t at = walk.next();
+    const uint32_t bits = word_of(random, i / 2) >> (16 * (i % 2)) & 0xffffu;
+    if (t.dtype == kFloat32) {
+      static_cast<float*>(t.data)[at] = x[i];
+    } else {
+      const uint32_t two = t.dtype == kBfloat16 ? two_bf16(x[i], 0.0f, bits, stochastic)
+                                                : two_half(x[i], 0.0f, bits, stochastic);
+      static_cast<uint16_t*>(t.data)[at] = static_cast<uint16_t>(two);
+    }
+  }
+}
+
+// --- random bits --------------------------------------------------------------------------------
 
 // The 16 bits each of elements 8*counter ... 8*counter + 7 of the full parameter, low half first.
 __device__ __forceinline__ uint4 random_words(uint64_t counter, uint32_t index, uint32_t step,

@@ -11,11 +11,17 @@ constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kVector = 8;  // elements a thread handles at once
 constexpr int kRoundVectors = kThreads * kVector;
-constexpr int kMaxSlabRows = 1024;
+constexpr int kMaxSlabRows = 2048;
+constexpr int kMaxSpan = 16;
+#if defined(CAME8BIT_SHIM)  // small parameters of tests are to reach them
+constexpr int64_t kColumnPartBytes = 1000, kRowPartBytes = 2000;
+#else
+constexpr int64_t kColumnPartBytes = 2 << 20, kRowPartBytes = 6 << 20;
+#endif
 constexpr int kFlatRounds = 8;  // of a tile of a flat parameter
 constexpr int64_t kFlatTile = int64_t{kRoundVectors} * kFlatRounds;
-constexpr int kApplyRounds = 8;  // rows a thread handles in a tile of sweep C
-constexpr int kMaxDims = 6;      // of a strided tensor, after neighbours are merged
+constexpr int kMaxDims = 6;                     // of a strided tensor, after neighbours are merged
+constexpr uint32_t kBytePattern = 0x4b000000u;  // 2^23
 
 // Phases whose blocks are shared out among the parameters of a group.
 enum Phase : int { kSweepA, kCombine, kRows, kSweepC, kPhases };
@@ -42,10 +48,11 @@ struct Strided {
 
 // How sweeps A and B cut a matrix: slabs of rows times strips of columns. A thread owns kVector
 // neighbouring columns; `lanes` threads stand side by side on a row, so `streams` rows are read at
-// once. The shape alone decides, and the order of every sum follows from it (reduction.py).
+// once. A tile is `span` strips of a slab, one after the other, and writes one part of each row's
+// sum. The shape alone decides, and the order of every sum follows from it (reduction.py).
 struct Grid {
-  int lanes, streams;
-  int64_t strips, slabs, slab_rows;
+  int lanes, streams, span;
+  int64_t strips, parts, slabs, slab_rows;
 
   static CAME8BIT_INLINE Grid of(int64_t b, int64_t n, int64_t k) {
     Grid g = {};
@@ -53,13 +60,20 @@ struct Grid {
     while (g.lanes < kWarp && int64_t{g.lanes} * kVector < k) g.lanes *= 2;
     g.streams = kThreads / g.lanes;
     g.strips = (k + width(g) - 1) / width(g);
-    g.slab_rows = g.streams > 64 ? g.streams : 64;
-    // Partial column sums stay below 2 MiB, or where that is not enough below 0.012 bytes/element.
+    g.slab_rows = g.streams > 16 ? 4 * g.streams : 64;
+    // Partial sums stay small; those of huge matrices take 0.006 bytes/element for columns and
+    // 0.003 for rows.
     while (g.slab_rows < kMaxSlabRows &&
-           b * ((n + g.slab_rows - 1) / g.slab_rows) * k * 12 > (int64_t{2} << 20)) {
+           b * ((n + g.slab_rows - 1) / g.slab_rows) * k * 12 > kColumnPartBytes) {
       g.slab_rows *= 2;
     }
     g.slabs = (n + g.slab_rows - 1) / g.slab_rows;
+    g.span = 1;
+    g.parts = g.strips;
+    while (g.span < kMaxSpan && b * n * g.parts * 12 > kRowPartBytes) {
+      g.span *= 2;
+      g.parts = (g.strips + g.span - 1) / g.span;
+    }
     return g;
   }
   static CAME8BIT_INLINE int width(const Grid& g) { return g.lanes * kVector; }
@@ -87,13 +101,15 @@ struct Parameter {
   int64_t slices, slice_len, blocks_per_slice;
   uint64_t offset;  // row-major index of the first element in the full parameter
   uint32_t index;
-  int whole_blocks;  // whether every row has blocks of the 8-bit code of its own
+  uint32_t byte_pattern;  // see decode_vector
+  int whole_blocks;       // whether every row has blocks of the 8-bit code of its own
+  int apply_rounds;       // rows a thread handles in a tile of sweep C; no result depends on it
   Grid grid;
 
   // Workspace.
   Scalars* scalars;
-  float *row_part, *col_part;            // [3][strips][b][n], [3][b][slabs][k]
-  float* tile_sum;                       // [tiles]: sums of u*u; flat: also, before, of g*g
+  float *row_part, *col_part;            // [3][parts][b][n], [3][b][slabs][k]
+  float* tile_sum;                       // [b][slabs][strips]: sums of u*u; flat: also, before, g*g
   float *row_new, *col_new;              // r, c until they are known to be kept
   float *row_gain, *col_factor;          // factors of w
   float *update_row, *update_col;        // factors of the update
@@ -107,8 +123,13 @@ struct Parameter {
   CAME8BIT_INLINE int64_t numel() const { return b * n * k; }
   CAME8BIT_INLINE int64_t row_chunks() const { return (n + kWarp - 1) / kWarp; }
   CAME8BIT_INLINE int64_t col_chunks() const { return (k + kWarp - 1) / kWarp; }
-  CAME8BIT_INLINE int64_t tiles() const { return b * grid.slabs * grid.strips; }
-  CAME8BIT_INLINE int64_t apply_rows() const { return int64_t{grid.streams} * kApplyRounds; }
+  CAME8BIT_INLINE int64_t tiles() const { return b * grid.slabs * grid.parts; }
+  CAME8BIT_INLINE int64_t tile_sums() const { return b * grid.slabs * grid.strips; }
+  // Blocks of 256 threads, a warp for each chunk of rows or columns.
+  CAME8BIT_INLINE int64_t combine_tasks() const {
+    return (b * (row_chunks() + col_chunks()) + kWarps - 1) / kWarps;
+  }
+  CAME8BIT_INLINE int64_t apply_rows() const { return int64_t{grid.streams} * apply_rounds; }
 };
 
 // Hyper-parameters of a call, rounded to fp32 where the rule needs that.

@@ -1,6 +1,8 @@
 // Sums in the fixed order that reduction.py states for CUDA: always halving, never by chance.
 #pragma once
 
+#include <type_traits>
+
 #include "parameter.h"
 
 namespace came8bit {
@@ -43,6 +45,7 @@ __device__ __forceinline__ float sum_lanes_of_rows(const float* x, Lanes lanes, 
     sum += __shfl_xor_sync(0xffffffffu, second ? a : b, lanes / 4);
     *which = (upper ? 2 : 0) + (second ? 1 : 0);
   }
+  if constexpr (std::is_same<Lanes, int>::value) return sum_lanes(sum, lanes / rows);
 #pragma unroll
   for (int half = lanes / (2 * rows); half > 0; half /= 2) {
     sum += __shfl_xor_sync(0xffffffffu, sum, half);
@@ -96,23 +99,18 @@ __device__ __forceinline__ int64_t block_count(const int* x, int64_t size, float
   return total;
 }
 
-// Sums `parts` rows of length `stride` at 32 neighbouring columns from `first` on: warp w adds rows
-// w, w+8, ... in order, then the warps are halved. Lane i of warp 0 gets that of column first + i,
-// zero beyond `size`; the other warps get nothing. `buffer` holds 256 values.
-__device__ __forceinline__ float sum_parts(const float* x, int64_t parts, int64_t stride,
-                                           int64_t first, int64_t size, float* buffer) {
-  const int64_t column = first + threadIdx.x % kWarp;
-  float sum = 0.0f;
-  if (column < size) {
-#pragma unroll 4
-    for (int64_t part = threadIdx.x / kWarp; part < parts; part += kWarps) {
-      sum += x[part * stride + column];
+// Sum of `count` values that lie `stride` apart, by a thread: stream i adds values i, i+8, ... in
+// order, then the streams are halved.
+__device__ __forceinline__ float sum_parts(const float* x, int64_t count, int64_t stride) {
+  constexpr int streams = 8;
+  float sum[streams] = {};
+  for (int64_t first = 0; first < count; first += streams) {
+#pragma unroll
+    for (int i = 0; i < streams; ++i) {
+      if (first + i < count) sum[i] += x[(first + i) * stride];
     }
   }
-  __syncthreads();
-  buffer[threadIdx.x] = sum;
-  halve(buffer, kThreads, kWarp);
-  return buffer[threadIdx.x % kWarp];
+  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
 }  // namespace came8bit

@@ -16,7 +16,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <atomic>
+#include <map>
+#include <mutex>
 #elif defined(CAME8BIT_SHIM)
 #include "cuda_shim.h"
 #else
@@ -33,8 +34,8 @@
 namespace came8bit {
 
 struct DeviceProperties {
-  int multiprocessors;
   int64_t l2_bytes;
+  double bytes_per_second;  // of the memory; 0: the driver does not say
 };
 
 // Throws with the text of a CUDA error. `what` was being done; `cure` says what to try.
@@ -67,7 +68,7 @@ inline cudaStream_t current_stream(const torch::stable::Tensor&) {
 }
 
 inline DeviceProperties device_properties(const torch::stable::Tensor&) {
-  return {came8bit_shim::multiprocessors(), came8bit_shim::l2_bytes()};
+  return {came8bit_shim::l2_bytes(), 0.0};
 }
 
 // Runs the grid, and returns when it is done. The arguments are converted to the kernel's types.
@@ -101,26 +102,24 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Of the device of a tensor; asked of the driver once. Neither synchronises nor disturbs a capture.
+// Of the device of a tensor; asked of the driver once, since some answers take it a millisecond.
+// Neither synchronises nor disturbs a capture.
 inline DeviceProperties device_properties(const torch::stable::Tensor& t) {
-  constexpr int kCached = 64;
-  static std::atomic<int> multiprocessors[kCached], l2_bytes[kCached];
-  const auto ask = [](cudaDeviceAttr attribute, int device) {
-    int value = 0;
-    check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "properties of the device");
-    return value;
-  };
+  static std::mutex mutex;
+  static std::map<int, DeviceProperties> known;
   const int device = t.get_device_index();
-  if (device >= kCached) {
-    return {ask(cudaDevAttrMultiProcessorCount, device), ask(cudaDevAttrL2CacheSize, device)};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  int l2_bytes = 0, kilohertz = 0, bits = 0;
+  check_cuda(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device),
+             "cache size of the device");
+  if (cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    kilohertz = 0;
   }
-  int count = multiprocessors[device].load(std::memory_order_acquire);
-  if (count == 0) {  // two threads may both ask: the answers are the same
-    l2_bytes[device].store(ask(cudaDevAttrL2CacheSize, device), std::memory_order_relaxed);
-    count = ask(cudaDevAttrMultiProcessorCount, device);
-    multiprocessors[device].store(count, std::memory_order_release);
-  }
-  return {count, l2_bytes[device].load(std::memory_order_relaxed)};
+  return known[device] = {l2_bytes, 2.0 * 1000.0 * kilohertz * bits / 8};
 }
 
 // <<<blocks, threads, 0, stream>>> with the error checked. The arguments are converted to the

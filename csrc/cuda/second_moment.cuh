@@ -9,52 +9,47 @@ namespace came8bit {
 template <class G, bool fast>
 __device__ __forceinline__ void second_moment_tile(const Parameter& p, int64_t task,
                                                    float* buffer) {
-  const Tile tile(p, task, p.grid.slab_rows, p.grid.slabs);
-  float* row_part = p.row_part + tile.strip * p.b * p.n + tile.first_row;
-  float column_sum[kVector] = {};
-  // Every thread takes part in every round: the row sums need all lanes.
-  for (int base = 0; base < tile.rows; base += kRowsAtOnce<G> * tile.streams) {
-    const int row = base + tile.stream;
-    GradientRows<G, fast> rows;
-    rows.load(p, tile, row);
-    float row_sum[kRowsAtOnce<G>];
+  Tile tile = sweep_tile(p, task);
+  float* row_part = p.row_part + tile.part * p.b * p.n + tile.first_row;
+  const int64_t first_strip = tile.strip, end = end_of_part(p, tile);
+  for (int64_t strip = first_strip; strip < end; ++strip) {
+    tile.move_to(p, strip);
+    float column_sum[kVector] = {};
+    GradientRows<G, fast> rows(p, tile);
+    // Every thread takes part in every round: the row sums need all lanes.
+    for (int base = 0; base < tile.rows; base += kRowsAtOnce<G> * tile.streams) {
+      const int row = base + tile.stream;
+      rows.load(p, tile, row);
+      float row_sum[kRowsAtOnce<G>];
 #pragma unroll
-    for (int q = 0; q < kRowsAtOnce<G>; ++q) {
-      float g[kVector], square[kVector];
-      rows.get(p, tile, row, q, g);
+      for (int q = 0; q < kRowsAtOnce<G>; ++q) {
+        float g[kVector], square[kVector];
+        rows.get(p, tile, row, q, g);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        square[i] = g[i] * g[i];
-        column_sum[i] += square[i];
+        for (int i = 0; i < kVector; ++i) {
+          square[i] = g[i] * g[i];
+          column_sum[i] += square[i];
+        }
+        row_sum[q] = sum_vector(square);
       }
-      row_sum[q] = sum_vector(square);
+      store_row_sums<kRowsAtOnce<G>>(tile, row, row_sum, strip == first_strip, row_part);
     }
-    store_row_sums<kRowsAtOnce<G>>(tile, row, row_sum, row_part);
+    sum_streams(tile, column_sum, buffer);
+    store_column_sums(p, tile, buffer, p.col_part);
   }
-  sum_streams(tile, column_sum, buffer);
-  store_column_sums(p, tile, buffer, p.col_part);
 }
 
-// Tasks: chunks of 32 rows of every matrix, then chunks of 32 columns. Adds the parts, and writes
-// r, c, the column factors of u, and the sums over each chunk that `second_moment_scalars` needs.
+// Adds the parts, and writes r, c, the column factors of u, and the sums over each chunk that
+// `second_moment_scalars` needs.
 __device__ __forceinline__ void second_moment_combine(const Parameter& p, const Settings& s,
-                                                      int64_t task, float* buffer) {
-  const int64_t row_tasks = p.b * p.row_chunks();
-  const bool is_row = task < row_tasks;
-  const int64_t chunk = is_row ? task : task - row_tasks;
-  const int64_t chunks = is_row ? p.row_chunks() : p.col_chunks();
-  const int64_t size = is_row ? p.n : p.k;
-  const int64_t matrix = chunk / chunks, first = chunk % chunks * kWarp;
-  const float sum =
-      is_row ? sum_parts(p.row_part + matrix * p.n, p.grid.strips, p.b * p.n, first, size, buffer)
-             : sum_parts(p.col_part + matrix * p.grid.slabs * p.k, p.grid.slabs, p.k, first, size,
-                         buffer);
-  if (threadIdx.x >= kWarp) return;
-  const int64_t i = first + threadIdx.x;
-  const bool there = i < size;
+                                                      int64_t task) {
+  const Chunk chunk(p, task);
+  if (!chunk.there) return;
+  const bool is_row = chunk.is_row, leads = threadIdx.x % kWarp == 0;
+  const float sum = chunk.sum(p, 0);
   float fresh = 0.0f, ratio = 0.0f;
-  if (there) {
-    const int64_t at = matrix * size + i;
+  if (chunk.i < chunk.size) {
+    const int64_t at = chunk.matrix * chunk.size + chunk.i;
     const float mean = mean_square(sum, static_cast<float>(is_row ? p.k : p.n), s.eps1);
     fresh = ema((is_row ? p.sq_row : p.sq_col)[at], s.beta2, mean, s.one_minus_beta2);
     (is_row ? p.row_new : p.col_new)[at] = fresh;
@@ -63,14 +58,15 @@ __device__ __forceinline__ void second_moment_combine(const Parameter& p, const 
   }
   const float chunk_ratio = sum_lanes(ratio);
   if (!is_row) {
-    if (threadIdx.x == 0) p.col_chunk[chunk] = chunk_ratio;
+    if (leads) p.col_chunk[chunk.index] = chunk_ratio;
     return;
   }
-  const float chunk_sum = sum_lanes(there ? sum : 0.0f), chunk_fresh = sum_lanes(fresh);
-  if (threadIdx.x == 0) {
-    p.row_chunk[chunk] = chunk_sum;
-    p.row_chunk[row_tasks + chunk] = chunk_fresh;
-    p.row_chunk[2 * row_tasks + chunk] = chunk_ratio;
+  const float chunk_sum = sum_lanes(sum), chunk_fresh = sum_lanes(fresh);
+  if (leads) {
+    const int64_t row_chunks = p.b * p.row_chunks();
+    p.row_chunk[chunk.index] = chunk_sum;
+    p.row_chunk[row_chunks + chunk.index] = chunk_fresh;
+    p.row_chunk[2 * row_chunks + chunk.index] = chunk_ratio;
   }
 }
 

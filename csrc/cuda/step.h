@@ -20,9 +20,10 @@ struct HostParameter {
 struct Tuning {
   int64_t group_bytes;     // of gradients and momentum that are swept together
   int64_t small_elements;  // parameters up to this size are done by one block each
+  int apply_rounds;        // rows a thread handles in a tile of sweep C; 0: as many as fit
 };
 
-// From the device, or CAME8BIT_CUDA_GROUP_BYTES and CAME8BIT_CUDA_SMALL_ELEMENTS.
+// From the device, or CAME8BIT_CUDA_GROUP_BYTES, _SMALL_ELEMENTS and _APPLY_ROUNDS.
 Tuning tuning_of(const torch::stable::Tensor& any);
 
 // `any` is a tensor on the device, from which the workspace is made.

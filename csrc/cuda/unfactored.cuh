@@ -85,10 +85,10 @@ __device__ __forceinline__ FlatState flat_state(const Parameter& p, const Settin
 template <class M, bool fast, bool count_only>
 __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const Settings& s,
                                                  const FlatState& state, int64_t task) {
-  const BlockPlace place(p, task);
+  const BlockPlace place(p.slices, p.slice_len, task);
   const bool stochastic = s.stochastic, cautious = s.cautious;
   const float sign = s.maximize ? -1.0f : 1.0f;
-  float g[kVector], v[kVector], x[kVector], w[kVector], m[kVector] = {};
+  float g[kVector], v[kVector], x[kVector], w[kVector], m[kVector];
   const bool whole = fast && place.count == kVector;
   if (whole) {
     unpack(p.grad, load_pack<Any>(p.grad, place.first), g);
@@ -102,6 +102,7 @@ __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const Setti
       load_some(p.param, place.first, place.count, x);
     }
   }
+  load_block<M>(p, place, s.beta1, m);
   int agreeing = 0;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
@@ -109,7 +110,7 @@ __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const Setti
     const int64_t e = place.first + i;
     v[i] = ema(p.exp_avg_sq[e], s.beta2, g[i] * g[i] + s.eps1, s.one_minus_beta2);
     w[i] = precondition_unfactored(g[i], v[i], sign, p.scalars->correction2) * state.gain;
-    m[i] = momentum(load_momentum(p, e, s.beta1, static_cast<M*>(nullptr)), w[i]);
+    m[i] = momentum(m[i], w[i]);
     if (count_only) {
       agreeing += agrees(m[i], w[i]) ? 1 : 0;
       continue;
@@ -126,11 +127,7 @@ __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const Setti
   if (whole) {
     store_pack(Tag<Any>(), p.param, bytes_at<Any>(p.param, place.first), x, random, stochastic);
   } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const uint32_t bits = word_of(random, i / 2) >> (16 * (i % 2)) & 0xffffu;
-      if (i < place.count) store_one(p.param, place.first + i, x[i], bits, stochastic);
-    }
+    store_some(p.param, place.first, place.count, x, random, stochastic);
   }
   __syncwarp();                    // all codes are read before the first is written
   store_block<M>(p, place, m, g);  // with a full second moment the gradient itself decides

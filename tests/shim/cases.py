@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from problems import HYPER, OPTIONS, Problem, assert_same_bits, make_problem, random_grad, run_ops
@@ -17,7 +18,7 @@ from strategies import laid_out
 from torch import Tensor
 
 from came8bit import _ops, quant, reference
-from came8bit.reduction import CUDA_TREE
+from came8bit.reduction import CUDA_TREE, CudaTree, Tree
 
 from .library import kernels
 
@@ -106,7 +107,7 @@ class ListCase:
                 run_ops(got, grads, **self.options)
             for i, (mine, other) in enumerate(zip(got, expected, strict=True)):
                 if other.param.numel() > 0:  # kernels leave an empty parameter alone
-                    run_reference(other, grads[i], **self.options)
+                    run_shim_reference(other, grads[i], **self.options)
                 what = f"{self.name}, step {t}, parameter {i} {self.shapes[i]}"
                 assert_same_bits(mine.tensors(), other.tensors(), what)
 
@@ -119,22 +120,41 @@ def displaced(x: Tensor) -> Tensor:
     return base[1:].view(x.shape).copy_(x)
 
 
-def run_reference(problem: Problem, grad: Tensor, **options: object) -> None:
+SHIM_TREE = CudaTree(column_part_bytes=1000, row_part_bytes=2000)
+"""That of the shim (``csrc/cuda/parameter.h``): tiles of few elements are as those of many."""
+
+
+def run_reference(
+    problem: Problem, grad: Tensor, tree: Tree = CUDA_TREE, **options: object
+) -> None:
     """One step of the specification with the sums of the CUDA kernels."""
     hyper = reference.Hyper(**{**HYPER, **OPTIONS, **options})  # type: ignore[arg-type]
     state = [problem.state.get(name) for name in ("exp_avg", "absmax")]
     rest = [x for name, x in problem.state.items() if name not in ("exp_avg", "absmax")]
     run = reference.factored_step_ if problem.factored else reference.unfactored_step_
-    run(problem.param, grad, *state, *rest, problem.view, hyper, tree=CUDA_TREE)
+    run(problem.param, grad, *state, *rest, problem.view, hyper, tree=tree)
+
+
+run_shim_reference = partial(run_reference, tree=SHIM_TREE)
 
 
 def check_codec(shape: Shape, scale: float = 1.0, special: bool = False) -> None:
     """Codes and scales, and the values they stand for, as the reference has them."""
+    check_codec_of(random_values(shape, scale, special))
+
+
+def random_values(shape: Shape, scale: float, special: bool) -> Tensor:
+    """Normally distributed, with some that are ``special``."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * scale
     if special and x.numel():
         flat = x.view(-1)
         for i, value in enumerate((math.nan, math.inf, -math.inf, 0.0, 3e38, 1e-40)):
             flat[(i * 97 + 5) % len(flat)] = value
+    return x
+
+
+def check_codec_of(x: Tensor) -> None:
+    """The same for given values."""
     codes, absmax = quant.quantize_blockwise(x)
     with kernels(), uninitialised_memory_is_nan():
         got_codes, got_absmax = _ops.quantize_blockwise(x)
@@ -142,7 +162,7 @@ def check_codec(shape: Shape, scale: float = 1.0, special: bool = False) -> None
     assert_same_bits(
         {"codes": got_codes, "absmax": got_absmax, "values": got},
         {"codes": codes, "absmax": absmax, "values": quant.dequantize_blockwise(codes, absmax)},
-        f"codec {shape}",
+        f"codec {tuple(x.shape)}",
     )
 
 

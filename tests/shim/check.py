@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from problems import near_code_edges
 from shim import large
-from shim.cases import CASES, check_codec
+from shim.cases import CASES, check_codec, check_codec_of
 from shim.control import Control
 from shim.library import load
 from shim.mutants import DIFFERENT
@@ -31,6 +32,7 @@ def check_cases(control: Control, arguments: argparse.Namespace) -> None:
                     case.check(arguments.steps)
         for shape in [(5,), (3, 300), (2, 256)]:
             check_codec(shape)
+        check_codec_of(near_code_edges())
 
 
 def check_large(control: Control) -> None:

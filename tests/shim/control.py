@@ -18,7 +18,6 @@ class Settings:
     first ``head`` and the last ``tail`` are run.
     """
 
-    multiprocessors: int = 3
     l2_bytes: int = 1 << 20
     workers: int = 2
     order: str = "forward"

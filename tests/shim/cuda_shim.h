@@ -60,7 +60,6 @@ void before_atomic(void* address);
 void after_atomic(void* address);
 
 int lane();
-int multiprocessors();
 int64_t l2_bytes();
 
 // Calls body(closure) once for each thread of the grid; throws std::runtime_error for a launch that

@@ -15,7 +15,6 @@ namespace came8bit_shim {
 namespace {
 
 struct Settings {
-  int64_t multiprocessors = 3;
   int64_t l2_bytes = 1 << 20;
   int64_t workers = 2;  // blocks at a time
   int64_t order = kForward;
@@ -135,10 +134,6 @@ void work(Grid& grid, std::unique_ptr<Block>& slot) {
 
 }  // namespace
 
-int multiprocessors() {
-  return static_cast<int>(settings.multiprocessors);
-}
-
 int64_t l2_bytes() {
   return settings.l2_bytes;
 }
@@ -188,14 +183,14 @@ void run(unsigned blocks, unsigned threads, void (*body)(void*), void* closure) 
 // changed.
 CAME8BIT_EXPORT int came8bit_shim_configure(const int64_t* values, int count) {
   using namespace came8bit_shim;
-  constexpr int kSettings = 9;
+  constexpr int kSettings = 8;
   static_assert(sizeof(Settings) == kSettings * sizeof(int64_t), "all of them");
   Settings fresh;
   if (count != kSettings) return -1;
   memcpy(static_cast<void*>(&fresh), values, sizeof fresh);
-  if (fresh.multiprocessors < 1 || fresh.l2_bytes < 1 || fresh.workers < 1 || fresh.workers > 64 ||
-      fresh.order < kForward || fresh.order > kRandom || fresh.garbage < 0 || fresh.garbage > 255 ||
-      fresh.head < 0 || fresh.tail < 0 || fresh.whole < 0) {
+  if (fresh.l2_bytes < 1 || fresh.workers < 1 || fresh.workers > 64 || fresh.order < kForward ||
+      fresh.order > kRandom || fresh.garbage < 0 || fresh.garbage > 255 || fresh.head < 0 ||
+      fresh.tail < 0 || fresh.whole < 0) {
     return -1;
   }
   const std::lock_guard<std::mutex> lock(one_grid_at_a_time);

@@ -82,8 +82,8 @@ MUTANTS = [
         "if (first + i < p.k) out[first + i]", "if (first + i <= p.k) out[first + i]",
     ),
     Mutant(
-        "the last block has one element too many", "apply.cuh",
-        "const int64_t left = p.slice_len - at;", "const int64_t left = p.slice_len - at + 1;",
+        "the last block has one element too many", "codec.cuh",
+        "const int64_t left = slice_len - at;", "const int64_t left = slice_len - at + 1;",
     ),
     # Rows and columns, blocks and parameters.
     Mutant(
@@ -94,6 +94,10 @@ MUTANTS = [
         "the block scale is that of a warp", "apply.cuh",
         "encode_vector(m, w, there, tile.lanes, &codes)",
         "encode_vector(m, w, there, kWarp, &codes)",
+    ),
+    Mutant(
+        "a rough root is trusted too far", "codec.cuh",
+        "0.5f - kRoughRootError", "0.5f",
     ),
     Mutant(
         "a parameter begins one block late", "kernels.cuh",
@@ -113,11 +117,11 @@ MUTANTS = [
         "random_words(element / 8, index", "random_words(element / 8 + 1, index",
     ),
     Mutant(
-        "arrays of the workspace overlap", "step.cu",
+        "arrays of the workspace overlap", "groups.h",
         "arena.take<float>(3 * p.b * p.row_chunks())", "arena.take<float>(p.b * p.row_chunks())",
     ),
     Mutant(
-        "alignment is taken for granted", "step.cu",
+        "alignment is taken for granted", "groups.h",
         "if (!aligned(p.param.data, 16) ||", "if (",
     ),
     # Indices of 32 bits.
@@ -127,13 +131,13 @@ MUTANTS = [
     ),
     Mutant(
         "32-bit index of sweeps A and B", "tile.cuh",
-        "? load_pack<G>(p.grad, (tile.first_row + r) * p.k + tile.column)",
-        "? load_pack<G>(p.grad, static_cast<int>((tile.first_row + r) * p.k + tile.column))",
+        "bytes_at<G>(p.grad, (tile.first_row + tile.stream) * p.k + tile.column)",
+        "bytes_at<G>(p.grad, int((tile.first_row + tile.stream) * p.k + tile.column))",
         LARGE,
     ),
     Mutant(
-        "32-bit index of a block of the code", "apply.cuh",
-        "first = slice * p.slice_len + at;", "first = static_cast<int>(slice * p.slice_len + at);",
+        "32-bit index of a block of the code", "codec.cuh",
+        "first = slice * slice_len + at;", "first = static_cast<int>(slice * slice_len + at);",
         LARGE,
     ),
     Mutant(

@@ -1,0 +1,166 @@
+// Which parameters are swept together, and where their work arrays are.
+#pragma once
+
+#include <map>
+#include <tuple>
+
+#include "step.h"
+#include "unfactored.cuh"
+
+namespace came8bit {
+
+constexpr int kAnyType = -1;
+constexpr int64_t kAlignment = 256;  // of every array in the workspace
+
+// --- workspace --------------------------------------------------------------------------------
+
+// Hands out aligned pieces of memory that starts at `base`; with a null base it only measures.
+class Arena {
+ public:
+  explicit Arena(char* base) : base_(base) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+inline void lay_out_factored(Parameter& p, Access access, bool cautious, Arena& arena) {
+  const int64_t rows = p.b * p.n, cols = p.b * p.k;
+  p.row_part = arena.take<float>(3 * p.grid.parts * rows);
+  p.col_part = arena.take<float>(3 * p.grid.slabs * cols);
+  p.tile_sum = arena.take<float>(p.tile_sums());
+  p.row_new = arena.take<float>(rows);
+  p.col_new = arena.take<float>(cols);
+  p.row_gain = arena.take<float>(rows);
+  p.col_factor = arena.take<float>(cols);
+  p.update_row = arena.take<float>(rows);
+  p.update_col = arena.take<float>(cols);
+  p.row_chunk = arena.take<float>(3 * p.b * p.row_chunks());
+  p.col_chunk = arena.take<float>(p.b * p.col_chunks());
+  p.root_mean = arena.take<float>(p.b);
+  p.total = arena.take<float>(p.b);
+  p.predicted = arena.take<float>(p.b);
+  p.agreeing = cautious ? arena.take<int>(apply_tasks(p, access)) : nullptr;
+}
+
+inline void lay_out_flat(Parameter& p, Access, bool cautious, Arena& arena) {
+  p.tile_sum = arena.take<float>(2 * flat_tiles(p));
+  p.agreeing = cautious ? arena.take<int>(flat_apply_tasks(p)) : nullptr;
+}
+
+// --- groups -----------------------------------------------------------------------------------
+
+// Parameters of one kind run the same kernels.
+struct Kind {
+  bool small, is8bit;
+  Access access;
+  int param_type, grad_type;  // kAnyType where kernels find out when running
+
+  bool operator<(const Kind& other) const {
+    return std::tie(small, access, is8bit, param_type, grad_type) <
+           std::tie(other.small, other.access, other.is8bit, other.param_type, other.grad_type);
+  }
+};
+
+// Parameters whose sweeps are launched together.
+struct Group {
+  Kind kind;
+  std::vector<size_t> members;
+  int64_t swept = 0;      // bytes of gradients and momentum
+  int64_t workspace = 0;  // bytes
+};
+
+inline bool aligned(const void* p, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+inline Access access_of(const HostParameter& h, bool factored) {
+  const Parameter& p = h.parameter;
+  if (h.param_strides.dims != 0 || h.grad_strides.dims != 0) return kOneByOne;
+  if (!aligned(p.param.data, 16) || !aligned(p.grad.data, 16) || !aligned(p.exp_avg, 16)) {
+    return kOneByOne;
+  }
+  if (p.offset % kVector != 0) return kOneByOne;
+  if (!factored) return !h.is8bit || p.slice_len % kVector == 0 ? kTiles : kOneByOne;
+  if (p.k % kVector != 0) return kOneByOne;
+  return !h.is8bit || p.whole_blocks ? kTiles : kBlocks;
+}
+
+inline Kind kind_of(const HostParameter& h, bool factored, const Tuning& tuning) {
+  const Parameter& p = h.parameter;
+  Kind kind = {};
+  kind.access = access_of(h, factored);
+  kind.is8bit = h.is8bit;
+  kind.small =
+      kind.access == kTiles && (factored || !h.is8bit) && p.numel() <= tuning.small_elements;
+  kind.param_type = kind.grad_type = kAnyType;
+  if (kind.access != kOneByOne && !kind.small && factored) {
+    kind.grad_type = p.grad.dtype;
+    if (p.param.dtype == p.grad.dtype) kind.param_type = p.param.dtype;
+  }
+#if defined(CAME8BIT_FEW_TYPES)
+  if (kind.grad_type == kFloat16) kind.param_type = kind.grad_type = kAnyType;
+#endif
+  return kind;
+}
+
+inline int64_t swept_bytes(const HostParameter& h) {
+  const Parameter& p = h.parameter;
+  return p.numel() * ((p.grad.dtype == kFloat32 ? 4 : 2) + (h.is8bit ? 1 : 4));
+}
+
+// Rows that a thread handles in a tile of sweep C. A block has to find its parameter and its
+// factors before it can begin: the more rows then the better, while there are enough blocks.
+constexpr int kFewestRounds = 8;
+inline int rounds_of(std::vector<HostParameter>& parameters, const Group& g, int wished) {
+  constexpr int64_t kEnoughBlocks = 4096;
+  if (g.kind.access != kTiles || g.kind.small) return kFewestRounds;
+  if (wished > 0) return wished;
+  for (int rounds = 32; rounds > kFewestRounds; rounds /= 2) {
+    int64_t blocks = 0;
+    for (size_t i : g.members) {
+      parameters[i].parameter.apply_rounds = rounds;
+      blocks += apply_tasks(parameters[i].parameter, g.kind.access);
+    }
+    if (blocks >= kEnoughBlocks) return rounds;
+  }
+  return kFewestRounds;
+}
+
+// Fills groups in order: of one kind, within `tuning.group_bytes` and `limit` bytes of workspace,
+// or of a single parameter.
+template <class LayOut>
+std::vector<Group> group(std::vector<HostParameter>& parameters, bool factored, bool cautious,
+                         const Tuning& tuning, int64_t limit, const LayOut& lay_out) {
+  std::map<Kind, Group> open;
+  std::vector<Group> groups;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    HostParameter& h = parameters[i];
+    if (h.parameter.numel() == 0) continue;
+    const Kind kind = kind_of(h, factored, tuning);
+    Arena measure(nullptr);
+    lay_out(h.parameter, kind.access, cautious, measure);
+    const int64_t swept = swept_bytes(h);
+    Group& g = open[kind];
+    if (!g.members.empty() && ((!kind.small && g.swept + swept > tuning.group_bytes) ||
+                               g.workspace + measure.used() > limit)) {
+      groups.push_back(std::move(g));
+      g = Group();
+    }
+    g.kind = kind;
+    g.members.push_back(i);
+    g.swept += swept;
+    g.workspace += measure.used();
+  }
+  for (auto& entry : open) groups.push_back(std::move(entry.second));
+  return groups;
+}
+
+}  // namespace came8bit
