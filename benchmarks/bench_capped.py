@@ -42,7 +42,8 @@ from capped_launch import Worker
 from capped_model import SHAPES
 from capped_optimizers import Choice
 from capped_proof import Proof, failing, fitting, prove, run_limited
-from capped_rows import about, append, line, name_of, row, target
+from capped_rows import about, line, name_of, row, target
+from records import append
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -19,7 +19,6 @@ storage once.
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import datetime
 import importlib.util
@@ -37,6 +36,7 @@ from typing import Any
 
 import torch
 from bench_state_bytes import Shape, gpt2_small
+from records import append, quantiles
 
 import came8bit
 from came8bit.cli import environment
@@ -144,14 +144,6 @@ class Row:
             "extra_bytes": "" if self.extra_bytes is None else self.extra_bytes,
             "state_bytes_per_param": f"{self.state_bytes_per_param:.5f}",
         }
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    """20th, 50th and 80th percentile."""
-    ordered = sorted(values)
-    last = len(ordered) - 1
-    picked = {f"p{q}": ordered[round(q / 100 * last)] for q in (20, 80)}
-    return {"p20": picked["p20"], "p50": statistics.median(ordered), "p80": picked["p80"]}
 
 
 def make(name: str, case: str, dtype: str) -> tuple[torch.optim.Optimizer, Params]:
@@ -278,21 +270,6 @@ def about() -> dict[str, Any]:
     }
 
 
-def append(rows: Iterable[Row], path: Path) -> None:
-    """Append to the CSV; a file with other columns is left alone."""
-    lines = [row.flat() for row in rows]
-    names = list(lines[0])
-    old = path.read_text().splitlines()[:1] if path.exists() else []
-    if old and old[0] != ",".join(names):
-        raise SystemExit(f"{path} has other columns than this version writes; move it away first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        if not old:
-            writer.writeheader()
-        writer.writerows(lines)
-
-
 def table(rows: Iterable[Row]) -> list[str]:
     """Markdown."""
     lines = [
@@ -412,7 +389,7 @@ def main(arguments: list[str] | None = None) -> None:
                     row.extra_bytes = extra_bytes(row.optimizer, case, dtype)
                     everything.append(row)
                     if options.csv:
-                        append([row], options.csv)
+                        append([row.flat()], options.csv)
     print("\n".join(["", *table(everything), "", *targets(everything)]))
 
 

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cpu import DTYPES, SEED, _status, about, append, quantiles, seconds, state_bytes
+from bench_cpu import DTYPES, SEED, _status, about, seconds, state_bytes
+from records import append, quantiles
 
 import came8bit
 from came8bit.cli import environment
@@ -288,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
                 row.peak_bytes_mapped = peak(row, MAPPED, torch.get_num_threads())
             everything += rows
             if options.csv:
-                append(rows, options.csv)
+                append([row.flat() for row in rows], options.csv)
             medians = [statistics.median(row.times) for row in rows]
             print(f"  {medians[1] / medians[0]:.3f} of the time", file=sys.stderr, flush=True)
     print("\n".join(["", *table(everything)]))

@@ -11,7 +11,6 @@ every number to ``benchmarks/results/quant.csv``. One thread: the codes are comp
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from quant_codes import Code, all_codes, kernel
 from quant_momenta import BETA1, Momenta, trainings
+from records import append
 from torch import Tensor
 
 from came8bit.cli import environment
@@ -66,13 +66,7 @@ class Rows:
 
     def append_to(self, path: Path) -> None:
         """Append all rows to the CSV at ``path``, which is made if it is not there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._rows[0].keys(), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(self._rows)
+        append(self._rows, path)
 
 
 # --- errors ---------------------------------------------------------------------------------------

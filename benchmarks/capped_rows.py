@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import os
-from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cpu import quantiles
 from capped_job import Job
 from capped_model import SHAPES
 from capped_optimizers import NONE, PLANNED, Choice
+from records import quantiles
 
 import came8bit
 from came8bit import memory
@@ -149,19 +146,3 @@ def target(what: str, holds: bool, got: str, kind: str = "target") -> dict[str, 
     verdict = "holds " if holds else "MISSED"
     text = f"{verdict} {kind}: {what}: {got}"
     return {"what": what, "kind": kind, "holds": holds, "got": got, "text": text}
-
-
-def append(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Append to the CSV; a file with other columns is left alone."""
-    lines = list(rows)
-    if not lines:
-        return
-    header = path.read_text(encoding="utf-8").split("\n")[0] if path.exists() else ""
-    if header and header != ",".join(lines[0]):
-        raise SystemExit(f"{path} has other columns than this version writes; move it away first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        if not header:
-            writer.writeheader()
-        writer.writerows(lines)

@@ -338,13 +338,18 @@ def test_a_real_sigint_stops_the_study_and_its_child(text_file, tmp_path):
     folder = tmp_path / "out"
     words = [sys.executable, "-m", "came8bit", "tradeoff", "--text", str(text_file), "--cpu"]
     words += ["--out", str(folder), "--optimizers", "adamw", *SMALL, "--seeds", "1000"]
-    study = subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    # A shell has its background jobs ignore SIGINT, and their children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        study = subprocess.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert study.stderr is not None
     for line in study.stderr:
         if line.startswith("[3/1001]"):
