@@ -36,15 +36,21 @@ def lora_7b() -> list[Shape]:
     return layer * 32
 
 
+#: In the order of their importance, should time run out.
 CASES: dict[str, list[Shape]] = {
-    "gpt2": gpt2_small(),
     "gpt2-layers": gpt2_layers(),
-    "llama-1b": llama_1b(),
     "llama-7b-layers": llama_7b_layers(),
     "8192x8192": [(8192, 8192)],
-    "16384x8192": [(16384, 8192)],
+    "gpt2": gpt2_small(),
+    "llama-1b": llama_1b(),
     "lora-7b": lora_7b(),
+    "128256x4096": [(128256, 4096)],
+    "16384x8192": [(16384, 8192)],
 }
+
+#: Stepped by CAME8bit alone and in bf16 alone: for the memory of a step, which the largest tensor
+#: decides.
+ALONE = ("128256x4096",)
 
 #: For machines without a GPU: that everything runs, not how fast.
 TINY: dict[str, list[Shape]] = {

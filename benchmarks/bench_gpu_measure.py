@@ -1,7 +1,13 @@
-"""Time, memory and kernels of steps on a GPU; on a CPU the same calls, to test the plumbing."""
+"""Time, memory and kernels of steps on a GPU; on a CPU the same calls, to test the plumbing.
+
+A step is timed in two ways. *Plain*: the events stand right around the step, so that a step whose
+launches take the host longer than the device has idle time in it. *Covered*: the device sleeps
+first, until everything of the step is queued, which leaves the time of its kernels alone.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
 import statistics
 import time
@@ -21,6 +27,15 @@ SMALL_ELEMENTS = 1 << 16
 
 FLUSH_BYTES = 512 << 20
 """Written before each timed step, so that nobody finds in the cache what another has left."""
+
+PAUSE = 2.5
+"""The device sleeps that many times as long as the host needs to queue a step."""
+LONGEST_PAUSE = 0.2
+"""Seconds; a step that is not queued by then waits for the device, or for room in its queue."""
+
+
+class DeviceLost(Exception):
+    """Every further use of the device would fail in this process."""
 
 
 class Device:
@@ -44,7 +59,32 @@ class Device:
         if self.is_cuda:
             torch.cuda.empty_cache()
 
-    def seconds(self, step: Step) -> tuple[float, float]:
+    def check(self) -> None:
+        """Raise DeviceLost if an earlier error has made the device useless."""
+        if not self.is_cuda:
+            return
+        try:
+            torch.cuda.synchronize()
+            torch.zeros(1, device=self.name).item()
+        except torch.OutOfMemoryError:
+            return
+        except RuntimeError as error:
+            raise DeviceLost(str(error).splitlines()[0]) from error
+
+    # --- time -------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _cycles_per_second(self) -> float:
+        """At which the device sleeps, once its clock has risen."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(50_000_000)
+        begin.record()
+        torch.cuda._sleep(10_000_000)
+        end.record()
+        end.synchronize()
+        return 10_000_000 / (begin.elapsed_time(end) / 1e3)
+
+    def plain(self, step: Step) -> tuple[float, float]:
         """Time of one step with a cold cache: on the device, and until ``step`` returned."""
         if not self.is_cuda:
             begin = time.perf_counter()
@@ -61,6 +101,44 @@ class Device:
         end_event.record()
         end_event.synchronize()
         return begin_event.elapsed_time(end_event) / 1e3, host
+
+    def covered(self, step: Step, pause: float) -> tuple[float, bool]:
+        """The same on the device alone: it sleeps ``pause`` seconds while the step is queued.
+
+        Returns:
+            The time, and whether all was queued before the device began.
+        """
+        if not self.is_cuda:
+            return self.plain(step)[0], True
+        begin_event = torch.cuda.Event(enable_timing=True)
+        end_event = torch.cuda.Event(enable_timing=True)
+        self._flush.zero_()
+        torch.cuda._sleep(int(pause * self._cycles_per_second))
+        begin_event.record()
+        step()
+        end_event.record()
+        hidden = not begin_event.query()
+        end_event.synchronize()
+        return begin_event.elapsed_time(end_event) / 1e3, hidden
+
+    def pause_for(self, step: Step) -> float | None:
+        """Seconds that cover the host's part of ``step``; None if nothing does."""
+        pause = PAUSE * min(self.plain(step)[1] for _ in range(3)) + 1e-4
+        while pause <= LONGEST_PAUSE:
+            # Twice in a row: the host is not equally fast each time.
+            if self.covered(step, pause)[1] and self.covered(step, pause)[1]:
+                return pause
+            pause *= 2
+        return None
+
+    def captured(self, step: Step) -> Step:
+        """The step as a CUDA graph, which costs the host one launch."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    # --- memory, bandwidth ------------------------------------------------------------------------
 
     def extra_bytes(self, step: Step) -> int | None:
         """Peak of the allocator during one step above the level before it."""
@@ -80,7 +158,7 @@ class Device:
         target = torch.empty_like(source)
         for _ in range(3):
             target.copy_(source)
-        times = [self.seconds(lambda: target.copy_(source))[0] for _ in range(repeats)]
+        times = [self.covered(lambda: target.copy_(source), 2e-4)[0] for _ in range(repeats)]
         return {
             "bytes": 2 * nbytes,
             "p50_ms": 1e3 * statistics.median(times),
@@ -102,6 +180,9 @@ def make_params(shapes: list[Shape], dtype: str, device: str) -> Params:
         params.append(torch.nn.Parameter(made[0]))
         params[-1].grad = made[1]
     return params
+
+
+# --- kernels --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -141,6 +222,20 @@ def kernel_times(step: Step) -> list[tuple[str, float]]:
     ]
 
 
+def by_name(kernels: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Launches and milliseconds of each kernel, the longest first; names without arguments."""
+    found: dict[str, list[float]] = {}
+    for name, seconds in kernels:
+        short = re.sub(r"\(anonymous namespace\)::|came8bit::|^void ", "", name)
+        short = re.sub(r"\((\w+)\)(?=\d)", r"\1 ", short).split("(")[0]
+        found.setdefault(short[:120], []).append(seconds)
+    lines = [
+        {"kernel": name, "launches": len(times), "ms": round(1e3 * sum(times), 4)}
+        for name, times in found.items()
+    ]
+    return sorted(lines, key=lambda line: -float(str(line["ms"])))
+
+
 def by_sweep(kernels: list[tuple[str, float]], shapes: list[Shape], dtype: str) -> list[SweepTime]:
     """Sum up kernels by sweep; what belongs to none comes last, with no bytes counted."""
     # Smaller ones take one launch for all three sweeps.
@@ -155,6 +250,9 @@ def by_sweep(kernels: list[tuple[str, float]], shapes: list[Shape], dtype: str) 
         found.append(SweepTime(sweep.name, sum(t for _, t in mine), len(mine), counted))
     found.append(SweepTime("everything else", sum(t for _, t in rest), len(rest), 0))
     return found
+
+
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

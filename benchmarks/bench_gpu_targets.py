@@ -2,6 +2,9 @@
 
 They are for an H200, where a matrix fits the cache if gradient and codes take half of it; on other
 GPUs the same lines are printed, with that GPU's cache and copy bandwidth.
+
+Kernels are judged, so times are of the device alone (``bench_gpu_measure.py``); where a step cannot
+be timed so, both sides of its ratio are plain times.
 """
 
 from __future__ import annotations
@@ -9,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bench_gpu_peers import OURS
+from bench_gpu_peers import BITSANDBYTES, OURS
 
-BITSANDBYTES = "bitsandbytes AdamW8bit"
 LARGE = 64 << 20
 """Elements of a tensor from which the bandwidth is judged."""
 BOUND = {"bfloat16": 1.3, "float32": 1.45}
@@ -43,7 +45,8 @@ def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
         if optimizer == OURS:
             found += _ours(row, result)
             continue
-        where, ratio = f"{case} {dtype}", row["time_over_ours_p50"]
+        where = f"{case} {dtype}" + ("" if row["covered"] else " (plain times)")
+        ratio = row["time_over_ours_p50"]
         if optimizer == BITSANDBYTES:
             fits = row["largest_swept_bytes"] <= result["about"]["l2_bytes"] / 2
             kind = "target" if fits else "goal"

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bench_cpu import quantiles
 from capped_job import Job
 from capped_launch import Worker, WorkerError
 from capped_optimizers import Choice
 from capped_proof import planned_state
 from capped_rows import line, name_of, row, target
+from records import quantiles
 
 PAGED = Choice("PagedCAME8bit", released=True)
 RESIDENT = Choice("CAME8bit", released=True)
