@@ -80,8 +80,7 @@ def unusable_error(param: Tensor, grad: Tensor, position: int) -> Exception:
         f"parameter {position} is {param.dtype} of shape {tuple(param.shape)} on {param.device}: "
         f"got a gradient of {grad.dtype}, layout {grad.layout}, shape {tuple(grad.shape)} on "
         f"{grad.device}, expected a dense real floating-point one of the same shape on the same "
-        "device, and a parameter of torch.float32, torch.bfloat16 or torch.float16; nothing has "
-        "been changed"
+        "device, and a parameter of torch.float32, torch.bfloat16 or torch.float16"
     )
     wrong_type = grad.dtype not in GRAD_DTYPES or param.dtype not in PARAM_DTYPES
     return TypeError(message) if wrong_type or grad.layout != torch.strided else ValueError(message)
@@ -95,13 +94,12 @@ def moved_error(
         return ValueError(
             f"the state of parameter {position} (shape {tuple(param.shape)}) is not complete: it "
             f"has {sorted(state)} and there is no page with the rest; use load_state_dict() to "
-            "give an optimizer its state. Nothing has been changed"
+            "give an optimizer its state"
         )
     return ValueError(
         f"parameter {position} has shape {tuple(param.shape)} on {param.device}, its state was "
         f"made for shape {tuple(shape)} on {state['step'].device}; move the model "
-        "before the first step, or save state_dict(), make a new optimizer and load it; nothing "
-        "has been changed"
+        "before the first step, or save state_dict(), make a new optimizer and load it"
     )
 
 
@@ -122,6 +120,6 @@ def check_finite(work: Iterable[Work]) -> None:
     if bad:
         listed = ", ".join(f"{item.position} (shape {tuple(item.param.shape)})" for item in bad)
         raise FloatingPointError(
-            f"the gradient of parameter {listed} is not finite; nothing has been changed. "
+            f"the gradient of parameter {listed} is not finite; "
             'nonfinite="skip" would leave such parameters out of the step'
         )

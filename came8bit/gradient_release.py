@@ -4,17 +4,19 @@ After an ordinary backward pass all gradients exist at once.  Here a hook on eve
 the gradient to the optimizer when autograd has finished it, and frees it, so that only the one in
 hand exists.  ``docs/gradient_release.md`` says what this means for a training loop.
 
-Three things are kept in order:
+Four things are kept in order:
 
 * **What is taken for what.**  A gradient that has been used leaves a :class:`ReleasedGradient` in
   ``param.grad`` until ``optimizer.step()``: a tensor without memory that raises when it is read or
-  added to.  With ``None`` there, ``clip_grad_norm_`` would find a norm of 0, and a second backward
-  pass would become a second update.
+  added to.
 * **Streams.**  Autograd runs a hook on the stream on which it has accumulated the gradient, after
   everything that read the parameter has been queued.  So the update goes to the current stream of
   the hook, and ``backward()`` lets its caller's stream wait for it at the end.  The gradient may
   have been allocated on another stream, the one of the operation that made it; ``record_stream``
   keeps its memory from being given away before the update has read it.
+* **Refusals.**  Before the first update of a step, everything is checked that does not depend on
+  gradients still to come: options, and the pages of all parameters.  What fails later has to say
+  how far the step has come.
 * **References.**  Autograd keeps hooks where Python's garbage collector cannot look.  A hook that
   held the optimizer would keep it, and the model, for good; so it holds a weak reference.
 """
@@ -34,59 +36,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .optim import CAME
 from .options import check_options
+from .released_gradient import SECOND, ReleasedGradient
+from .remarks import REFUSALS, add_remark
 
 __all__ = ["GradientRelease", "ReleasedGradient", "step_in_backward"]
-
-_SECOND = (
-    "a parameter got a second gradient before optimizer.step(), but with step_in_backward the "
-    "first one has been used and freed: to the optimizer they would be two steps. "
-    "Call optimizer.step() after each backward(); to add up the gradients of several backward "
-    "passes, run all but the last inside `with release.accumulate():`. If this was a single "
-    "backward(), the parameter is used in several segments of reentrant checkpointing, which is a "
-    "backward pass each: use checkpoint(..., use_reentrant=False). The parameter holds the update "
-    "of the first gradient; where that is not wanted, return to a checkpoint"
-)
-_GONE = (
-    "step_in_backward has used and freed this gradient during backward(); {what} has nothing to "
-    "work on. Global-norm clipping: use CAME's own clip_threshold, which limits the RMS of each "
-    "tensor's update (on by default), in place of clip_grad_norm_. GradScaler: train in bfloat16, "
-    "which needs none. To have the gradients all the same, run every backward() of the step inside "
-    "`with release.accumulate():`; they then exist all at once"
-)
-
-
-class ReleasedGradient(Tensor):
-    """What is left in ``param.grad`` of a gradient that has been used: no memory, no values.
-
-    Shape, dtype and device are the gradient's; every operation raises :class:`RuntimeError`.
-    """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def __new__(cls, grad: Tensor) -> ReleasedGradient:
-        """Stand in for ``grad``."""
-        made: ReleasedGradient = Tensor._make_wrapper_subclass(
-            cls, grad.shape, strides=(0,) * grad.dim(), dtype=grad.dtype, device=grad.device
-        )
-        return made
-
-    @property
-    def nbytes(self) -> int:  # type: ignore[override]
-        """0, for those who count."""
-        return 0
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"ReleasedGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        # How autograd adds to a gradient that is there.
-        if func is torch.ops.aten.add_.Tensor:
-            raise RuntimeError(_SECOND)
-        raise RuntimeError(_GONE.format(what=func))
 
 
 def step_in_backward(optimizer: Optimizer) -> GradientRelease:
@@ -154,6 +107,7 @@ class GradientRelease:
     def _forget_step(self) -> None:
         # Parameters that this step has updated, by position, in the order of backward.
         self._updated: dict[int, Tensor] = {}
+        self._checked = False  # options and pages
         # id of a parameter -> its group's index and its position; empty between two steps.
         self._places: dict[int, tuple[int, int]] = {}
         self._groups: list[dict[str, Any]] = []
@@ -203,7 +157,7 @@ class GradientRelease:
 
         Raises:
             RuntimeError: there is a closure.
-            ValueError, TypeError, FloatingPointError: as in ordinary steps.
+            ValueError, TypeError, FloatingPointError, OSError, MemoryError: as in ordinary steps.
         """
         optimizer = self._optimizer()
         if optimizer is None:
@@ -215,16 +169,27 @@ class GradientRelease:
                 "closure, or remove() the handle of step_in_backward first"
             )
         _drop_placeholders(optimizer)
+        count = len(self._updated)
         with torch.no_grad():
-            optimizer._run(optimizer._collect())
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                param.grad = None
+            optimizer._run_all(
+                f"backward() has updated {count} of {len(self._places)} parameters, the others "
+                "have not been changed. zero_grad() and step() end this step"
+                if count
+                else "Nothing has been changed"
+            )
+        _drop_gradients(optimizer)
         optimizer._flush()
         if self._updated:
             optimizer._expect_order(list(self._updated.values()))
         self._forget_step()
         self.attach(optimizer)
+
+    def abandon_step(self) -> None:
+        """End the step without another update, if one is under way; its gradients go."""
+        optimizer = self._optimizer()
+        if optimizer is not None and self._places:
+            _drop_gradients(optimizer)
+            self._forget_step()
 
     def attach(self, optimizer: CAME) -> None:
         """Hook every parameter that has no hook yet, and let go of those that have left."""
@@ -252,10 +217,8 @@ class GradientRelease:
     # --- in backward ------------------------------------------------------------------------------
 
     def _begin_step(self, optimizer: CAME) -> None:
-        """Check options and note places, once per step and where groups have changed."""
+        """Note places, once per step and where groups have changed."""
         _check_alone()
-        for group in optimizer.param_groups:
-            check_options(group)
         if self._groups is not optimizer.param_groups:  # the first time, or after loading
             self._forget_step()
         self.attach(optimizer)
@@ -265,6 +228,7 @@ class GradientRelease:
                 self._places[id(param)] = index, position
                 position += 1
         self._groups, self._group_count = optimizer.param_groups, len(optimizer.param_groups)
+        self._checked = False
 
     def _on_gradient(self, param: Tensor) -> None:
         """Update ``param``, whose gradient is complete, and free the gradient."""
@@ -281,7 +245,7 @@ class GradientRelease:
                 return
             index, position = place
             if position in self._updated:
-                raise RuntimeError(f"parameter {position}: {_SECOND}")
+                raise RuntimeError(f"parameter {position}: {SECOND}")
             if self._accumulating:
                 return
             if type(grad) is ReleasedGradient:
@@ -295,7 +259,7 @@ class GradientRelease:
                     "differentiated later, but step_in_backward frees them; use "
                     "torch.autograd.grad, or remove() the handle of step_in_backward first"
                 )
-            with torch.no_grad():
+            with torch.no_grad(), self._saying_how_far():
                 self._update(optimizer, index, param, position)
             if grad.is_cuda:
                 grad.record_stream(torch.cuda.current_stream(grad.device))
@@ -303,16 +267,38 @@ class GradientRelease:
             self._updated[position] = param
 
     def _update(self, optimizer: CAME, index: int, param: Tensor, position: int) -> None:
+        if not self._checked:
+            for group in optimizer.param_groups:
+                check_options(group)
+            optimizer._check_pages()
+            self._checked = True
+        item = optimizer._work_item(param, position)
+        if item is not None:
+            optimizer._run([(optimizer.param_groups[index], [item])])
+
+    @contextmanager
+    def _saying_how_far(self) -> Iterator[None]:
+        """Let errors in backward() say what this step has changed, and how to go on."""
         try:
-            item = optimizer._work_item(param, position)
-            if item is not None:
-                optimizer._run([(optimizer.param_groups[index], [item])])
-        except (ValueError, TypeError, FloatingPointError) as error:
-            raise type(error)(
-                f"{error}. This happened in backward(), for parameter {position} alone: "
-                f"{len(self._updated)} parameters whose gradients were ready earlier have been "
-                "updated. zero_grad() and step() end this step"
-            ) from error
+            yield
+        except REFUSALS as error:
+            count = len(self._updated)
+            add_remark(
+                error,
+                f"This happened in backward(), after {count} of {len(self._places)} parameters had "
+                "been updated; the others have not been. zero_grad() and step() end this step; "
+                "where a part of it is not wanted, return to a checkpoint of model and optimizer"
+                if count
+                else "This happened in backward(), before the first update of this step: no "
+                "parameter has been changed. zero_grad() and step() end this step",
+            )
+            raise
+
+
+def _drop_gradients(optimizer: CAME) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = None
 
 
 def _drop_placeholders(optimizer: CAME) -> None:

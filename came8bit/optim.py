@@ -17,6 +17,7 @@ from torch import Tensor
 from .checks import Work, check_finite, check_params, moved_error, unusable_error, usable
 from .loading import Group
 from .options import DEFAULT_SEED, FORMAT_VERSION, check_options, check_paging
+from .remarks import OUTSIDE, remark
 from .state.layout import DEFAULT_MIN_8BIT_SIZE
 from .state.paged import Pager
 from .stateful import StatefulOptimizer
@@ -155,9 +156,6 @@ class CAME(StatefulOptimizer):
         self._reset_warnings()
         super().__init__(params, defaults)
 
-    # Set while came8bit.gradient_release steps in backward; a copy of the optimizer does not.
-    _release: Any = None
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset_warnings()
@@ -210,10 +208,23 @@ class CAME(StatefulOptimizer):
                 with torch.enable_grad():
                     loss = closure()
             with torch.no_grad():
-                self._run(self._collect())
+                self._run_all("Nothing has been changed")
             self._flush()
         self._warn_if_skipped()
         return loss
+
+    def _run_all(self, untouched: str) -> None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            untouched: what has been changed when a check refuses the step, for the error.
+        """
+        with remark(untouched):
+            self._free_pages()
+            work = self._collect()
+            self._make_ready(work)
+        with remark("Parameters that came before this one have been updated", OUTSIDE):
+            step_all(work, self._pager)
 
     def _collect(self) -> list[tuple[Group, list[Work]]]:
         """Everything there is to do, checked before anything changes."""
@@ -243,12 +254,16 @@ class CAME(StatefulOptimizer):
         return Work(param, grad, state, position)
 
     def _run(self, work: list[tuple[Group, list[Work]]]) -> None:
-        """Update the parameters in ``work``."""
+        """Update the parameters in ``work``; errors do not say what has been changed."""
+        self._make_ready(work)
+        step_all(work, self._pager)
+
+    def _make_ready(self, work: list[tuple[Group, list[Work]]]) -> None:
+        """Check what can be checked beforehand, and make missing state; update nothing."""
         for group, members in work:
             if group["nonfinite"] == "raise":
                 check_finite(members)
         self._make_missing_state(work)
-        step_all(work, self._pager)
 
     # --- what was skipped -------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +17,12 @@ from torch.optim.optimizer import Optimizer
 
 from .checks import Work
 from .loading import Group, Saved, plan_state, read_state_dict
+from .remarks import remark
 from .state import dense
 from .state.layout import Layout, possible_layouts
 from .state.paged import Pager
+
+_HALF_LOADED = "A part of the state has been replaced: load again before the next step"
 
 Self = TypeVar("Self", bound="StatefulOptimizer")
 
@@ -26,6 +30,11 @@ Self = TypeVar("Self", bound="StatefulOptimizer")
 def _ordinary(param: Tensor) -> bool:
     """Neither meta nor sharded."""
     return not (param.is_meta or hasattr(param, "placements"))
+
+
+def _trains(param: Tensor) -> bool:
+    """Whether a step may reach it."""
+    return param.requires_grad or param.grad is not None
 
 
 class StatefulOptimizer(Optimizer):
@@ -36,6 +45,8 @@ class StatefulOptimizer(Optimizer):
     """
 
     _pager: Pager | None = None
+    # Set while came8bit.gradient_release steps in backward; a copy of the optimizer does not.
+    _release: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -96,8 +107,8 @@ class StatefulOptimizer(Optimizer):
             self._pager.reserve(self._missing_layouts())
         for item, group in fresh:
             item.state.update(self._allocate(item.param, plan_state(item.param, group)))
-        if self._pager is not None:
-            items = [item for _, members in work for item in members]
+        items = [item for _, members in work for item in members]
+        if items and self._pager is not None:
             self._pager.prepare([item.param for item in items if "exp_avg" not in item.state])
             for item in items:
                 if item.state["step"].device != item.param.device:
@@ -114,12 +125,33 @@ class StatefulOptimizer(Optimizer):
     def _missing_layouts(self) -> Iterator[tuple[Tensor, Layout]]:
         """All that have no state yet, not only those of this step: room is reserved once."""
         for group in self.param_groups:
-            for param in group["params"]:
-                used = param.requires_grad or param.grad is not None
-                if used and not self.state.get(param) and _ordinary(param) and param.numel():
+            for param in filter(_trains, group["params"]):
+                if not self.state.get(param) and _ordinary(param) and param.numel():
                     yield param, plan_state(param, group)
 
     # --- paging: nothing to do where state is dense -----------------------------------------------
+
+    def _free_pages(self) -> None:
+        """Let go of pages whose parameter has left its group, and its state ``self.state``.
+
+        Where only the group is gone, the state waits for the parameter to come back, as dense state
+        does.
+        """
+        if self._pager is not None:
+            members = (param for group in self.param_groups for param in group["params"])
+            self._pager.drop_others(chain(self.state, members))
+
+    def _check_pages(self) -> None:
+        """Make and check the pages of all parameters that a step may reach, before it reaches any.
+
+        Raises:
+            OSError, MemoryError, ValueError, NotImplementedError: as an ordinary step.
+        """
+        if self._pager is not None:
+            self._free_pages()
+            self._pager.reserve(self._missing_layouts())
+            members = (param for group in self.param_groups for param in group["params"])
+            self._pager.check(filter(_trains, members))
 
     def _expect_order(self, params: Iterable[Tensor]) -> None:
         """Say in which order :meth:`_run` will get ``params``, so that pages come ahead of use.
@@ -181,12 +213,20 @@ class StatefulOptimizer(Optimizer):
             return state
         saved = list(saved)
         pager = self._pager if self._pager.usable() else Pager(self._pager.placement)
-        pager.reserve((param, layout) for param, layout, _ in saved)
-        for param, layout, tensors in saved:
-            state[param] = pager.write(param, layout, tensors)
+        with remark("Nothing has been changed"):
+            pager.reserve((param, layout) for param, layout, _ in saved)
+        in_place = pager is self._pager
+        with remark(_HALF_LOADED if in_place else "Nothing has been changed"):
+            for param, layout, tensors in saved:
+                state[param] = pager.write(param, layout, tensors)
         pager.drop_others(state)
         self._pager = pager
         return state
+
+    def _state_replaced(self) -> None:
+        """A state has been loaded: end a step in backward that is under way."""
+        if self._release is not None:
+            self._release.abandon_step()
 
     # --- saving and loading -----------------------------------------------------------------------
 
@@ -213,8 +253,8 @@ class StatefulOptimizer(Optimizer):
 
         Tensors keep their dtype and move to their parameter's device, or to its page: whether
         state is paged, and where, is this optimizer's own affair.  The options come from
-        ``state_dict``; those that it lacks stay as they are.  Hooks run as in
-        :class:`torch.optim.Optimizer`.
+        ``state_dict``; those that it lacks stay as they are.  A step in backward that is under way
+        is over, without another update.  Hooks run as in :class:`torch.optim.Optimizer`.
 
         Raises:
             ValueError: the state belongs to another optimizer, a newer version or other
@@ -228,5 +268,6 @@ class StatefulOptimizer(Optimizer):
                 state_dict = replaced
         groups, saved = read_state_dict(state_dict, self.param_groups)
         self.__setstate__({"state": self._place(saved), "param_groups": groups})
+        self._state_replaced()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -58,10 +58,11 @@ def step_all(work: Iterable[tuple[Group, Sequence[Work]]], pager: Pager | None) 
             _step_paged(group, paged, pager)
         after = _skipped(members) if strict else []
         if any(int(new - old) for new, old in zip(after, before, strict=True)):
+            others = ", others have been updated" if len(members) > 1 else ""
             raise FloatingPointError(
                 "the preconditioned gradient of a parameter is not finite although its "
-                "gradient is; that parameter was left alone, others have been updated. Lower "
-                "the loss scale or clip gradients"
+                f"gradient is; that parameter was left alone{others}. Lower the loss scale or clip "
+                "gradients"
             )
 
 

@@ -1,5 +1,6 @@
 """Where stepping in backward cannot do what is asked: an error that says so, never a wrong step."""
 
+import contextlib
 import math
 import warnings
 
@@ -34,6 +35,12 @@ def unscale(params):
     scaler.step(torch.optim.SGD(params))
 
 
+def unscale_only(params):
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(torch.optim.SGD(params))
+
+
 READERS = {
     "clip_grad_norm_": lambda params: nn.utils.clip_grad_norm_(params, 1.0),
     "clip_grad_norm_, no foreach": lambda p: nn.utils.clip_grad_norm_(p, 1.0, foreach=False),
@@ -44,6 +51,7 @@ READERS = {
     "data": lambda params: params[0].grad.data.sum(),
     "to another dtype": lambda params: params[0].grad.double(),
     "GradScaler": unscale,
+    "GradScaler, unscale_ alone": unscale_only,
 }
 
 
@@ -56,6 +64,9 @@ def test_reading_a_released_gradient(name):
         READERS[name](list(net.parameters()))
     for alternative in ("clip_threshold", "bfloat16", r"release.accumulate()"):
         assert alternative in str(caught.value)
+    # It comes too late to prevent anything, and says so.
+    assert "The parameters hold this update already" in str(caught.value)
+    assert "neither clipped nor unscaled" in str(caught.value)
     assert_same(before, snapshot(optimizer))
     optimizer.step()  # training can go on
     train(net, optimizer)
@@ -85,6 +96,33 @@ def test_accelerate():
     came8bit.step_in_backward(optimizer)
 
 
+@pytest.mark.parametrize("module", [True, False])
+def test_setting_released_gradients_to_zero_does_no_harm(module):
+    """Also between backward() and step(), where they are placeholders."""
+    net, optimizer, _ = made()
+    expected = make_net()
+    train(expected, ordinary := came8bit.CAME8bit(expected.parameters(), lr=1e-3))
+    for i in range(4):
+        optimizer.zero_grad(set_to_none=False)
+        loss_of(net, i).backward()
+        (net if module else optimizer).zero_grad(set_to_none=False)
+        assert type(net.head.weight.grad) is ReleasedGradient
+        optimizer.step()
+    assert_same(snapshot(ordinary), snapshot(optimizer))
+
+
+def test_setting_many_gradients_to_zero_leaves_out_the_released_ones():
+    net, optimizer, _ = made()
+    loss_of(net, 0).backward()
+    others = [torch.ones(3), torch.ones(2, 2)]
+    torch._foreach_zero_([others[0], net.head.weight.grad, others[1]])
+    assert not any(other.any() for other in others)
+    net.first.up.weight.grad = torch.ones_like(net.first.up.weight)
+    before = net.first.down.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(before, net.first.down.weight)
+
+
 # --- second gradients -----------------------------------------------------------------------------
 
 
@@ -102,6 +140,7 @@ def test_a_second_backward_before_step(zero_grad, accumulate):
     ):
         loss_of(net, 1).backward()
     assert "all but the last inside `with release.accumulate():`" in str(caught.value)
+    assert "meant to be thrown away" in str(caught.value)
     assert_same(before, snapshot(optimizer))
     optimizer.zero_grad()
     optimizer.step()
@@ -111,6 +150,38 @@ def test_a_second_backward_before_step(zero_grad, accumulate):
     expected = came8bit.CAME8bit(other.parameters(), lr=1e-3)
     train(other, expected, steps=1)
     assert_same(train(other, expected, first=1), train(net, optimizer, first=1))
+
+
+@pytest.mark.parametrize("how", ["accumulate", "frozen"])
+def test_gradients_that_are_thrown_away(how):
+    """A generator learns through its discriminator, whose own gradients nobody wants."""
+
+    def loop(released):
+        torch.manual_seed(0)
+        generator, judge = nn.Linear(64, 64), nn.Linear(64, 64)
+        ours, its = (came8bit.CAME8bit(net.parameters()) for net in (generator, judge))
+        release = None
+        if released:
+            came8bit.step_in_backward(ours)
+            release = came8bit.step_in_backward(its)
+        for _ in range(3):
+            noise = torch.randn(8, 64)
+            judge(generator(noise).detach()).square().mean().backward()
+            its.step()
+            its.zero_grad()
+            before = [p.detach().clone() for p in judge.parameters()]
+            judge.requires_grad_(how != "frozen")
+            with release.accumulate(how == "accumulate") if release else contextlib.nullcontext():
+                judge(generator(noise)).abs().mean().backward()
+            its.zero_grad()
+            judge.requires_grad_()
+            ours.step()
+            ours.zero_grad()
+            assert all(torch.equal(*pair) for pair in zip(judge.parameters(), before, strict=True))
+        return snapshot(ours), snapshot(its)
+
+    for expected, got in zip(loop(False), loop(True), strict=True):
+        assert_same(expected, got)
 
 
 def test_several_segments_of_reentrant_checkpointing_with_the_same_parameter():
@@ -241,20 +312,45 @@ def test_distributed_data_parallel_reads_the_gradient_afterwards(tmp_path):
     try:
         net, optimizer, _ = made()
         parallel = nn.parallel.DistributedDataParallel(net)
-        with pytest.raises(RuntimeError, match="step_in_backward"):
+        message = r"DistributedDataParallel .* leave it away"
+        with pytest.raises(RuntimeError, match=message) as caught:
             loss_of(parallel, 0).backward()
+        assert "clip" not in str(caught.value)
+        assert len(optimizer.state) < len(list(net.parameters()))
+        # The way that the message names: all gradients are kept.
+        net, optimizer, release = made()
+        parallel = nn.parallel.DistributedDataParallel(net)
+        for i in range(4):
+            optimizer.zero_grad()
+            with release.accumulate():
+                loss_of(parallel, i).backward()
+            optimizer.step()
     finally:
         torch.distributed.destroy_process_group()
-    assert len(optimizer.state) < len(list(net.parameters()))
+    expected = make_net()
+    train(expected, ordinary := came8bit.CAME8bit(expected.parameters(), lr=1e-3))
+    assert_same(snapshot(ordinary), snapshot(optimizer))
 
 
-@pytest.mark.parametrize("lr", [math.nan, -1.0, "fast"])
-def test_options_are_checked_before_anything_changes(lr):
+def test_a_later_hook_that_reads_the_gradient():
     net, optimizer, _ = made()
+    net.head.weight.register_post_accumulate_grad_hook(lambda p: p.grad.norm())
+    with pytest.raises(RuntimeError, match="a hook that was registered after step_in_backward"):
+        loss_of(net, 0).backward()
+    assert int(optimizer.state[net.head.weight]["step"]) == 1
+
+
+@pytest.mark.parametrize("accumulated", [True, False])
+@pytest.mark.parametrize("lr", [math.nan, -1.0, "fast"])
+def test_options_are_checked_before_anything_changes(lr, accumulated):
+    net, optimizer, release = made()
     train(net, optimizer)
+    if accumulated:
+        with release.accumulate():
+            loss_of(net, 0).backward()
     optimizer.param_groups[0]["lr"] = lr
     before = snapshot(optimizer)[:2]
-    with pytest.raises(ValueError, match="got lr"):
+    with pytest.raises(ValueError, match=r"got lr .* no parameter has been changed"):
         loss_of(net, 0).backward()
     after = snapshot(optimizer)[:2]
     assert_same((*before, None), (*after, None))
@@ -328,14 +424,17 @@ def test_skipping_gradients_that_are_not_finite():
 def test_raising_on_gradients_that_are_not_finite():
     net, optimizer, _ = spoiled(nonfinite="raise")
     before = snapshot(optimizer)
-    message = r"parameter \d+ alone: 6 parameters .* have been updated"
-    with pytest.raises(FloatingPointError, match=message):
+    message = r"parameter \d+ .* in backward\(\), after 6 of 12 parameters had been updated"
+    with pytest.raises(FloatingPointError, match=message) as caught:
         loss_of(net, 0).backward()
+    assert "othing has been changed" not in str(caught.value)
     good, bad = late(net)
     assert all(changed(optimizer, good, before))
     assert not any(changed(optimizer, bad, before))
-    with pytest.raises(FloatingPointError, match="is not finite"):
+    with pytest.raises(FloatingPointError, match="is not finite") as caught:
         optimizer.step()  # the bad gradient is still there
+    assert "backward() has updated 6 of 12 parameters, the others have no" in str(caught.value)
+    assert "othing has been changed" not in str(caught.value)
     optimizer.zero_grad()
     optimizer.step()
     net.on = False
@@ -361,6 +460,7 @@ def test_gradients_of_the_wrong_kind():
     embedding = nn.Embedding(64, 64, sparse=True)
     optimizer = came8bit.CAME8bit(embedding.parameters())
     came8bit.step_in_backward(optimizer)
-    with pytest.raises(TypeError, match=r"parameter 0 .*layout torch.sparse_coo.*backward\(\)"):
+    message = r"parameter 0 .*layout torch.sparse_coo.*backward\(\).* no parameter has been changed"
+    with pytest.raises(TypeError, match=message):
         embedding(torch.tensor([1, 2])).sum().backward()
     assert not optimizer.state

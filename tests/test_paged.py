@@ -412,6 +412,37 @@ def test_state_that_was_thrown_away_begins_at_zero():
     assert_same(complete(expected), complete(optimizer))
 
 
+def test_pages_of_a_group_that_has_gone_are_given_back(tmp_path):
+    """With the next step, once the state is gone, too; until then the group may come back."""
+    shapes = [(256, 300), (128, 64, 3, 3), (7,)]
+    optimizer, expected = make(PagedCAME8bit, page_dir=tmp_path), make(CAME8bit)
+    extra = [[start(shape, seed=50 + i) for i, shape in enumerate(shapes)] for _ in range(2)]
+    pages_of = optimizer._pager._pages
+    for o, params in ((optimizer, extra[0]), (expected, extra[1])):
+        o.add_param_group({"params": params})
+        train(o, 1)
+        group = o.param_groups.pop()
+        train(o, 1, first=1)
+        o.add_param_group({"params": group["params"]})
+        train(o, 1, first=2)
+    assert_same(complete(expected), complete(optimizer))
+    (file,) = tmp_path.iterdir()
+    size = file.stat().st_size
+    assert len(pages_of) == len(PAGED) + 2
+    for o, params in ((optimizer, extra[0]), (expected, extra[1])):
+        o.param_groups.pop()
+        for p in params:
+            del o.state[p]
+        train(o, 2, first=3)
+    assert len(pages_of) == len(PAGED)
+    # Their places are used again, and begin at zero.
+    for o in (optimizer, expected):
+        o.add_param_group({"params": [start(shape, seed=60) for shape in shapes[:2]]})
+        train(o, 2, first=5)
+    assert file.stat().st_size == size
+    assert_same(complete(expected), complete(optimizer))
+
+
 def test_options_that_decide_the_layout_change_nothing_that_is_there():
     optimizer, expected = make(PagedCAME8bit), make(CAME8bit)
     for o in (optimizer, expected):

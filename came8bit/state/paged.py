@@ -65,6 +65,7 @@ class _Lane:
         self._budget = budget
         self._schedule: Schedule | None = None
         self._expected: list[int] | None = None
+        self.order: Sequence[Tensor] | None = None  # where `_expected` comes from
 
     def add(self, pages: Iterable[Page]) -> None:
         """New pages; the plan is made again before the next use."""
@@ -93,14 +94,12 @@ class _Lane:
             raise ValueError(
                 f"page_budget is {self._budget} bytes, but the state of a parameter of shape "
                 f"{tuple(shape)} needs a page of {largest.nbytes}: give page_budget="
-                f"{largest.nbytes} or more, three times as much to let copies overlap. Nothing "
-                "has been changed"
+                f"{largest.nbytes} or more, three times as much to let copies overlap"
             )
         return self._budget
 
     def plan(self) -> None:
-        """Be ready for :meth:`use`; whatever can be refused is refused here."""
-        self.home.check()
+        """Be ready for :meth:`use`, where the home is as it was."""
         schedule = self._schedule
         if schedule is None:
             sizes = {page.key: page.nbytes for page in self.pages.values()}
@@ -111,15 +110,18 @@ class _Lane:
     def retire(self) -> None:
         """Bring all pages home and forget the plan."""
         schedule, self._schedule = self._schedule, None
-        self._expected = None
+        self._expected = self.order = None
         if schedule is not None:
             self._do(schedule.send_home(self.pages))
             for key in self.pages:
                 self._do(schedule.forget(key))
 
-    def expect(self, keys: list[int], again: bool) -> None:
-        """Prefetch in this order; ``again``: from its beginning, even if it is the old one."""
-        if self._schedule is not None and (again or keys != self._expected):
+    def expect(self, order: Sequence[Tensor], keys: list[int], again: bool) -> None:
+        """Prefetch ``keys``, the pages of ``order``; ``again``: also if that is the old order."""
+        if self._schedule is None:
+            return
+        self.order = order
+        if again or keys != self._expected:
             self._expected = keys
             self._do(self._schedule.expect(keys))
 
@@ -251,9 +253,10 @@ class Pager:
 
     def drop(self, param: Tensor) -> None:
         """Forget the page of ``param``, if it has one."""
-        page = self._pages.pop(param, None)
+        page = self._pages.get(param)
         if page is not None:
             self._lanes[page.device].remove(page)
+            del self._pages[param]
 
     def drop_others(self, params: Iterable[Tensor]) -> None:
         """Forget the pages of all parameters but ``params``."""
@@ -326,22 +329,36 @@ class Pager:
         self._order = list(params)
         self._expect(self._order, again=False)
 
-    def prepare(self, params: Sequence[Tensor]) -> None:
-        """Be ready to visit ``params``; everything that can be refused is refused here.
+    def check(self, params: Iterable[Tensor]) -> None:
+        """Refuse everything that can be refused before ``params`` are visited.
 
-        Pages of parameters that have moved to another device follow them.
+        That includes pages of other parameters that are lost.  Pages of those that have moved to
+        another device follow them.
 
         Raises:
             OSError, MemoryError, ValueError: pages are gone, or the budget is too small.
         """
-        for param in params:
-            page = self._pages.get(param)
-            if page is not None and page.device != param.device:
+        for lane in self._lanes.values():
+            if lane.pages:
+                lane.home.check()
+        pages = {param: self._pages[param] for param in params if param in self._pages}
+        for param, page in pages.items():
+            if page.device != param.device:
                 self._move(param, page)
-        for device in {self._pages[param].device for param in params if param in self._pages}:
+        for device in {param.device for param in pages}:
             self._lanes[device].plan()
+
+    def prepare(self, params: Sequence[Tensor]) -> None:
+        """Be ready to visit ``params``, after a :meth:`check` of them.
+
+        Raises:
+            OSError, MemoryError, ValueError: as :meth:`check`.
+        """
+        self.check(params)
         if self._order and len(params) < 2:
-            self._expect(self._order, again=False)
+            # A step in backward comes here for every parameter: look at all pages only if needed.
+            if any(lane.order is not self._order for lane in self._lanes.values()):
+                self._expect(self._order, again=False)
         elif params:
             self._expect(params, again=True)
 
@@ -368,7 +385,7 @@ class Pager:
     def _expect(self, params: Sequence[Tensor], again: bool) -> None:
         for device, lane in self._lanes.items():
             pages = [self._pages[param] for param in params if param in self._pages]
-            lane.expect([page.key for page in pages if page.device == device], again)
+            lane.expect(params, [page.key for page in pages if page.device == device], again)
 
     def _move(self, param: Tensor, page: Page) -> None:
         lane = self._lane(param.device)

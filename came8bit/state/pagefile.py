@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import shlex
 import socket
+import stat
 import tempfile
 import threading
 import weakref
@@ -15,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .pages import Ranges, in_words
+from .pages import Ranges, both_in_words, in_words
 
 try:
     import fcntl
@@ -26,6 +28,11 @@ GRANULE = mmap.ALLOCATIONGRANULARITY
 
 _MAGIC = b"came8bit pages\n"
 _held: set[str] = set()  # page files of this process
+# A file is opened and locked, or unlocked and deleted, while no other thread looks at `_held`.  The
+# garbage collector may close one file in the middle of opening another: the lock is reentrant.
+_holding = threading.RLock()
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def default_directory() -> Path:
@@ -39,14 +46,15 @@ def _close(fd: int, path: Path | None, owner: int) -> None:
     """Close a page file and delete it, unless this process is a fork of its owner."""
     if os.getpid() != owner:
         return
-    if path is not None:
-        _held.discard(str(path))
-        try:
-            if os.path.samestat(os.stat(path), os.fstat(fd)):
-                os.unlink(path)
-        except OSError:
-            pass
-    os.close(fd)
+    with _holding:
+        if path is not None:
+            _held.discard(str(path))
+            try:
+                if os.path.samestat(os.stat(path), os.fstat(fd)):
+                    os.unlink(path)
+            except OSError:
+                pass
+        os.close(fd)
 
 
 class PageFile:
@@ -85,7 +93,7 @@ class PageFile:
         sizes = [_round_up(size) for size in sizes]
         with self._mutex:
             if self._fd < 0:
-                self._open()
+                self._open(sum(sizes))
             else:
                 self.check()
             addresses, again, end = self._ranges.take(sizes, self._end)
@@ -103,8 +111,7 @@ class PageFile:
 
     def _grow(self, end: int) -> None:
         wanted = end - self._end
-        stat = os.fstatvfs(self._fd)
-        had = stat.f_bavail * stat.f_frsize
+        had = _free(self._fd)
         try:
             if wanted > had:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -114,12 +121,7 @@ class PageFile:
                 _write_zeros(self._fd, self._end, wanted)
         except OSError as error:
             os.ftruncate(self._fd, self._end)
-            raise OSError(
-                error.errno,
-                f"paged state: wanted {in_words(wanted)} more for {self.name}, had {in_words(had)} "
-                f"free on that disk ({error.strerror}). Nothing has been changed. Make room, raise "
-                "the limit, or name another directory with page_dir=",
-            ) from error
+            raise _no_room(error, wanted, had, self.name) from error
         self._end = end
 
     # --- windows ----------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ class PageFile:
         """
         size = os.fstat(self._fd).st_size
         if size < address + nbytes:  # to touch what is not there would kill the process
-            raise self._too_short(size, "Parameters that came before this one have been updated")
+            raise self._too_short(size)
         try:
             window = mmap.mmap(self._fd, nbytes, offset=address)
         except OSError as error:
@@ -166,95 +168,170 @@ class PageFile:
             raise OSError(
                 errno.EPERM,
                 f"paged state: {self.name} belongs to process {self._owner}, from which this one "
-                "was forked; make the optimizer in the process that trains. Nothing has been "
-                "changed",
+                "was forked; make the optimizer in the process that trains",
             )
-        stat = os.fstat(self._fd)
-        if self._path is not None and stat.st_nlink == 0:
+        status = os.fstat(self._fd)
+        if self._path is not None and status.st_nlink == 0:
             raise FileNotFoundError(
                 errno.ENOENT,
-                f"paged state: {self.name} has been deleted while in use. Nothing has been "
-                "changed, and the state can still be read: save state_dict(), then load it into "
-                "an optimizer with another page_dir=",
+                f"paged state: {self.name} has been deleted while in use. The state can still be "
+                "read: save state_dict(), then load it into an optimizer with another page_dir=",
             )
-        if stat.st_size < self._end:
-            raise self._too_short(stat.st_size, "Nothing has been changed")
+        if status.st_size < self._end:
+            raise self._too_short(status.st_size)
 
-    def _too_short(self, size: int, changed: str) -> OSError:
+    def _too_short(self, size: int) -> OSError:
+        has, expected = both_in_words(size, self._end)
         return OSError(
             errno.EIO,
-            f"paged state: {self.name} has {in_words(size)}, expected {in_words(self._end)}: "
-            f"something cut it short and part of the momentum is lost. {changed}; "
-            "load_state_dict() with a saved state continues in a new file",
+            f"paged state: {self.name} has {has}, expected {expected}: something cut it short and "
+            "part of the momentum is lost. load_state_dict() with a saved state continues in a "
+            "new file",
         )
 
-    def _open(self) -> None:
+    def _open(self, wanted: int) -> None:
+        """Make the file, with its header; ``wanted`` bytes are going to be behind that."""
         if fcntl is None:
             raise NotImplementedError("page files need a POSIX system (file locks, mappings)")
+        wanted += GRANULE
         if self._directory is None:
-            with tempfile.TemporaryFile(dir=default_directory(), buffering=0) as file:
-                self._fd = os.dup(file.fileno())
+            directory = default_directory()
+            try:
+                with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+                    self._fd = os.dup(file.fileno())
+            except OSError as error:
+                raise _cannot_open(error, self.name, directory, wanted) from error
         else:
-            self._fd, self._path = _open_locked(self._directory)
+            directory = self._directory
+            self._fd, self._path = _open_locked(directory, wanted)
         closing = weakref.finalize(self, _close, self._fd, self._path, self._owner)
         header = _MAGIC + f"process {os.getpid()} on {socket.gethostname()}\n".encode()
         try:
             os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, header.ljust(GRANULE, b"\0"), 0)
-        except OSError:
+            _write(self._fd, header.ljust(GRANULE, b"\0"), 0)
+        except OSError as error:
+            told = _cannot_open(error, self.name, directory, wanted)
             closing()
             self._fd, self._path = -1, None
-            raise
+            raise told from error
 
 
 def _round_up(nbytes: int) -> int:
     return -(-nbytes // GRANULE) * GRANULE
 
 
+def _free(place: int | Path) -> int:
+    """Bytes that may still be written to the disk of a file or directory."""
+    status = os.statvfs(place)
+    return status.f_bavail * status.f_frsize
+
+
+def _write(fd: int, content: bytes, start: int) -> None:
+    """Write all of ``content``; a disk that is almost full takes a part of it without an error."""
+    while content:
+        done = os.pwrite(fd, content, start)
+        start, content = start + done, content[done:]
+
+
 def _write_zeros(fd: int, start: int, nbytes: int) -> None:
     zeros = bytes(1 << 20)
-    while nbytes:
-        done = os.pwrite(fd, zeros[:nbytes], start)
-        start, nbytes = start + done, nbytes - done
+    for done in range(0, nbytes, len(zeros)):
+        _write(fd, zeros[: nbytes - done], start + done)
 
 
-def _open_locked(directory: Path) -> tuple[int, Path]:
+# --- what can be wrong with a place for a file ----------------------------------------------------
+
+
+def _no_room(error: OSError, wanted: int, had: int, name: str) -> OSError:
+    wanted_words, had_words = both_in_words(wanted, had)
+    return OSError(
+        error.errno,
+        f"paged state: wanted {wanted_words} more for {name}, had {had_words} free on that disk "
+        f"({error.strerror}). Make room, raise the limit, or name another directory with page_dir=",
+    )
+
+
+def _cannot_open(error: OSError, name: str, directory: Path, wanted: int) -> OSError:
+    """What to raise instead of ``error``, which came when a file was opened or begun."""
+    if error.errno in _NO_ROOM:
+        return _no_room(error, wanted, _free(directory), name)
+    advice = "Name another directory with page_dir="
+    if error.errno in _NOT_ALLOWED:
+        advice = (
+            "This user must be allowed to make files in that directory, and to write to that one "
+            "if it is there already: change permissions, or name another directory with page_dir="
+        )
+    return OSError(error.errno, f"paged state: cannot open {name} ({error.strerror}). {advice}")
+
+
+def _refuse_stranger(path: Path) -> None:
+    """Raise a :class:`FileExistsError` where ``path`` is there, but no ordinary file."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return  # not there, which is fine, or something that opening it will find, too
+    if stat.S_ISREG(mode):
+        return
+    kinds = ((stat.S_ISLNK, "symbolic link"), (stat.S_ISDIR, "directory"), (stat.S_ISFIFO, "pipe"))
+    kind = next((kind for test, kind in kinds if test(mode)), "device or socket")
+    raise FileExistsError(
+        errno.EEXIST,
+        f"paged state: {path} exists and is a {kind}, no page file; move it away, or name another "
+        "directory with page_dir=",
+    )
+
+
+def _open_locked(directory: Path, wanted: int) -> tuple[int, Path]:
     """The first page file in ``directory`` that this process does not have, locked."""
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise FileNotFoundError(
             errno.ENOENT,
-            f"paged state: page_dir {directory} is not there (any more). Nothing has been "
-            "changed. Make it again, or name another",
+            f"paged state: page_dir {directory} is not there (any more), or cannot be reached. "
+            f"Make it again (mkdir -p {shlex.quote(str(directory))}), which is the only way for an "
+            "optimizer that is unpickled or copied; a new optimizer may have another page_dir=, "
+            "and gets the state by load_state_dict()",
         )
-    index = 0
-    while True:
-        path = directory.resolve() / f"came8bit-{index}.pages"
-        if str(path) in _held:
-            index += 1
-            continue
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_nlink == 0:  # its last user deleted it just now
-                os.close(fd)
+    with _holding:
+        index = 0
+        while True:
+            path = directory.resolve() / f"came8bit-{index}.pages"
+            if str(path) in _held:
+                index += 1
                 continue
-            start = os.pread(fd, len(_MAGIC), 0)
-            if start not in (b"", _MAGIC):
-                raise FileExistsError(
-                    errno.EEXIST, f"paged state: {path} exists and is no page file; move it away"
-                )
-        except BlockingIOError as error:
-            lines = os.pread(fd, 512, 0).decode(errors="replace").split("\n")
-            os.close(fd)
-            holder = lines[1] if len(lines) > 2 else "a process that has just begun"
-            raise BlockingIOError(
-                errno.EWOULDBLOCK,
-                f"paged state: {path} is held by another run ({holder}). Nothing has been "
-                "changed. Wait for it, or give this run a page_dir= of its own, every rank of a "
-                "distributed one too",
-            ) from error
-        except OSError:
-            os.close(fd)
-            raise
-        _held.add(str(path))
-        return fd, path
+            fd = _lock(path, directory, wanted)
+            if fd is not None:
+                _held.add(str(path))
+                return fd, path
+
+
+def _lock(path: Path, directory: Path, wanted: int) -> int | None:
+    """Open and lock a page file; ``None`` if its last user has deleted it just now."""
+    _refuse_stranger(path)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise _cannot_open(error, str(path), directory, wanted) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        gone = os.fstat(fd).st_nlink == 0
+        start = os.pread(fd, len(_MAGIC), 0)
+    except BlockingIOError as error:
+        lines = os.pread(fd, 512, 0).decode(errors="replace").split("\n")
+        os.close(fd)
+        holder = lines[1] if len(lines) > 2 else "a process that has just begun"
+        raise BlockingIOError(
+            errno.EWOULDBLOCK,
+            f"paged state: {path} is held by another run ({holder}). Wait for it, or give this "
+            "run a page_dir= of its own, every rank of a distributed one too",
+        ) from error
+    except OSError as error:  # a file system without locks
+        os.close(fd)
+        raise _cannot_open(error, str(path), directory, wanted) from error
+    if not gone and start in (b"", _MAGIC):
+        return fd
+    os.close(fd)
+    if gone:
+        return None
+    raise FileExistsError(
+        errno.EEXIST, f"paged state: {path} exists and is no page file; move it away"
+    )

@@ -96,6 +96,13 @@ def in_words(nbytes: float) -> str:
     return f"{nbytes / 1024:.4g} {units[0]}"
 
 
+def both_in_words(first: int, second: int) -> tuple[str, str]:
+    """Two numbers of bytes for people; exact where rounding would hide how they differ."""
+    if 0 < 1000 * abs(first - second) < max(first, second):
+        return f"{first} bytes", f"{second} bytes"
+    return in_words(first), in_words(second)
+
+
 class Home(Protocol):
     """Memory of the host, or a file, that keeps bytes."""
 

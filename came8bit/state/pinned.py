@@ -29,8 +29,8 @@ def pinned_bounce(nbytes: int) -> Tensor:
     except (RuntimeError, MemoryError) as error:
         raise MemoryError(
             f"paged state: wanted {in_words(nbytes)} of pinned host memory, as much as page_budget "
-            f"is, to pass pages through, had none ({str(error).splitlines()[0]}). Nothing has been "
-            "changed. Lower page_budget="
+            f"is, to pass pages through, had none ({str(error).splitlines()[0]}). Lower "
+            "page_budget="
         ) from error
 
 
@@ -102,8 +102,7 @@ class PinnedMemory:
             f"paged state: wanted {in_words(wanted)} of pinned host memory, had {in_words(had)} of "
             f"it when {in_words(nbytes)} more were refused ({reason}; "
             f"{'unknown' if available is None else in_words(available)} of host memory available "
-            "then). Nothing has been changed. Give page_dir= a directory on a fast disk: pages "
-            "are then kept in a file"
+            "then). Give page_dir= a directory on a fast disk: pages are then kept in a file"
         ) from cause
 
     def release(self, address: int, nbytes: int) -> None:

@@ -210,8 +210,7 @@ class Copies:
         except torch.OutOfMemoryError as error:
             raise MemoryError(
                 f"paged state: wanted {in_words(capacity)} of device memory for pages, which the "
-                f"device does not have ({str(error).splitlines()[0]}). Nothing has been changed. "
-                "Lower page_budget="
+                f"device does not have ({str(error).splitlines()[0]}). Lower page_budget="
             ) from error
 
     def stage(self, page: Page, offset: int) -> None:

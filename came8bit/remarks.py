@@ -1,0 +1,49 @@
+"""What an error has left behind, said at the end of its message.
+
+Whoever refuses something knows what is wrong, but not what else the call has done by then: the same
+full disk stops a step, a part of a step in backward, or a load.  So it says what is wrong and what
+to do, and the outermost function, which knows, adds what has been changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+REFUSALS = (
+    ValueError,
+    TypeError,
+    NotImplementedError,
+    FloatingPointError,
+    OSError,
+    MemoryError,
+    torch.OutOfMemoryError,
+)
+"""What this package raises for reasons that lie outside of it, and PyTorch where memory ends."""
+
+OUTSIDE = (OSError, MemoryError, torch.OutOfMemoryError)
+"""Those that may still come when everything has been checked."""
+
+
+def add_remark(error: BaseException, text: str) -> None:
+    """Let the message of ``error`` end with ``text``, a sentence without its full stop.
+
+    The error stays the same object, with its traceback: one error has one message.
+    """
+    if isinstance(error, OSError) and error.strerror is not None:
+        error.strerror = f"{error.strerror}. {text}"
+        error.args = (error.errno, error.strerror)
+    else:
+        error.args = (f"{str(error) or type(error).__name__}. {text}",)
+
+
+@contextmanager
+def remark(text: str, kinds: tuple[type[BaseException], ...] = REFUSALS) -> Iterator[None]:
+    """Add ``text`` to errors of ``kinds`` that leave the block."""
+    try:
+        yield
+    except kinds as error:
+        add_remark(error, text)
+        raise
