@@ -2,6 +2,7 @@
 
     python benchmarks/bench_activations.py            # everything, about two minutes
     python benchmarks/bench_activations.py --quick    # small models only, seconds
+    python benchmarks/bench_activations.py --attention-dropout    # what GPT-2 keeps with it
 
 Runs forward and backward of transformers' models on the CPU and counts bytes in two ways:
 
@@ -13,13 +14,16 @@ Both are counts of tensors and repeat exactly; allocators and kernels' workspace
 The large models run with fake tensors: real shapes, dtypes and lifetimes, but no memory.  SANA is
 among the cases where diffusers is installed.  One row per case is appended to
 ``benchmarks/results/activations.csv``.
+
+With dropout of attention, which GPT-2 has by default, PyTorch keeps the scores on a CPU, which no
+estimate for a card counts; all cases but those of ``--attention-dropout`` are without it.  The
+latter are only printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import datetime
 import importlib.util
 import subprocess
@@ -32,6 +36,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from records import append
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -263,7 +268,7 @@ _SMALL_GPT2 = {
     "n_head": 8,
     "vocab_size": 2000,
     "n_positions": 512,
-    "attn_pdrop": 0.0,  # on the CPU it would make PyTorch keep the scores, which a GPU does not
+    "attn_pdrop": 0.0,  # with it PyTorch keeps the scores on a CPU
 }
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
@@ -312,6 +317,15 @@ def large_cases() -> Iterator[Case]:
         for checkpointing in (False, True):
             for release in (False, True):
                 yield Case(name, config, "bf16", batch, sequence, checkpointing, release, True)
+
+
+def attention_dropout_cases() -> Iterator[Case]:
+    """GPT-2 with all its default dropouts: what the planner does not count on a CPU."""
+    for sequence in (128, 256, 512):
+        config = {**_SMALL_GPT2, "attn_pdrop": 0.1}
+        yield Case("small gpt2", config, "bf16", 2, sequence)
+    for sequence in (128, 256, 512, 1024):
+        yield Case("gpt2", dict(CONFIGS["gpt2"][1]), "bf16", 1, sequence, fake=True)
 
 
 def sana_cases() -> Iterator[Case]:
@@ -370,18 +384,6 @@ def row(case: Case) -> dict[str, Any]:
     }
 
 
-def append(rows: list[dict[str, Any]], path: Path) -> None:
-    """Append ``rows`` to the CSV file, with its heading if it is new."""
-    facts = about()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*facts, *rows[0]], lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows({**facts, **found} for found in rows)
-
-
 def summary(rows: list[dict[str, Any]]) -> str:
     """The table of ``docs/memory.md``: smallest and largest errors."""
     lines = ["| | cases | kept | peak |", "|---|---:|---:|---:|"]
@@ -406,6 +408,9 @@ def main() -> int:
     """Run, print, append."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small models only")
+    parser.add_argument(
+        "--attention-dropout", action="store_true", help="GPT-2 with it, and nothing else"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file to append to")
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
@@ -414,7 +419,9 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     cases = [*small_cases(), *([] if args.quick else large_cases())]
-    if importlib.util.find_spec("diffusers") is None:
+    if args.attention_dropout:
+        cases = list(attention_dropout_cases())
+    elif importlib.util.find_spec("diffusers") is None:
         print("left out: SANA, for diffusers is not installed")
     else:
         cases += [case for case in sana_cases() if not (args.quick and case.fake)]
@@ -430,7 +437,10 @@ def main() -> int:
             f"peak {r['peak_measured'] / 1e6:9.2f} MB {r['peak_error_percent']:+6.2f} %"
         )
         sys.stdout.flush()
-    append(rows, args.out)
+    if args.attention_dropout:
+        return 0
+    facts = about()
+    append([{**facts, **row} for row in rows], args.out)
     print(summary(rows))
     return 0
 

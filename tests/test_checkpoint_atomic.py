@@ -190,6 +190,115 @@ def test_a_link_stays_a_link(tmp_path, optimizer):
     load_checkpoint(CAME8bit(copies(params).items()), link)
 
 
+# --- permissions ----------------------------------------------------------------------------------
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture
+def umask():
+    """Sets the umask of the test; restored afterwards."""
+    before = os.umask(0)
+    os.umask(before)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_new_file_has_what_the_umask_leaves(tmp_path, optimizer, umask, mask, expected):
+    umask(mask)
+    save_checkpoint(optimizer, tmp_path / "x")
+    assert mode(tmp_path / "x") == expected
+
+
+@pytest.mark.parametrize("kept", [0o600, 0o640, 0o666, 0o444, 0o400])
+@pytest.mark.parametrize("link", [False, True])
+def test_a_replaced_file_keeps_its_permissions(tmp_path, optimizer, umask, kept, link):
+    """A read-only file too is replaced, for it is the folder that has to be writable."""
+    path = target = tmp_path / "x"
+    if link:
+        target = tmp_path / "latest"
+        target.symlink_to(path)
+    path.write_bytes(b"old")
+    path.chmod(kept)
+    umask(0o022)
+    save_checkpoint(optimizer, target)
+    assert path.stat().st_size > 3
+    assert mode(path) == kept
+
+
+def test_nobody_else_reads_a_private_file_while_it_is_written(tmp_path, umask):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    umask(0)
+    with atomic.atomic_file(path) as file:
+        file.write(b"secret")
+        (temporary,) = tmp_path.glob(".came8bit-*.tmp")
+        assert mode(temporary) == 0o600
+    assert path.read_bytes() == b"secret"
+
+
+@pytest.mark.parametrize(("refused", "expected"), [(False, 0o654), (True, 0o644)])
+def test_owner_and_group_are_kept_where_the_system_allows(tmp_path, monkeypatch, refused, expected):
+    """Where it does not, the group is another one, and gets what everybody may."""
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    path.chmod(0o654)
+    here, fstat, asked = path.stat(), os.fstat, []
+
+    def of_others(descriptor):
+        return os.stat_result((0o100600, 0, 0, 1, here.st_uid + 1, here.st_gid + 1, *[0] * 4))
+
+    def chown(descriptor, owner, group):
+        asked.append((owner, group))
+        if refused:
+            raise PermissionError
+
+    monkeypatch.setattr(os, "fchown", chown)
+    with atomic.atomic_file(path) as file:
+        file.write(b"new")
+        monkeypatch.setattr(os, "fstat", of_others)
+    monkeypatch.setattr(os, "fstat", fstat)
+    assert asked == [(-1, here.st_gid), (here.st_uid, -1)]
+    assert path.read_bytes() == b"new"
+    assert mode(path) == expected
+
+
+def test_a_file_system_without_permissions_is_no_error(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+
+    def refused(descriptor, mode):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "fchmod", refused)
+    with atomic.atomic_file(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert mode(path) == 0o600
+
+
+def test_a_leftover_that_has_become_read_only_goes(tmp_path, monkeypatch):
+    dead = tmp_path / ".came8bit-0123456789abcdef.tmp"
+    dead.write_bytes(b"a whole file, but for its name")
+    dead.chmod(0o444)
+    real = os.open
+
+    def strict(path, flags, *rest):
+        """As for those who are not root."""
+        if os.fspath(path) == os.fspath(dead) and flags & os.O_RDWR:
+            raise PermissionError
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", strict)
+    atomic.remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
+
+
 def test_a_file_replaced_while_it_is_read_does_not_mix(tmp_path, monkeypatch, optimizer):
     from came8bit.checkpoint.source import SavedFile
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -71,6 +75,36 @@ def test_files_that_are_not_there(command, tmp_path, capsys):
     assert main([*command, *files]) == 2
     assert "No such file" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_pipes_are_refused_and_not_waited_for(command, tmp_path):
+    """In a process of its own, which would otherwise wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    arguments = [command, "pipe", *(["new"] if command == "convert" else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "came8bit", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "pipe is a pipe or a device, expected a file" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_the_state_that_torch_saved_comes_with_the_lines_that_convert_it(path, tmp_path, capsys):
+    params, optimizer = trained()
+    torch.save({"epoch": 3, "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    assert main(["convert", str(tmp_path / "x.pt"), str(tmp_path / "y")]) == 2
+    said = re.search(r"optimizer\.load_state_dict\(.*?\]\)", capsys.readouterr().err)
+    other = CAME8bit(copies(params).items())
+    exec(said[0], {"optimizer": other, "torch": torch})
+    save_checkpoint(other, tmp_path / "y")
+    save_checkpoint(optimizer, tmp_path / "z")
+    assert (tmp_path / "y").read_bytes() == (tmp_path / "z").read_bytes()
 
 
 def test_convert_writes_the_other_bits(path, tmp_path, capsys):

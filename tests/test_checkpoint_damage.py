@@ -278,6 +278,15 @@ def save_own(path):
     torch.save(trained(shapes=SMALL)[1].state_dict(), path)
 
 
+def save_own_training(path):
+    torch.save({"optimizer": trained(steps=1)[1].state_dict()}, path)
+
+
+def save_old(path):
+    state = trained(steps=1)[1].state_dict()
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
 def save_code(path):
     torch.save({"state": {}, "param_groups": [], "hook": save_code}, path)
 
@@ -299,11 +308,16 @@ FOREIGN = {
         r"format 'pt' with 1 tensors such as \['w'\]: not an optimizer",
     ),
     "safetensors": (save_plain, "without metadata: not an optimizer"),
-    "module": (save_module, "torch.save with a dict with .*expected the state_dict"),
+    "module": (save_module, "torch.save with a dict with .*of a model, expected the state_dict"),
     "AdamW": (save_adamw, "state of another optimizer than came-pytorch"),
-    "training": (save_training, "'epoch', 'model', 'optimizer'.*save it alone"),
-    "state_dict": (save_own, r"state_dict\(\) of came8bit.*load_state_dict"),
-    "code": (save_code, "torch.load cannot read it safely"),
+    "training": (save_training, r"under 'optimizer'; save it alone: torch\.save\(torch\.load"),
+    "state_dict": (
+        save_own,
+        r"of a came8bit optimizer.*optimizer\.load_state_dict\(torch\.load\('[^']*'\)\), then",
+    ),
+    "own training": (save_own_training, r"torch\.load\('[^']*'\)\['optimizer'\]\), then came8bit"),
+    "old": (save_old, r"format of before version 1\.6; write it anew: torch\.save\(torch\.load"),
+    "code": (save_code, "torch.load cannot read it safely: it holds Python objects"),
     "zip": (save_zip, "torch.load cannot read it safely"),
 }
 

@@ -99,6 +99,25 @@ def test_help_lists_presets_and_optimizers(capsys):
         assert word in text
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["estimate", "llama-7b"], ["info"], ["--version"]])
+def test_a_reader_who_goes_away_is_no_error(arguments, unbuffered):
+    """As in ``came8bit estimate llama-7b | head -1``."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", "came8bit", *arguments],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    running.stdout.close()
+    with running.stderr as file:
+        assert file.read() == ""
+    # argparse, which prints the version, overlooks the error where nothing is buffered.
+    overlooked = {0} if unbuffered and arguments == ["--version"] else set()
+    assert running.wait(120) in {141} | overlooked
+
+
 def test_the_command_line_imports_nothing_heavy():
     """Only torch and numpy: whoever has no accelerate can still ask for help and info."""
     program = (

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 from came8bit import memory
-from came8bit.cli import main
+from came8bit.cli import estimate, estimate_transformers, main
 from came8bit.cli.estimate_report import PARTS, bar_of
 
 
@@ -136,6 +137,138 @@ def test_a_config_and_a_file(capsys, tmp_path):
     _, text, _ = run(capsys, str(weights), "--card", "8", "--activations", "2")
     assert "Activations are the given number." in text
     assert "NOT COUNTED" not in text
+
+
+# --- where nothing fits ---------------------------------------------------------------------------
+
+
+def advice(capsys, *arguments):
+    """What is said of the one card, in one line."""
+    code, text, _ = run(capsys, *arguments)
+    assert code == 0
+    return " ".join(text[text.index("With CAME8bit, the least") :].split())
+
+
+def test_parameters_that_do_not_fit_alone_are_said_to(capsys):
+    text = advice(capsys, "llama-7b", "--card", "8")
+    assert "The parameters alone take 12.55 GiB, and 7.00 are there" in text
+    assert "LoRA on quantized parameters" in text
+    for words in ("--batch", "shorter", "smaller batch", "bf16"):
+        assert words not in text
+    assert "--dtype bf16 halves that." in advice(
+        capsys, "llama-7b", "--card", "8", "--dtype", "fp32"
+    )
+
+
+def test_a_batch_and_a_sequence_that_fit_are_proposed(capsys):
+    card = ["llama-7b", "--card", "15"]
+    # Here the smallest way is one of those that are not the smallest with a batch of one.
+    text = advice(capsys, *card, "--batch", "8", "--sequence", "4096")
+    said = re.search(r"It fits with (--batch 1 --sequence (\d+));", text)
+    assert "training fewer parameters (LoRA)" in text
+    assert "peak" in advice(capsys, *card, *said[1].split())
+    double = ["--batch", "1", "--sequence", str(2 * int(said[2]))]
+    assert "does not fit" in advice(capsys, *card, *double)
+
+
+def test_state_and_gradients_that_do_not_fit_are_said_to(capsys):
+    text = advice(capsys, "llama-7b", "--card", "13.8", "--batch", "4")
+    assert "gradients are too large, even with batch 1 and 128 tokens. A larger card is" in text
+    assert "--batch" not in text
+
+
+def test_given_activations_may_be_made_smaller(capsys):
+    text = advice(capsys, "llama-7b", "--card", "15", "--activations", "5")
+    assert "A shorter sequence or a smaller batch, and so fewer activations than the given" in text
+    text = advice(capsys, "llama-7b", "--card", "13.9", "--activations", "5")
+    assert "Parameters, state and gradients alone are too large" in text
+
+
+# --- what the planner does not know ---------------------------------------------------------------
+
+
+def write_config(folder, kind, name, **settings):
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    config.architectures = [name]
+    config.save_pretrained(folder)
+    return config
+
+
+def test_a_folder_of_an_unknown_kind_is_not_asked_for_its_config(capsys, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(300, 200)}, tmp_path / "model.safetensors")
+    said = "ACTIVATIONS ARE NOT COUNTED: "
+    _, text, _ = run(capsys, str(tmp_path))
+    assert f"{said}shapes alone do not tell them. Give the model's config.json, or --act" in text
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    _, text, _ = run(capsys, str(tmp_path))
+    assert (
+        f"{said}the planner does not know the layers of a model of type 'mamba'. Give --a" in text
+    )
+    assert "config.json, or" not in text
+    assert "60,000 parameters in 1 tensors" in text
+    (tmp_path / "config.json").write_text("{}")
+    _, text, _ = run(capsys, str(tmp_path))
+    assert "the layers of a model without a model_type. Give --activations." in text
+
+
+_NARROW = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 90}
+_TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+OTHERS = [
+    ("mixtral", "MixtralForCausalLM", {**_NARROW, **_TWO_HEADS, "num_local_experts": 4}),
+    ("bert", "BertForMaskedLM", {**_NARROW, "num_attention_heads": 2}),
+    ("t5", "T5ForConditionalGeneration", {"d_model": 32, "d_ff": 48, "num_layers": 2}),
+    ("vit", "ViTForImageClassification", {"hidden_size": 36, "num_hidden_layers": 2}),
+    ("llama", "LlamaForQuestionAnswering", {**_NARROW, **_TWO_HEADS}),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "settings"), OTHERS)
+def test_transformers_gives_the_shapes_of_other_kinds(capsys, tmp_path, kind, name, settings):
+    config = write_config(tmp_path, kind, name, **settings)
+    real = {n: tuple(p.shape) for n, p in getattr(transformers, name)(config).named_parameters()}
+    for path in (tmp_path, tmp_path / "config.json"):
+        model = estimate.load_model(str(path))
+        assert {p.name: p.shape for p in model.parameters} == real
+        assert model.architecture is None
+    _, text, _ = run(capsys, str(tmp_path))
+    assert f"{name} of transformers {transformers.__version__}, without memory" in text
+    assert "ACTIVATIONS ARE NOT COUNTED: the planner does not know the layers of a " in text
+
+
+def test_what_does_not_train_is_left_out(capsys, tmp_path):
+    sizes = {"d_model": 48, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 90}
+    tokens = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+    settings = {**sizes, **dict.fromkeys(tokens, 0)}
+    write_config(tmp_path, "whisper", "WhisperForConditionalGeneration", **settings)
+    _, text, _ = run(capsys, str(tmp_path))
+    assert "1 tensors that do not train are left out: model.encoder.embed_positions.weight." in text
+
+
+def test_models_that_transformers_does_not_give(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    cases = [
+        ({"model_type": "nonesuch"}, "does not know it either."),
+        ({}, "does not know it either."),
+        ({"model_type": "mixtral"}, "architectures, which names the class, is None."),
+        ({"model_type": "mixtral", "architectures": ["os"]}, "but no class 'os'."),
+        (
+            {"model_type": "mixtral", "architectures": ["MixtralModel"], "hidden_size": -1},
+            "fails to build MixtralModel (",
+        ),
+    ]
+    for config, message in cases:
+        path.write_text(json.dumps(config))
+        code, out, error = run(capsys, str(path))
+        assert (code, out) == (2, "")
+        assert message in error
+        assert "Give the model's .safetensors file" in error
+    path.write_text(json.dumps({"model_type": "mixtral", "quantization_config": {"bits": 4}}))
+    assert "quantized model" in run(capsys, str(path))[2]
+    monkeypatch.setattr(estimate_transformers.importlib.util, "find_spec", lambda name: None)
+    path.write_text(json.dumps(cases[2][0]))
+    assert "With transformers installed" in run(capsys, str(path))[2]
 
 
 ERRORS = [

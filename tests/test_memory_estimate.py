@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from memory_benchmark import bench
 
 import came8bit
@@ -50,6 +51,32 @@ def test_activations_are_near_what_autograd_keeps(case):
     row = bench.row(bench.Case(kind, config, dtype, batch, sequence, checkpointing, release))
     assert abs(row["kept_error_percent"]) <= 100 * KEPT
     assert 100 * PEAK[0] <= row["peak_error_percent"] <= 100 * PEAK[1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_classifier_keeps_what_its_head_needs(kind):
+    """Many labels, so that the head is no small part; the mask is in the dtype on a CPU."""
+    config = {**bench._SMALL, "model_type": kind, "num_labels": 500, "classifier_dropout": 0.1}
+    name = "LlamaForTokenClassification"
+    if kind == "gpt2":
+        config = {**config, **bench._SMALL_GPT2, **bench._NO_DROPOUT}
+        name = "GPT2ForTokenClassification"
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    made = transformers.AutoConfig.for_model(kind, **settings, pad_token_id=0, use_cache=False)
+    model = getattr(transformers, name)(made).train()
+    tokens = torch.ones(2, 128, dtype=torch.int64)
+
+    def forward():
+        return model(input_ids=tokens, labels=tokens).loss
+
+    forward()
+    kept = bench.kept_bytes(forward, [*model.parameters(), *model.buffers(), tokens])
+    architecture = memory.architecture_of({**config, "architectures": [name]})
+    planned_model = memory.from_architecture("classifier", "", architecture)
+    assert planned_model.numel == sum(p.numel() for p in model.parameters())
+    said = bench._kept(planned_model, memory.Setup("fp32", 2, 128))
+    mask = 2 * 128 * 256 * 3  # bytes that are not there on a GPU
+    assert abs(said + mask - kept) <= KEPT * kept
 
 
 @pytest.mark.parametrize(
@@ -282,6 +309,53 @@ def test_the_largest_batch():
     assert batch > 1
     assert peaks[0] <= usable < peaks[1]
     assert memory.largest_batch(model, way, GIB // 4) == 0
+
+
+def test_the_longest_sequence():
+    model = memory.named("llama-7b")
+    way = memory.ways(model, memory.Setup(batch=4, sequence=3000))[-1]
+    optimizer = memory.OPTIMIZERS[way.estimate.optimizer]
+
+    def peak(sequence):
+        return memory.estimate(
+            model, optimizer, replace(way.setup, batch=1, sequence=sequence)
+        ).peak
+
+    assert memory.longest_sequence(model, way, peak(3000)) == 3000
+    assert memory.longest_sequence(model, way, peak(3000) - 1) == 1500
+    assert memory.longest_sequence(model, way, peak(1500) - 1) == 750
+    assert memory.longest_sequence(model, way, peak(memory.SHORTEST)) == memory.SHORTEST
+    assert memory.longest_sequence(model, way, peak(memory.SHORTEST) - 1) == 0
+    short = replace(way, setup=replace(way.setup, sequence=50))
+    assert memory.longest_sequence(model, short, peak(50)) == 50
+    assert memory.longest_sequence(model, short, peak(50) - 1) == 0
+    # Where activations are given or not known, a shorter sequence changes nothing that is known.
+    given = replace(way, setup=replace(way.setup, activations=1))
+    assert memory.longest_sequence(model, given, peak(3000)) == 0
+    shapes = memory.Model("w", "", (memory.Parameter("w", (100, 100)),))
+    assert memory.longest_sequence(shapes, way, GIB) == 0
+
+
+def test_the_lines_of_python_turn_checkpointing_on(tmp_path):
+    """from_pretrained returns a model in eval mode, where transformers ignores checkpointing."""
+    config = {**bench._SMALL, "model_type": "llama"}
+    bench.build(bench.Case("llama", config, "fp32", 1, 32)).save_pretrained(tmp_path)
+    model = memory.from_path(tmp_path)
+    batch = dict.fromkeys(("input_ids", "labels"), torch.ones(1, 32, dtype=torch.int64))
+    for way in memory.ways(model, memory.Setup(sequence=32, dtype="fp32")):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        assert not loaded.training
+        calls = []
+        for layer in loaded.model.layers:
+            layer.self_attn.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+        text = "\n".join(memory.python_lines(model, way)).replace("'cuda'", "'cpu'")
+        names = {"model": loaded, "batch": batch}
+        exec(text, names)
+        assert loaded.training
+        # A layer that is checkpointed runs once more in the backward.
+        assert len(calls) == (8 if way.setup.checkpointing else 4)
+        if "release" in names:
+            names["release"].remove()
 
 
 def test_the_lines_of_python_run():

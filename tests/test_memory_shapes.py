@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import struct
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from came8bit import memory
+from came8bit import CAME8bit, CAME32bit, memory, save_checkpoint
 from came8bit.memory.files import INDEX, read_header
 
 SIZES = {
@@ -87,6 +90,91 @@ def test_named_models_are_those_of_transformers(name):
     assert {p.name: p.shape for p in memory.named(name).parameters} == shapes
 
 
+# --- what stands on the layers --------------------------------------------------------------------
+
+CLASSES = [
+    ("llama", "LlamaForCausalLM"),
+    ("llama", "LlamaModel"),
+    ("llama", "LlamaForSequenceClassification"),
+    ("llama", "LlamaForTokenClassification"),
+    ("mistral", "MistralModel"),
+    ("mistral", "MistralForSequenceClassification"),
+    ("qwen2", "Qwen2Model"),
+    ("qwen2", "Qwen2ForTokenClassification"),
+    ("qwen3", "Qwen3ForSequenceClassification"),
+    ("gemma", "GemmaForTokenClassification"),
+    ("gemma2", "Gemma2ForSequenceClassification"),
+    ("gemma3_text", "Gemma3ForCausalLM"),
+    ("gemma3_text", "Gemma3TextModel"),
+    ("gemma3_text", "Gemma3TextForSequenceClassification"),
+    ("phi3", "Phi3ForTokenClassification"),
+    ("olmo2", "Olmo2ForSequenceClassification"),
+    ("granite", "GraniteModel"),
+    ("smollm3", "SmolLM3ForSequenceClassification"),
+    ("gpt2", "GPT2LMHeadModel"),
+    ("gpt2", "GPT2Model"),
+    ("gpt2", "GPT2ForSequenceClassification"),
+    ("gpt2", "GPT2ForTokenClassification"),
+    ("gpt_neox", "GPTNeoXModel"),
+    ("gpt_neox", "GPTNeoXForSequenceClassification"),
+    ("gpt_neox", "GPTNeoXForTokenClassification"),
+]
+_SETTINGS = {"gpt2": GPT2, "gpt_neox": NEOX}
+
+
+@pytest.mark.parametrize("labels", [1, 2, 5])
+@pytest.mark.parametrize(("kind", "name"), CLASSES)
+def test_the_class_in_config_json_decides_the_head(tmp_path, kind, name, labels):
+    settings = {**_SETTINGS.get(kind, SIZES), "num_labels": labels}
+    config = AutoConfig.for_model(kind, **settings, pad_token_id=0)
+    with torch.device("meta"):
+        built = getattr(transformers, name)(config)
+    config.architectures = [name]
+    config.save_pretrained(tmp_path)
+    model = memory.from_path(tmp_path)
+    assert {p.name: p.shape for p in model.parameters} == {
+        name: tuple(p.shape) for name, p in built.named_parameters()
+    }
+    assert name in model.source
+    assert {p.stage for p in model.parameters} == {
+        s.name for s in model.architecture.stages(1, 8, 2)
+    }
+    language = name.endswith(("CausalLM", "LMHeadModel"))
+    bare = name.endswith("Model") and not language
+    assert model.architecture.logits == (320 if language else 0 if bare else labels)
+    assert bool(model.notes) == bare
+
+
+def test_old_spellings_of_llama_are_llama():
+    for name in ("LlamaForCausalLM", "LLaMAForCausalLM"):
+        assert memory.architecture_of({**LLAMA, "architectures": [name]}).logits == 320
+
+
+OTHER_CLASSES = [
+    ["LlamaForQuestionAnswering"],
+    ["LlamaForCausalLMEagle"],
+    ["MistralForCausalLM"],
+    ["LlamaModel", "LlamaForCausalLM"],
+    "LlamaModel",
+    [None],
+]
+
+
+@pytest.mark.parametrize("named", OTHER_CLASSES, ids=str)
+def test_other_classes_are_refused_with_another_way(named):
+    with pytest.raises(
+        memory.UnknownModel, match=r"knows the language model.*safetensors"
+    ) as error:
+        memory.architecture_of({**LLAMA, "architectures": named})
+    assert "LlamaModel, LlamaForSequenceClassification" in str(error.value)
+
+
+def test_a_gpt2_with_two_heads_is_refused():
+    config = {**GPT2, "model_type": "gpt2", "architectures": ["GPT2DoubleHeadsModel"]}
+    with pytest.raises(memory.UnknownModel, match="got architectures GPT2DoubleHeadsModel"):
+        memory.architecture_of(config)
+
+
 def test_published_parameter_counts():
     counts = {
         "gpt2": 124_439_808,
@@ -139,8 +227,20 @@ REFUSED = [
     ({}, "names no model_type; known are"),
     ({"model_type": ["llama"]}, "known are llama"),
     ({**LLAMA, "hidden_size": None}, "lacks 'hidden_size'"),
-    ({**LLAMA, "num_attention_heads": 0}, "cannot be read"),
+    ({**LLAMA, "num_attention_heads": 0}, "num_attention_heads = 0, expected a whole number"),
+    ({**LLAMA, "num_hidden_layers": 0}, "num_hidden_layers = 0"),
     ({**LLAMA, "num_hidden_layers": "many"}, "many"),
+    ({**LLAMA, "num_hidden_layers": True}, "num_hidden_layers = True"),
+    ({**LLAMA, "hidden_size": -64}, "hidden_size = -64"),
+    ({**LLAMA, "hidden_size": 1.5}, "hidden_size = 1.5"),
+    ({**LLAMA, "num_key_value_heads": 0}, "num_key_value_heads = 0"),
+    ({**LLAMA, "vocab_size": [1]}, r"vocab_size = \[1\]"),
+    ({**GPT2, "model_type": "gpt2", "n_inner": -1}, "n_inner = -1"),
+    ({**GPT2, "model_type": "gpt2", "resid_pdrop": []}, "this gpt2 cannot be read"),
+    (
+        {**LLAMA, "architectures": ["LlamaForSequenceClassification"], "id2label": {}},
+        "gives 0 labels",
+    ),
     ({**LLAMA, "quantization_config": {"bits": 4}}, "quantized"),
     ({**SIZES, "model_type": "mistral", "num_key_value_heads": None}, "'num_key_value_heads'"),
     ({**GPT2, "model_type": "gpt2", "add_cross_attention": True}, "cross-attention"),
@@ -152,6 +252,10 @@ REFUSED = [
 def test_unknown_configurations_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         memory.architecture_of(config)
+
+
+def test_a_size_may_be_a_float_that_is_whole():
+    assert memory.architecture_of({**LLAMA, "vocab_size": 1e3}).vocabulary == 1000
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
@@ -206,7 +310,9 @@ def test_a_folder_gives_its_config_or_else_its_weights(tmp_path):
     with pytest.raises(memory.UnknownModel, match="mamba"):
         memory.from_path(tmp_path)
     save_file({"w": torch.zeros(7)}, tmp_path / "model.safetensors")
-    assert memory.from_path(tmp_path).numel == 7
+    model = memory.from_path(tmp_path)
+    assert model.numel == 7
+    assert model.unknown == "a model of type 'mamba'"
     save_file({"w": torch.zeros(7)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="2 safetensors files and no index"):
         memory.from_path(tmp_path)
@@ -231,6 +337,7 @@ BROKEN = [
     (struct.pack("<Q", 2) + b"[]", "not an object"),
     (struct.pack("<Q", 7) + b'{"a":1}', "describes 'a' as 1"),
     (struct.pack("<Q", 2) + b"{}", "no tensors"),
+    (struct.pack("<Q", 34) + b'{"a":{"dtype":"F32","shape":[-3]}}', "describes 'a' as"),
 ]
 
 
@@ -240,6 +347,38 @@ def test_broken_files_are_refused(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         memory.from_path(path)
+
+
+@pytest.mark.parametrize("cls", [CAME8bit, CAME32bit])
+def test_the_state_of_an_optimizer_is_no_model(tmp_path, cls):
+    weight = torch.zeros(100, 80, requires_grad=True)
+    weight.grad = torch.ones(100, 80)
+    optimizer = cls([("w", weight)])
+    optimizer.step()
+    save_checkpoint(optimizer, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"of a came8bit optimizer.*came8bit inspect .*x\.safe"):
+        memory.from_path(tmp_path / "x.safetensors")
+
+
+@pytest.fixture
+def patience():
+    """Whoever waits longer than this would wait for ever."""
+
+    def enough(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, enough)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_pipes_are_refused_and_not_waited_for(tmp_path, name, patience):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match="a pipe or a device, expected a file"):
+        memory.from_path(tmp_path / name)
 
 
 def test_quantized_weights_are_refused(tmp_path):

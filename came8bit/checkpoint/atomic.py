@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Yield a new file; when the block ends without error, it takes the place of ``path``.
 
     The file can be written and sought.  A symbolic link stays one: what it points to is replaced.
+    The new file has the permissions of the one that it replaces, and its owner and group where the
+    system allows that; else what the umask leaves.  A file that is read-only is replaced, too: who
+    may write to the folder may do that.
 
     Raises:
         OSError: the folder is missing, ``path`` is not a file, or writing failed.  What was at
@@ -38,14 +42,20 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {target.parent} does not exist; create it")
-    if target.exists() and not target.is_file():
+    old: os.stat_result | None = None
+    with contextlib.suppress(FileNotFoundError):
+        old = target.stat()
+    if old is not None and not stat.S_ISREG(old.st_mode):
         raise OSError(f"{path} exists and is not a file; name a file in a folder")
     remove_leftovers(target.parent)
-    temporary, file = _create(target.parent)
+    # Until it has its permissions, nobody may read it who may not read what it replaces.
+    temporary, file = _create(target.parent, 0o666 if old is None else 0o600)
     try:
         with file:
             yield file
             file.flush()
+            if old is not None:
+                _become_like(old, file.fileno())
             os.fsync(file.fileno())
             if sys.platform == "win32":
                 file.close()  # an open file cannot be renamed there
@@ -56,6 +66,27 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             temporary.unlink()
         raise
     _sync_folder(target.parent)
+
+
+def _become_like(old: os.stat_result, descriptor: int) -> None:
+    """Give an open file the permissions, owner and group of ``old``, as far as the system allows.
+
+    What it does not allow is no error, for the contents matter more; but the file is readable by
+    no more than ``old`` was.
+    """
+    if sys.platform == "win32":
+        return
+    made, mode = os.fstat(descriptor), stat.S_IMODE(old.st_mode) & 0o777
+    if made.st_gid != old.st_gid:
+        try:
+            os.fchown(descriptor, -1, old.st_gid)
+        except OSError:
+            mode &= ~0o070 | (mode & 0o007) << 3  # another group, which may do what everybody may
+    if made.st_uid != old.st_uid:
+        with contextlib.suppress(OSError):
+            os.fchown(descriptor, old.st_uid, -1)
+    with contextlib.suppress(OSError):
+        os.fchmod(descriptor, mode)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -73,7 +104,12 @@ def _remove_if_dead(path: Path) -> None:
     if sys.platform == "win32":
         path.unlink()  # refused while its writer has it open
         return
-    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, os.O_RDWR | flags)
+    except PermissionError:
+        # It may have got the permissions of a read-only file.  Some systems lock that as well.
+        descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_at(descriptor, path):
@@ -82,13 +118,16 @@ def _remove_if_dead(path: Path) -> None:
         os.close(descriptor)
 
 
-def _create(folder: Path) -> tuple[Path, BinaryIO]:
-    """A new temporary file in ``folder``, locked for as long as it is open."""
+def _create(folder: Path, mode: int) -> tuple[Path, BinaryIO]:
+    """A new temporary file in ``folder``, locked for as long as it is open.
+
+    Its permissions are what the umask leaves of ``mode``.
+    """
     while True:
         path = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, flags, mode)
         if _lock(descriptor, path):
             return path, os.fdopen(descriptor, "wb", _BUFFER)
         os.close(descriptor)

@@ -79,6 +79,8 @@ class CamePytorchFile:
         groups: list[Mapping[str, Any]] = []
         entries: list[Entry] = []
         for index, group in enumerate(table["param_groups"]):
+            if "format_version" in group:
+                raise _own_state_dict(self._path, "")
             _check_group(group, index)
             labels = group.get("param_names") or [None] * len(group["params"])
             for key, name in zip(group["params"], labels, strict=True):
@@ -118,26 +120,58 @@ def _load(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     try:
         table = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many kinds for files that are not its own
+        if "Weights only load failed" in str(error):
+            raise CheckpointError(
+                f"{path}: torch.load cannot read it safely: it holds Python objects, such as a "
+                "whole model or optimizer, and loading those may run code; if you trust it, "
+                f"torch.load({os.fspath(path)!r}, weights_only=False) in Python, then save the "
+                "optimizer with came8bit.save_checkpoint"
+            ) from error
         raise CheckpointError(
             f"{path}: torch.load cannot read it safely ({str(error).splitlines()[0][:200]})"
         ) from error
-    if isinstance(table, Mapping) and {"state", "param_groups"} <= set(table):
-        return table
-    found = type(table).__name__
+    if not isinstance(table, Mapping) or not _is_optimizer(table):
+        raise _other_contents(path, table)
+    return table
+
+
+def _is_optimizer(value: object) -> bool:
+    return isinstance(value, Mapping) and {"state", "param_groups"} <= set(value)
+
+
+def _own_state_dict(path: str | os.PathLike[str], key: str) -> CheckpointError:
+    """The error for a state of this package's; ``key`` is what follows ``torch.load(path)``."""
+    return CheckpointError(
+        f"{path}: a file of torch.save with the state_dict() of a came8bit optimizer, which is not "
+        "a checkpoint; with an optimizer over the model, "
+        f"optimizer.load_state_dict(torch.load({os.fspath(path)!r}){key}), then "
+        "came8bit.save_checkpoint(optimizer, ...)"
+    )
+
+
+def _other_contents(path: str | os.PathLike[str], table: object) -> CheckpointError:
+    """The error for what is not the state of an optimizer, but may hold it."""
+    found = f"a {type(table).__name__}"
     if isinstance(table, Mapping):
+        for key, value in table.items():
+            if _is_optimizer(value):
+                if "format_version" in str(value["param_groups"]):
+                    return _own_state_dict(path, f"[{key!r}]")
+                return CheckpointError(
+                    f"{path}: a file of torch.save with the state of an optimizer under {key!r}; "
+                    "save it alone: "
+                    f"torch.save(torch.load({os.fspath(path)!r})[{key!r}], 'optimizer.pt')"
+                )
         found = f"a dict with {sorted(map(str, table))[:6]}"
-    raise CheckpointError(
+        if table and all(isinstance(value, Tensor) for value in table.values()):
+            found += ", which looks like the state_dict() of a model"
+    return CheckpointError(
         f"{path}: a file of torch.save with {found}, expected the state_dict() of an optimizer of "
-        "came-pytorch; if it is inside, save it alone: torch.save(checkpoint[...], path)"
+        "came-pytorch"
     )
 
 
 def _check_group(group: Mapping[str, Any], index: int) -> None:
-    if "format_version" in group:
-        raise CheckpointError(
-            "this is a state_dict() of came8bit, not a checkpoint: use "
-            "optimizer.load_state_dict(torch.load(path)), then save_checkpoint"
-        )
     if not set(group) >= _OPTIONS or len(group["betas"]) != 3 or len(group["eps"]) != 2:
         raise CheckpointError(
             f"group {index} has the options {sorted(set(map(str, group)) - {'params'})}, expected "

@@ -14,6 +14,7 @@ from .header import label
 from .heap import FreedMemory
 from .matching import OWN_OPTIONS, Match, Pair, dtype_changes, match, same_option
 from .momentum import convert_momentum
+from .names import listed
 from .opening import open_source
 from .save import check_optimizer
 from .source import Source
@@ -34,6 +35,10 @@ class LoadReport:
         dtypes: parameters whose dtype is not the saved one.
         options: per group what changed, ``{option: (before, after)}``.
         metadata: the strings that were saved beside the state.
+        wrappers: what wrappers had put into the names of one side, ``module.`` or ``_orig_mod.``,
+            and was left out to compare them.
+        unsure: parameters that have a name in the file and the shape of another, so that only the
+            order told them apart: the optimizer has no names.
     """
 
     path: str
@@ -46,14 +51,17 @@ class LoadReport:
     dtypes: Sequence[str] = ()
     options: Sequence[Mapping[str, tuple[Any, Any]]] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    wrappers: Sequence[str] = ()
+    unsure: Sequence[str] = ()
 
     def __str__(self) -> str:
         first = f"{self.path} ({self.kind}): state of {self.loaded} parameters by {self.matched_by}"
-        rest = f", {self.without_state} without state" if self.without_state else ""
+        rest = f" without {' and '.join(self.wrappers)}" if self.wrappers else ""
+        rest += f", {self.without_state} without state" if self.without_state else ""
         return "; ".join([first + rest, *self.remarks()])
 
     def remarks(self) -> list[str]:
-        """What is no longer as it was saved."""
+        """What is no longer as it was saved, or may not be."""
         remarks = [
             f"momentum of {len(names)} parameters converted from {what}"
             for what, names in self.converted.items()
@@ -65,6 +73,13 @@ class LoadReport:
             )
         if self.dtypes:
             remarks.append(f"{len(self.dtypes)} parameters have another dtype than they had")
+        if self.unsure:
+            remarks.append(
+                f"the file has names, the optimizer no unique ones: {len(self.unsure)} parameters "
+                f"have the shape of another one ({listed(self.unsure)}) and were told apart by "
+                "their order, so another order than the saved one swaps their state; make the "
+                "optimizer over model.named_parameters() to have the names compared"
+            )
         return remarks
 
 
@@ -72,9 +87,10 @@ def load_checkpoint(optimizer: CAME, path: str | os.PathLike[str]) -> LoadReport
     """Continue from a file that :func:`~came8bit.save_checkpoint` wrote.
 
     Parameters are matched by name where both sides have names (``named_parameters()``), else by
-    position.  Saved options win, those that are not saved stay, as in ``load_state_dict``; but
-    ``optim_bits`` stays the optimizer's own, and momentum is converted if it was saved in another.
-    Load the model first: it is not in the file.
+    position.  What ``DistributedDataParallel``, ``torch.compile`` and other wrappers put into names
+    does not count.  Saved options win, those that are not saved stay, as in ``load_state_dict``;
+    but ``optim_bits`` stays the optimizer's own, and momentum is converted if it was saved in
+    another.  Load the model first: it is not in the file.
 
     A file that ``torch.save`` wrote with the ``state_dict()`` of ``came_pytorch.CAME`` can be
     loaded, too; where that factors another view of a parameter than this optimizer, it is refused.
@@ -88,8 +104,8 @@ def load_checkpoint(optimizer: CAME, path: str | os.PathLike[str]) -> LoadReport
         path: of the file.
 
     Returns:
-        What was done.  A :class:`UserWarning` tells of conversions and of parameters that have
-        changed their position or dtype.
+        What was done.  A :class:`UserWarning` tells of conversions, of parameters that have changed
+        their position or dtype, and of those that could have been swapped without notice.
 
     Raises:
         CheckpointError: the file is damaged, truncated, foreign, newer or for other parameters; a
@@ -145,6 +161,7 @@ def _replace(optimizer: CAME, source: Source, found: Match, path: str) -> None:
             f"{path}: loading failed ({type(error).__name__}: {error}); {state}"
         ) from error
     optimizer._reset_warnings()
+    optimizer._state_replaced()
 
 
 def _replace_one(optimizer: CAME, source: Source, pair: Pair) -> None:
@@ -192,4 +209,6 @@ def _report(optimizer: CAME, path: str, source: Source, found: Match) -> LoadRep
         dtypes=dtype_changes(found.pairs, source.entries),
         options=options,
         metadata=dict(source.user),
+        wrappers=found.wrappers,
+        unsure=found.unsure,
     )

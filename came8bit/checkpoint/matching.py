@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,13 @@ from ..options import FORMAT_VERSION, check_options
 from ..state.layout import plan
 from .error import CheckpointError
 from .header import Entry, dtype_name, label
+from .names import listed, order_of, own_names
 from .source import Source
 
 Group = Mapping[str, Any]
 
 OWN_OPTIONS = frozenset({"params", "param_names", "optim_bits", "format_version"})
 """What an optimizer keeps of its own: whose state it is, and how it is stored."""
-
-_SHOWN = 5  # parameters that a message lists
 
 
 @dataclass(frozen=True)
@@ -43,26 +43,29 @@ class Pair:
 
 @dataclass(frozen=True)
 class Match:
-    """What loading will do: every parameter once, in the optimizer's order."""
+    """What loading will do: every parameter once, in the optimizer's order.
+
+    Attributes:
+        pairs: the parameters.
+        groups: what the options of the groups become.
+        by_name: whether names were compared, else positions.
+        wrappers: what had to be left out of names for them to be the same, such as ``module.``.
+        unsure: names in the file of parameters that only their position told apart, although they
+            have names there.
+    """
 
     pairs: Sequence[Pair]
     groups: Sequence[dict[str, Any]]
     by_name: bool
-
-
-def own_names(groups: Sequence[Group]) -> list[str] | None:
-    """The names of all parameters in order; ``None`` if there are none or two are the same."""
-    if not all("param_names" in group for group in groups):
-        return None
-    names = [name for group in groups for name in group["param_names"]]
-    usable = all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
-    return names if usable and len(names) == sum(len(group["params"]) for group in groups) else None
+    wrappers: Sequence[str] = ()
+    unsure: Sequence[str] = ()
 
 
 def match(own_groups: Sequence[Group], source: Source) -> Match:
     """Pair the parameters of ``own_groups`` with those of ``source`` and merge the options.
 
-    By name if both sides have names, else by position.
+    By name if both sides have names, else by position.  Where names differ in what wrappers put
+    into them, it is left out.
 
     Raises:
         CheckpointError: they do not fit together; the message says where.
@@ -71,13 +74,15 @@ def match(own_groups: Sequence[Group], source: Source) -> Match:
     saved_names = [entry.name for entry in source.entries]
     by_name = names is not None and bool(names) and None not in saved_names
     members = [(p, index) for index, group in enumerate(own_groups) for p in group["params"]]
+    wrappers: Sequence[str] = ()
+    unsure: Sequence[str] = ()
     if by_name and names is not None:
-        _compare_names(names, [str(name) for name in saved_names])
-        where = {name: position for position, name in enumerate(saved_names)}
-        order = [where[name] for name in names]
+        order, wrappers = order_of(names, [str(name) for name in saved_names])
     else:
         _compare_sizes(own_groups, source)
         order = list(range(len(members)))
+        if names is None:
+            unsure = _alike(source.entries)
     group_of = _pair_groups(own_groups, source, [group for _, group in members], order)
     _compare_shapes([param for param, _ in members], source.entries, order)
     # What came-pytorch does is no choice of its user: it is refused below or makes no difference.
@@ -97,19 +102,17 @@ def match(own_groups: Sequence[Group], source: Source) -> Match:
         pairs.append(Pair(param, position, saved, bits))
     if source.kind == "came-pytorch":
         _check_views(pairs, [groups[group] for _, group in members], source.entries)
-    return Match(pairs, groups, by_name)
+    return Match(pairs, groups, by_name, wrappers, unsure)
 
 
-def _compare_names(own: Sequence[str], saved: Sequence[str]) -> None:
-    own_set, saved_set = set(own), set(saved)
-    missing = [name for name in own if name not in saved_set]
-    strangers = [name for name in saved if name not in own_set]
-    if missing or strangers:
-        raise CheckpointError(
-            "the file is for other parameters: "
-            f"not in the file: {_list(missing)}; not in the optimizer: {_list(strangers)}; "
-            "build the optimizer over the model that was saved"
-        )
+def _alike(entries: Sequence[Entry]) -> list[str]:
+    """Names of parameters with state that has the shape of another's: they could be swapped."""
+    shapes = Counter(entry.shape for entry in entries)
+    return [
+        entry.name
+        for entry in entries
+        if entry.name is not None and entry.step is not None and shapes[entry.shape] > 1
+    ]
 
 
 def _compare_sizes(own_groups: Sequence[Group], source: Source) -> None:
@@ -160,7 +163,7 @@ def _compare_shapes(
             )
     if wrong:
         raise CheckpointError(
-            f"the file is for other parameters: got shapes {_list(wrong)}; build the optimizer "
+            f"the file is for other parameters: got shapes {listed(wrong)}; build the optimizer "
             "over the model that was saved, with its parameters in the same order"
         )
 
@@ -195,7 +198,7 @@ def _check_views(pairs: Sequence[Pair], groups: Sequence[Group], entries: Sequen
     if other:
         raise CheckpointError(
             f"came-pytorch factors the last two dimensions, this optimizer chooses another view "
-            f"for {_list(other)}, and the statistics of one cannot be made from the other's; "
+            f"for {listed(other)}, and the statistics of one cannot be made from the other's; "
             'construct the optimizer with factored_view="last_two"'
         )
 
@@ -216,8 +219,3 @@ def same_option(first: Any, second: Any) -> bool:
         both = isinstance(first, Tensor) and isinstance(second, Tensor)
         return both and first.dtype == second.dtype and torch.equal(first.cpu(), second.cpu())
     return type(first) is type(second) and bool(first == second)
-
-
-def _list(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return (", ".join(items[:_SHOWN]) or "none") + more

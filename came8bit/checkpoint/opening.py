@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 
 from .came_pytorch import MAGIC, CamePytorchFile
 from .error import CheckpointError
 from .source import SavedFile, Source
+
+_OLD_MAGIC = b"\x80\x02\x8a\n"  # as a length, that is more than a safetensors header may have
 
 
 @contextlib.contextmanager
@@ -19,11 +22,22 @@ def open_source(path: str | os.PathLike[str]) -> Iterator[Source]:
         CheckpointError: it is neither, or damaged; the message begins with ``path``.
         OSError: there is no file, or it cannot be read.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise CheckpointError(
+                f"{path} is a pipe or a device, expected a file, which can be read twice; write "
+                "the contents into one"
+            )
         source: Source
         try:
-            if file.read(len(MAGIC)) == MAGIC:
+            first = file.read(len(MAGIC))
+            if first == MAGIC:
                 source = CamePytorchFile(path)
+            elif first == _OLD_MAGIC:
+                raise CheckpointError(
+                    "a file of torch.save in its format of before version 1.6; write it anew: "
+                    f"torch.save(torch.load({os.fspath(path)!r}), ...)"
+                )
             else:
                 source = SavedFile(path, file)
         except CheckpointError as error:
@@ -35,3 +49,8 @@ def open_source(path: str | os.PathLike[str]) -> Iterator[Source]:
             yield source
         finally:
             source.close()
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opening a pipe would wait for its writer, perhaps for ever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

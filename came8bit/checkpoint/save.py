@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..optim import CAME
 from .header import Entry, dtype_name
-from .matching import own_names
+from .names import own_names
 from .writer import write_checkpoint
 
 

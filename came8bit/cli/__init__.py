@@ -5,12 +5,13 @@ arguments and must be cheap, and ``run(args) -> int``, which does the work and r
 code. To add one, write the module and name it in :data:`_COMMANDS`.
 
 Exit codes: 0 done; 1 something that was asked for failed; 2 the command line or a file it names is
-wrong; 130 interrupted.
+wrong; 130 interrupted; 141 whoever read the output is gone, as in ``came8bit ... | head``.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -38,6 +39,19 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's own) and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(words)
+        finally:
+            # Here, and not when the interpreter ends, where nothing can be caught any more.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer has to go somewhere: the interpreter flushes it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(words: list[str]) -> int:
     args = build_parser().parse_args(words)
     args.command_line = words  # reports say how to make them again
     try:

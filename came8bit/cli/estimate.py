@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from came8bit import memory
-from came8bit.cli import estimate_plot, estimate_report
+from came8bit.cli import estimate_plot, estimate_report, estimate_transformers
 from came8bit.cli.errors import CliError
 
 _EPILOG = f"""\
 names: {", ".join(memory.CONFIGS)}
 
-kinds of config.json: {", ".join(memory.FAMILIES)}
+kinds of config.json: {", ".join(memory.FAMILIES)}; others are built by transformers, if that is
+installed, for their shapes.
 
 A card of 24 GB has 24 GiB, 24 * 2**30 bytes, or what it reports: --card 23.6. Parameters, gradients
 and state are exact, activations are an estimate; docs/memory.md says how good it is.
@@ -89,7 +90,12 @@ def load_model(text: str) -> memory.Model:
             f"{text!r} is neither a file or folder nor a known name; names are "
             f"{', '.join(memory.CONFIGS)}"
         )
-    return memory.from_path(path)
+    try:
+        return memory.from_path(path)
+    except memory.UnknownModel as error:
+        return estimate_transformers.from_config(
+            path / "config.json" if path.is_dir() else path, error
+        )
 
 
 def _plan(args: argparse.Namespace) -> estimate_report.Plan:

@@ -108,9 +108,12 @@ def _heading(plan: Plan) -> str:
         ),
     ]
     if not plan.estimates[0].activations_known:
+        why = "shapes alone do not tell them. Give the model's config.json, or"
+        if model.unknown:
+            why = f"the planner does not know the layers of {model.unknown}. Give"
         lines[-1] = (
-            "Parameters, gradients and state are exact. ACTIVATIONS ARE NOT COUNTED: shapes alone "
-            "do not tell them. Give the model's config.json, or --activations."
+            "Parameters, gradients and state are exact. ACTIVATIONS ARE NOT COUNTED: "
+            f"{why} --activations."
         )
     return "\n".join([*lines, *model.notes])
 
@@ -230,8 +233,7 @@ def _advice(plan: Plan) -> list[str]:
             missing = _gib(least.estimate.peak - plan.usable(card))
             rows.append(
                 f"{card:g} GB: does not fit; the smallest way ({title(least)}) needs {missing} GiB "
-                "more. A shorter sequence or a smaller batch is left, or training fewer parameters "
-                "(LoRA)."
+                f"more. {_what_is_left(plan, least, plan.usable(card))}"
             )
             continue
         rest = plan.usable(card) - way.estimate.peak
@@ -251,6 +253,38 @@ def _advice(plan: Plan) -> list[str]:
         lines = memory.python_lines(plan.model, way)
         blocks.append(name + ":\n" + textwrap.indent("\n".join(lines), "    "))
     return blocks
+
+
+def _what_is_left(plan: Plan, least: memory.Way, usable: int) -> str:
+    """What helps where even the smallest way, ``least``, does not fit."""
+    setup, parameters = least.setup, least.estimate.parameters
+    half = "--dtype bf16 halves that. Else a" if setup.dtype == "fp32" else "A"
+    if parameters > usable:
+        return (
+            f"The parameters alone take {_gib(parameters)} GiB, and {_gib(usable)} are there: no "
+            f"batch or sequence is small enough. {half} larger card or a smaller model is left, or "
+            "LoRA on quantized parameters."
+        )
+    # Which way is the smallest depends on the batch, so each of them is tried.
+    sequence = max(memory.longest_sequence(plan.model, way, usable) for way in plan.ways)
+    if sequence:
+        return (
+            f"It fits with --batch 1 --sequence {sequence}; what is left besides is training fewer "
+            "parameters (LoRA)."
+        )
+    given = setup.activations or 0
+    if given and least.estimate.peak - given <= usable:
+        return (
+            "A shorter sequence or a smaller batch, and so fewer activations than the given ones, "
+            "are left, or training fewer parameters (LoRA)."
+        )
+    there = "parameters, state and gradients"
+    if least.estimate.activations_known and not given:
+        there += f" are too large, even with batch 1 and {min(setup.sequence, memory.SHORTEST)} "
+        there += "tokens"
+    else:
+        there += " alone are too large"
+    return f"{there.capitalize()}. {half} larger card is left, or training fewer parameters (LoRA)."
 
 
 def title(way: memory.Way) -> str:

@@ -13,18 +13,21 @@ from .advice import (
     CARDS,
     GIB,
     RESERVE,
+    SHORTEST,
     Way,
     largest_batch,
+    longest_sequence,
     python_lines,
     smallest_effort,
     ways,
 )
-from .configs import FAMILIES, UnknownModel, architecture_of
+from .configs import FAMILIES, architecture_of
 from .estimate import ITEMSIZE, Estimate, Moment, Setup, estimate
 from .files import from_path
 from .model import Architecture, Model, Parameter, Stage, from_architecture
 from .named import CONFIGS, named
 from .optimizers import OPTIMIZERS, OptimizerKind, Options, State
+from .unknown import UnknownModel
 
 __all__ = [
     "CARDS",
@@ -34,6 +37,7 @@ __all__ = [
     "ITEMSIZE",
     "OPTIMIZERS",
     "RESERVE",
+    "SHORTEST",
     "Architecture",
     "Estimate",
     "Model",
@@ -51,6 +55,7 @@ __all__ = [
     "from_architecture",
     "from_path",
     "largest_batch",
+    "longest_sequence",
     "named",
     "python_lines",
     "smallest_effort",

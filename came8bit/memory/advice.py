@@ -18,6 +18,9 @@ CARDS = (8, 12, 16, 24, 48)
 #: allocator.  A round assumption, not a measurement.
 RESERVE = GIB
 
+#: The shortest sequence that is worth a proposal.
+SHORTEST = 128
+
 _LARGEST_BATCH = 4096
 
 
@@ -80,11 +83,31 @@ def largest_batch(model: Model, way: Way, usable: int) -> int:
     return good
 
 
+def longest_sequence(model: Model, way: Way, usable: int) -> int:
+    """The longest sequence that fits into ``usable`` bytes, one at a time; 0 if none does.
+
+    Sequences are those of ``way``, halved as often as necessary, but not below :data:`SHORTEST`.
+    Where activations are not known or given, it is 0: they do not depend on the sequence then.
+    """
+    if model.architecture is None or way.setup.activations is not None:
+        return 0
+    optimizer, sequence = OPTIMIZERS[way.estimate.optimizer], way.setup.sequence
+    while True:
+        setup = replace(way.setup, batch=1, sequence=sequence)
+        if estimate(model, optimizer, setup).peak <= usable:
+            return sequence
+        if sequence <= SHORTEST:
+            return 0
+        sequence = max(SHORTEST, sequence // 2)
+
+
 def python_lines(model: Model, way: Way) -> list[str]:
     """The lines of a training script that make ``way``."""
     setup, optimizer = way.setup, OPTIMIZERS[way.estimate.optimizer]
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[setup.dtype]
     lines = ["import came8bit, torch", "", f"model = model.to(device='cuda', dtype=torch.{dtype})"]
+    # In eval mode, transformers ignores checkpointing without a word.
+    lines.append("model.train()  # from_pretrained returns it in eval mode")
     if setup.checkpointing:
         if isinstance(model.architecture, Sana):
             lines.append("model.enable_gradient_checkpointing()")

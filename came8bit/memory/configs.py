@@ -8,31 +8,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .decoders import Decoder
 from .gpt import GPT2, GPTNeoX
+from .heads import head_of
 from .model import Architecture, Model, from_architecture
 from .sana import Sana
+from .unknown import OTHER_WAY, UnknownModel
 
 Config = Mapping[str, Any]
 
-_OTHER_WAY = (
-    "Give the model's .safetensors file, its model.safetensors.index.json or the folder they are "
-    "in: the shapes are read from their headers, whatever the architecture."
-)
+
+def _size(config: Config, *keys: str) -> int:
+    """A size that has to be there, under the first of ``keys`` that is."""
+    value = _size_or_none(config, *keys)
+    if value is None:
+        raise ValueError(f"the configuration lacks {keys[-1]!r}, which its kind of model needs")
+    return value
 
 
-class UnknownModel(ValueError):
-    """The model is not one that the planner knows; the message says which it knows."""
-
-
-def _get(config: Config, key: str) -> Any:
-    """A size that has to be there."""
-    if config.get(key) is None:
-        raise ValueError(f"the configuration lacks {key!r}, which its kind of model needs")
-    return config[key]
+def _size_or_none(config: Config, *keys: str) -> int | None:
+    """A size, which is a whole number of at least 1; ``None`` if none of ``keys`` is there."""
+    for key in keys:
+        value = config.get(key)
+        if value is None:
+            continue
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # 1e3 is a float in JSON
+        if type(value) is not int or value < 1:
+            raise ValueError(
+                f"the configuration says {key} = {config[key]!r}, expected a whole number of at "
+                "least 1; correct the file"
+            )
+        return value
+    return None
 
 
 def _decoder(**traits: Any) -> Callable[[Config], Decoder]:
@@ -46,11 +58,9 @@ def _decoder(**traits: Any) -> Callable[[Config], Decoder]:
 
     def read(config: Config) -> Decoder:
         habits = dict(defaults)
-        heads, hidden = int(_get(config, "num_attention_heads")), int(_get(config, "hidden_size"))
-        kv_heads = config.get("num_key_value_heads")
-        if kv_heads is None:
-            kv_heads = _get(config, "num_key_value_heads") if kv_required else heads
-        head_dim = config.get("head_dim") if has_head_dim else None
+        heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+        kv_heads = (_size if kv_required else _size_or_none)(config, "num_key_value_heads")
+        head_dim = _size_or_none(config, "head_dim") if has_head_dim else None
         bias = habits.pop("attention_bias")
         if has_attention_bias:
             bias = bool(config.get("attention_bias", bias))
@@ -64,15 +74,19 @@ def _decoder(**traits: Any) -> Callable[[Config], Decoder]:
         habits["dropout"] = bool(config.get("resid_pdrop"))
         if habits.get("softcap"):
             habits["softcap"] = bool(config.get("final_logit_softcapping", 30.0))
+        head = head_of(config)
+        if head is not None:  # both are the language model's
+            habits["tied"] = habits["softcap"] = False
         return Decoder(
-            layers=int(_get(config, "num_hidden_layers")),
+            layers=_size(config, "num_hidden_layers"),
             hidden=hidden,
-            feed_forward=int(_get(config, "intermediate_size")),
+            feed_forward=_size(config, "intermediate_size"),
             heads=heads,
-            kv_heads=int(kv_heads),
-            head_dim=int(head_dim or head_dim_default or hidden // heads),
-            vocabulary=int(_get(config, "vocab_size")),
+            kv_heads=kv_heads or heads,
+            head_dim=head_dim or head_dim_default or hidden // heads,
+            vocabulary=_size(config, "vocab_size"),
             mlp_bias=mlp_bias,
+            head=head,
             **habits,
         )
 
@@ -81,54 +95,58 @@ def _decoder(**traits: Any) -> Callable[[Config], Decoder]:
 
 def _gpt2(config: Config) -> GPT2:
     if config.get("add_cross_attention"):
-        raise UnknownModel(f"a GPT-2 with cross-attention is not known. {_OTHER_WAY}")
-    hidden = int(config.get("n_embd") or _get(config, "hidden_size"))
+        what = "a GPT-2 with cross-attention"
+        raise UnknownModel(f"{what} is not known. {OTHER_WAY}", what)
+    hidden = _size(config, "n_embd", "hidden_size")
     dropouts = [float(config.get(key, 0.1)) for key in ("resid_pdrop", "embd_pdrop")]
+    head = head_of(config)
     return GPT2(
-        layers=int(config.get("n_layer") or _get(config, "num_hidden_layers")),
+        layers=_size(config, "n_layer", "num_hidden_layers"),
         hidden=hidden,
-        feed_forward=int(config.get("n_inner") or 4 * hidden),
-        heads=int(config.get("n_head") or _get(config, "num_attention_heads")),
-        vocabulary=int(_get(config, "vocab_size")),
-        positions=int(config.get("n_positions") or _get(config, "max_position_embeddings")),
-        tied=bool(config.get("tie_word_embeddings", True)),
+        feed_forward=_size_or_none(config, "n_inner") or 4 * hidden,
+        heads=_size(config, "n_head", "num_attention_heads"),
+        vocabulary=_size(config, "vocab_size"),
+        positions=_size(config, "n_positions", "max_position_embeddings"),
+        tied=head is None and bool(config.get("tie_word_embeddings", True)),
         dropout=any(dropouts),
         python_gelu=config.get("activation_function", "gelu_new") == "gelu_new",
+        head=head,
     )
 
 
 def _gpt_neox(config: Config) -> GPTNeoX:
+    head = head_of(config)
     return GPTNeoX(
-        layers=int(_get(config, "num_hidden_layers")),
-        hidden=int(_get(config, "hidden_size")),
-        feed_forward=int(_get(config, "intermediate_size")),
-        heads=int(_get(config, "num_attention_heads")),
-        vocabulary=int(_get(config, "vocab_size")),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        layers=_size(config, "num_hidden_layers"),
+        hidden=_size(config, "hidden_size"),
+        feed_forward=_size(config, "intermediate_size"),
+        heads=_size(config, "num_attention_heads"),
+        vocabulary=_size(config, "vocab_size"),
+        tied=head is None and bool(config.get("tie_word_embeddings", False)),
         attention_bias=bool(config.get("attention_bias", True)),
         parallel=bool(config.get("use_parallel_residual", True)),
         dropout=bool(config.get("hidden_dropout")),
+        head=head,
     )
 
 
 def _sana(config: Config) -> Sana:
     if config.get("interpolation_scale") is not None or config.get("norm_elementwise_affine"):
-        raise UnknownModel(
-            "a SANA with interpolation_scale or norm_elementwise_affine is not known. " + _OTHER_WAY
-        )
+        what = "a SANA with interpolation_scale or norm_elementwise_affine"
+        raise UnknownModel(f"{what} is not known. {OTHER_WAY}", what)
     ratio = config.get("mlp_ratio", config.get("expand_ratio"))
-    in_channels = int(config.get("in_channels") or 32)
+    in_channels = _size_or_none(config, "in_channels") or 32
     return Sana(
-        layers=int(_get(config, "num_layers")),
-        heads=int(_get(config, "num_attention_heads")),
-        head_dim=int(_get(config, "attention_head_dim")),
-        cross_heads=int(_get(config, "num_cross_attention_heads")),
-        cross_head_dim=int(_get(config, "cross_attention_head_dim")),
-        caption_channels=int(_get(config, "caption_channels")),
+        layers=_size(config, "num_layers"),
+        heads=_size(config, "num_attention_heads"),
+        head_dim=_size(config, "attention_head_dim"),
+        cross_heads=_size(config, "num_cross_attention_heads"),
+        cross_head_dim=_size(config, "cross_attention_head_dim"),
+        caption_channels=_size(config, "caption_channels"),
         expansion=float(2.5 if ratio is None else ratio),
         in_channels=in_channels,
-        out_channels=int(config.get("out_channels") or in_channels),
-        patch_size=int(config.get("patch_size") or 1),
+        out_channels=_size_or_none(config, "out_channels") or in_channels,
+        patch_size=_size_or_none(config, "patch_size") or 1,
         attention_bias=bool(config.get("attention_bias", False)),
         guidance=bool(config.get("guidance_embeds", False)),
         qk_norm=config.get("qk_norm") is not None,
@@ -166,22 +184,22 @@ def architecture_of(config: Config) -> Architecture:
     """The architecture that ``config``, the contents of a config.json, describes.
 
     Raises:
-        UnknownModel: the kind of model is not one of :data:`FAMILIES`.
-        ValueError: a size is missing, or is not a number.
+        UnknownModel: the kind of model is not one of :data:`FAMILIES`, or its class is not known.
+        ValueError: the model is quantized, or a size is missing or makes no sense.
     """
-    kind = config.get("model_type") or config.get("_class_name")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        said = f"got a model of type {kind!r}" if kind else "the configuration names no model_type"
-        raise UnknownModel(f"{said}; known are {', '.join(FAMILIES)}. {_OTHER_WAY}")
-    quantized = config.get("quantization_config")
-    if quantized:
-        raise UnknownModel(
+    if config.get("quantization_config"):
+        raise ValueError(
             "the configuration is that of a quantized model, which does not train as it is; give "
             "the one of the original model"
         )
+    kind = config.get("model_type") or config.get("_class_name")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        what = f"a model of type {kind!r}" if kind else "a model without a model_type"
+        said = f"got {what}" if kind else "the configuration names no model_type"
+        raise UnknownModel(f"{said}; known are {', '.join(FAMILIES)}. {OTHER_WAY}", what)
     try:
         return FAMILIES[kind](config)
-    except (TypeError, ZeroDivisionError) as error:
+    except TypeError as error:
         raise ValueError(f"the configuration of this {kind} cannot be read: {error}") from error
 
 
@@ -205,5 +223,12 @@ def from_config(path: Path) -> Model:
     """The model that a config.json describes; errors as in :func:`architecture_of`."""
     config = read_config(path)
     kind = config.get("model_type") or config.get("_class_name")
+    architecture = architecture_of(config)
+    if config.get("architectures"):
+        kind = config["architectures"][0]
     name = str(config.get("_name_or_path") or "") or f"{kind} of {path}"
-    return from_architecture(name, f"{path} ({kind})", architecture_of(config))
+    model = from_architecture(name, f"{path} ({kind})", architecture)
+    if architecture.logits or "_class_name" in config:
+        return model
+    note = "It has no head: what the loss on top of it keeps is not counted."
+    return replace(model, notes=(note,))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .heads import Head
 from .model import Parameter, Stage, weight_and_bias
 
 
@@ -35,6 +36,7 @@ class Decoder:
         scores: whether attention scores are kept (``eager`` attention), quadratic in the sequence.
         softcap: whether logits pass through a tanh.
         dropout: whether there is dropout on the two residual branches.
+        head: what stands there instead of a language model's output layer; then not ``tied``.
     """
 
     layers: int
@@ -55,11 +57,12 @@ class Decoder:
     scores: bool = False
     softcap: bool = False
     dropout: bool = False
+    head: Head | None = None
 
     @property
     def logits(self) -> int:
         """Numbers per token that go into the softmax."""
-        return self.vocabulary
+        return self.vocabulary if self.head is None else self.head.labels
 
     @property
     def longest(self) -> int | None:
@@ -76,6 +79,8 @@ class Decoder:
             found += self._attention(f"model.layers.{index}", f"layer {index} attention")
             found += self._feed_forward(f"model.layers.{index}", f"layer {index} mlp")
         found.append(Parameter("model.norm.weight", (self.hidden,), "head"))
+        if self.head is not None:
+            return self.head.on(found, "model.", self.hidden)
         if not self.tied:
             found.append(Parameter("lm_head.weight", table, "head"))
         return found
@@ -135,6 +140,8 @@ class Decoder:
         last += 2 * sequence * self.head_dim * size
         if self.softcap:
             last += tokens * size * self.vocabulary
+        if self.head is not None and self.head.dropout:
+            last += tokens * self.hidden
         # Gradients of the tensors in hand.  A norm's backward holds four of them in fp32.
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         in_norm = 16 * self.hidden

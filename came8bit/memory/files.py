@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .configs import UnknownModel, from_config
+from .configs import from_config
 from .model import Model, Parameter
+from .unknown import UnknownModel
 
 INDEX = "model.safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # the format's own limit, in bytes
+_CHECKPOINT = "came8bit optimizer state"  # the format that came8bit.save_checkpoint writes
 _FLOATS = ("F64", "F32", "F16", "BF16")
 #: Names of tensors that are saved but not trained.
 _BUFFERS = re.compile(
@@ -36,7 +39,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a safetensors file, or is cut off.
+        ValueError: it is not a safetensors file, or is cut off, or holds an optimizer's state.
     """
     with path.open("rb") as file:
         start = file.read(8)
@@ -54,7 +57,12 @@ def read_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} is not a safetensors file: its header is not an object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if isinstance(metadata, dict) and metadata.get("format") == _CHECKPOINT:
+        raise ValueError(
+            f"{path} is a checkpoint of a came8bit optimizer, not the weights of a model; give "
+            f"the model's file. came8bit inspect {path} shows what is in it"
+        )
     return header
 
 
@@ -62,9 +70,12 @@ def _tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, dtype and shape of every tensor in the file."""
     for name, entry in read_header(path).items():
         try:
-            yield name, str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+            dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+            if min(shape, default=0) < 0:
+                raise ValueError("a size is negative")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the header describes {name!r} as {entry!r}") from error
+        yield name, dtype, shape
 
 
 def _files_of_index(path: Path) -> list[Path]:
@@ -134,6 +145,8 @@ def from_path(path: Path) -> Model:
     """
     if path.is_dir():
         return _from_folder(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"got {path}, which is a pipe or a device, expected a file or a folder")
     if path.name.endswith(".index.json") or path.suffix == ".safetensors":
         return from_safetensors(path)
     if path.suffix == ".json":
@@ -159,7 +172,8 @@ def _from_folder(folder: Path) -> Model:
             f"{folder} holds {len(weights)} safetensors files and no index; name one of them"
         )
     if weights:
-        return from_safetensors(weights[0])
+        model = from_safetensors(weights[0])
+        return model if unknown is None else replace(model, unknown=unknown.what)
     if unknown is not None:
         raise unknown
     raise ValueError(f"{folder} holds neither a config.json nor a safetensors file")

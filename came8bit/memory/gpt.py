@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .heads import Head
 from .model import Parameter, Stage, weight_and_bias
 
 
@@ -30,6 +31,7 @@ class GPT2:
         dropout: whether there is dropout on the embedding and the residual branches.
         python_gelu: whether the activation is transformers' ``gelu_new``, written in Python, whose
             intermediate results are all kept; else a fused one.
+        head: what stands there instead of a language model's output layer; then not ``tied``.
     """
 
     layers: int
@@ -41,11 +43,12 @@ class GPT2:
     tied: bool = True
     dropout: bool = True
     python_gelu: bool = True
+    head: Head | None = None
 
     @property
     def logits(self) -> int:
         """Numbers per token that go into the softmax."""
-        return self.vocabulary
+        return self.vocabulary if self.head is None else self.head.labels
 
     @property
     def longest(self) -> int | None:
@@ -70,6 +73,8 @@ class GPT2:
             found += weight_and_bias(f"{layer}.mlp.c_fc", (width, inner), inner, stage)
             found += weight_and_bias(f"{layer}.mlp.c_proj", (inner, width), width, stage)
         found += _layer_norm("transformer.ln_f", width, "head")
+        if self.head is not None:
+            return self.head.on(found, "transformer.", width)
         if not self.tied:
             found.append(Parameter("lm_head.weight", (self.vocabulary, width), "head"))
         return found
@@ -91,7 +96,8 @@ class GPT2:
             name = f"layer {index}"
             found.append(Stage(f"{name} attention", tokens * attention, tokens * 6 * width, index))
             found.append(Stage(f"{name} mlp", tokens * mlp, tokens * in_mlp, index))
-        found.append(Stage("head", tokens * norm, tokens * 2 * width))
+        last = norm + self.hidden * (self.head is not None and self.head.dropout)
+        found.append(Stage("head", tokens * last, tokens * 2 * width))
         return found
 
 
@@ -109,6 +115,7 @@ class GPTNeoX:
         attention_bias: whether the projections of attention have biases.
         parallel: whether attention and feed-forward read the same input.
         dropout: whether there is dropout on the embedding and the residual branches.
+        head: what stands there instead of a language model's output layer; then not ``tied``.
     """
 
     layers: int
@@ -120,11 +127,12 @@ class GPTNeoX:
     attention_bias: bool = True
     parallel: bool = True
     dropout: bool = False
+    head: Head | None = None
 
     @property
     def logits(self) -> int:
         """Numbers per token that go into the softmax."""
-        return self.vocabulary
+        return self.vocabulary if self.head is None else self.head.labels
 
     @property
     def longest(self) -> int | None:
@@ -152,6 +160,8 @@ class GPTNeoX:
             found += weight_and_bias(f"{layer}.mlp.dense_h_to_4h", (inner, width), inner, stage)
             found += weight_and_bias(f"{layer}.mlp.dense_4h_to_h", (width, inner), width, stage)
         found += _layer_norm("gpt_neox.final_layer_norm", width, "head")
+        if self.head is not None:
+            return self.head.on(found, "gpt_neox.", width)
         if not self.tied:
             found.append(Parameter("lm_head.weight", table, "head"))
         return found
@@ -175,5 +185,6 @@ class GPTNeoX:
             found.append(Stage(f"{name} attention", tokens * attention, tokens * 6 * width, index))
             found.append(Stage(f"{name} mlp", tokens * mlp, tokens * in_mlp, index))
         # The cosines and sines of the positions cover a quarter of a head: left out.
-        found.append(Stage("head", tokens * norm, tokens * 2 * width))
+        last = norm + self.hidden * (self.head is not None and self.head.dropout)
+        found.append(Stage("head", tokens * last, tokens * 2 * width))
         return found

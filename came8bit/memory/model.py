@@ -96,6 +96,8 @@ class Model:
         parameters: every parameter once.
         architecture: what is known of its layers; ``None`` where only shapes are.
         notes: what the reader has to know, one sentence each.
+        unknown: what its config.json describes, in a few words, where there is one and its layers
+            are not known all the same.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Model:
     parameters: tuple[Parameter, ...]
     architecture: Architecture | None = None
     notes: tuple[str, ...] = field(default=())
+    unknown: str = ""
 
     @property
     def numel(self) -> int:
