@@ -67,6 +67,7 @@ Applied apply(const StepConstants& constants, const Segment& segment) {
   const auto lanes = [&](int j, int size) CAME8BIT_LAMBDA {
     prefetch(static_cast<const G*>(s.grad) + j + kAhead);
     prefetch(static_cast<const P*>(s.param) + j + kAhead);
+    if (is8bit && j % kLine == 0) prefetch(s.codes + j + kAhead);
     F w, m_t, v;
     load_update<G, is8bit, factored>(c, s, row_gain, absmax, j, size, w, m_t, v);
     F update;

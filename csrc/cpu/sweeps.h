@@ -38,6 +38,8 @@ CAME8BIT_INLINE F decode_lanes(I code, F absmax) {
 // Stands in for the rows that a last group of fewer than four lacks.
 alignas(64) const float kZeros[kChunk] = {};
 
+constexpr int kLine = 64;  // elements of 8-bit momentum in a cache line
+
 template <class G>
 void second_moment(const SecondMomentTile& shared) {
   const SecondMomentTile tile = shared;  // a copy of its own: the stores below cannot alias it
@@ -51,7 +53,7 @@ void second_moment(const SecondMomentTile& shared) {
     const auto column = [&](int j, int size) CAME8BIT_LAMBDA {
       F square[kGroup];
       for (int q = 0; q < kGroup; ++q) {
-        prefetch(g[q] + kGroup * tile.stride + j);  // the rows that come next
+        prefetch_far(g[q] + 3 * kGroup * tile.stride + j);  // rows to come
         const F x = load_some(g[q] + j, size);
         square[q] = x * x;
         row[q] = row[q] + square[q];
@@ -101,7 +103,8 @@ void residual(const ResidualTile& shared) {
         const F col_factor = load_some(tile.col_factor + j, size);
         F d2[kGroup], ud[kGroup], u2[kGroup];
         for (int q = 0; q < kGroup; ++q) {
-          prefetch(g[q] + kGroup * tile.stride + j);  // the rows that come next
+          prefetch_far(g[q] + 2 * kGroup * tile.stride + j);  // rows to come
+          if (j % kLine == 0) prefetch_far(m[q] + 2 * kGroup * tile.momentum_stride + j);
           const F u = precondition(load_some(g[q] + j, size), factor[q], col_factor);
           const F d = u * kappa_0 - load_momentum(m[q] + j, size, scale[q]);
           d2[q] = d * d;
