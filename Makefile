@@ -34,7 +34,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint type format bench-cpu bench-gpu bench-quant data build-checks cuda-compile
-.PHONY: bench-capped bench-gradient-release bench-activations gpu-report gpu-wheels wheel install tools clean
+.PHONY: bench-capped bench-gradient-release bench-activations bench-paging gpu-report gpu-wheels wheel install tools clean
 .DELETE_ON_ERROR:
 
 help:
@@ -48,6 +48,7 @@ help:
 	@echo "make bench-capped  a Llama under a hard cap on memory: 7B and 8B on a GPU, scaled down on a CPU"
 	@echo "make bench-quant   error and speed of the 8-bit codes"
 	@echo "make bench-gradient-release, bench-activations   memory of a training step, and of activations"
+	@echo "make bench-paging  what paged state costs on a CPU"
 	@echo "make data          fetch the text and image corpora into data/ (Debian and Ubuntu)"
 	@echo "make build-checks  every way to install the package; the symbols of the library"
 	@echo "make cuda-compile  every CUDA kernel for every architecture; spills and registers; needs nvcc, no GPU"
@@ -93,6 +94,9 @@ bench-gradient-release: $(STAMPS)/test
 
 bench-activations: $(STAMPS)/test
 	$(PY) benchmarks/bench_activations.py $(ARGS)
+
+bench-paging: $(STAMPS)/demo
+	$(PY) benchmarks/bench_paging.py $(ARGS)
 
 data:
 	$(PYTHON) scripts/fetch_data.py $(ARGS)
