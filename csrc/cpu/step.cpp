@@ -102,11 +102,9 @@ bool instability(const Parameter& p, const Settings& s, const Grid& grid, Worksp
                  int64_t workers, float predicted_rms, float* kappa) {
   const Kernels& table = kernels();
   const float kappa_0 = clip_scale(*p.rms_ratio * predicted_rms, s.clip_threshold);
-  // Backwards: what sweep A read last is still in the caches.
-  const int64_t tasks = grid.tasks();
-  for_each_task(tasks, workers, [&](int64_t task, int64_t) {
-    residual_task(p, grid, w, kappa_0, tasks - 1 - task);
-  });
+  // What sweep A read last is still in the caches.
+  for_each_task(grid.tasks(), workers, Order::kBackwards,
+                [&](int64_t task, int64_t) { residual_task(p, grid, w, kappa_0, task); });
   add_parts(grid, w, 3);
   const int64_t rows = p.b * p.n, cols = p.b * p.k;
   const float total_u2 = table.lane_sum(w.row_sum[2], rows);
