@@ -9,6 +9,7 @@ of ``docs/paging.md``; rows are appended to ``results/paging.csv``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 import time
 from pathlib import Path
@@ -50,21 +51,20 @@ def main() -> None:
         "paged, all fits": lambda: PagedCAME8bit(params, page_budget=everything),
         "paged": lambda: PagedCAME8bit(params),
     }
-    for folder in options.folders:
-        if folder.is_dir():
-            ways[f"paged, {folder}"] = lambda folder=folder: PagedCAME8bit(
-                params, page_dir=tempfile.mkdtemp(dir=folder)
-            )
     rows = []
-    for name, make in ways.items():
-        optimizer = make()
-        found = {
-            f"{q}_ms": f"{1e3 * t:.1f}"
-            for q, t in quantiles(step_times(optimizer, options.repeats)).items()
-        }
-        del optimizer
-        rows.append({**about(), "way": name, "matrices": MATRICES, "side": SIDE, **found})
-        print(f"{name:24s} {' / '.join(found.values())} ms", flush=True)
+    with contextlib.ExitStack() as folders:
+        for folder in filter(Path.is_dir, options.folders):
+            own = folders.enter_context(tempfile.TemporaryDirectory(dir=folder))
+            ways[f"paged, {folder}"] = lambda own=own: PagedCAME8bit(params, page_dir=own)
+        for name, make in ways.items():
+            optimizer = make()
+            found = {
+                f"{q}_ms": f"{1e3 * t:.1f}"
+                for q, t in quantiles(step_times(optimizer, options.repeats)).items()
+            }
+            del optimizer
+            rows.append({**about(), "way": name, "matrices": MATRICES, "side": SIDE, **found})
+            print(f"{name:24s} {' / '.join(found.values())} ms", flush=True)
     append(rows, options.csv)
 
 
