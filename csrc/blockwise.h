@@ -12,6 +12,7 @@ constexpr float kNearestStep = 0.5f;
 constexpr float kDecayStep = 1.0f - 0x1p-14f;
 constexpr float kSmallestAbsmax = 0x1p-126f;
 constexpr float kInverse127 = 1.0f / 127.0f;
+constexpr float kLargestSquare = 127.0f * 127.0f;
 
 // Value of a code, given as a number of type T; not for kNanCode.
 template <class T>
@@ -27,11 +28,11 @@ constexpr float kTinyFactor = 0x1p64f;
 // 127^2/absmax (of a tiny block: after scaling), or 0 for a block that stores zeros.
 CAME8BIT_INLINE float level_scale(float absmax) {
   if (absmax < kSmallestAbsmax) return 0.0f;
-  return 16129.0f / (absmax < kTinyAbsmax ? absmax * kTinyFactor : absmax);
+  return kLargestSquare / (absmax < kTinyAbsmax ? absmax * kTinyFactor : absmax);
 }
 // The same of a block that is not tiny; of one of zeros any number will do.
 CAME8BIT_INLINE float level_scale_of_usual(float absmax) {
-  return 16129.0f / ::fmaxf(absmax, kTinyAbsmax);
+  return kLargestSquare / ::fmaxf(absmax, kTinyAbsmax);
 }
 
 // Square of the level that x would have on a continuous scale; the code is the largest whole level

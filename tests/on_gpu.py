@@ -7,19 +7,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from problems import Problem, assert_same_bits, run_ops
-from shim.cases import run_reference
+from shim.build import PLAIN
+from shim.cases import SHIM_TREE, run_reference
+from shim.library import is_loaded, kernels, load
 from torch import Tensor
 
 from came8bit import _kernels
+from came8bit.reduction import CUDA_TREE
 
 ON_SHIM = bool(os.environ.get("CAME8BIT_CUDA_TESTS_ON_SHIM"))
 DEVICE = "cpu" if ON_SHIM else "cuda"
+TREE = SHIM_TREE if ON_SHIM else CUDA_TREE
 
 needs_gpu = pytest.mark.skipif(
     not (ON_SHIM or torch.cuda.is_available()), reason="torch finds no GPU here"
@@ -56,10 +61,15 @@ def gpu_operators() -> Iterator[None]:
     if not ON_SHIM:
         yield
         return
-    from shim.library import kernels
-
+    _open_shim()
     with kernels():
         yield
+
+
+@functools.cache
+def _open_shim() -> None:
+    if not is_loaded():
+        load(PLAIN.make("_C_shim"))
 
 
 def step(problems: list[Problem], grads: list[Tensor], **options: object) -> None:
@@ -80,7 +90,7 @@ def check_step(
     step(got, grads, **options)
     for i, (mine, other) in enumerate(zip(got, expected, strict=True)):
         if other.param.numel() > 0:  # kernels leave an empty parameter alone
-            run_reference(other, grads[i], **options)
+            run_reference(other, grads[i], TREE, **options)
         found = {name: x.cpu() for name, x in mine.tensors().items()}
         shape = tuple(other.param.shape)
         assert_same_bits(found, other.tensors(), f"{what}, parameter {i} {shape}")

@@ -21,14 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_are_importable() -> Any:
-    folders = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
-    sys.path[:0] = folders
-    yield
-    for folder in folders:
-        sys.path.remove(folder)
+pytestmark = pytest.mark.usefixtures("scripts_are_importable")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from problems import Problem, assert_same_bits, make_problem, random_grad, run_o
 from shim.cases import run_reference
 
 from came8bit import CAME8bit, CAME32bit, quant
+from came8bit.reduction import CUDA_TREE
 
 pytestmark = [pytest.mark.cuda, needs_gpu, needs_real_gpu]
 
@@ -213,6 +214,7 @@ MEMORY: list[list[tuple[int, ...]]] = [
     [(11008, 16), (16, 11008)] * 40,
     [(200_000, 64)],
     [(64, 200_000)],
+    [(128_256, 4096)],
 ]
 
 
@@ -270,6 +272,15 @@ def needs_memory(gigabytes: float) -> None:
     free = torch.cuda.mem_get_info()[0] / 1e9
     if free < gigabytes:
         pytest.skip(f"{free:.0f} GB of GPU memory are free, this takes {gigabytes:.0f}")
+
+
+def test_a_tile_of_several_strips() -> None:
+    """The row sums of a huge matrix; on the shim small ones do that. The smallest there are."""
+    shape = (262_200, 264)
+    assert CUDA_TREE._grid(1, *shape)[2] == 2
+    expected = make_problem(shape, dtype=torch.bfloat16, generator=generator())
+    grad = random_grad(shape, torch.bfloat16, generator(1))
+    check_step([to_gpu(expected)], [expected], [grad], "two strips")
 
 
 def test_more_than_2_31_elements_unfactored() -> None:

@@ -119,15 +119,16 @@ inline int64_t swept_bytes(const HostParameter& h) {
 // Rows that a thread handles in a tile of sweep C. A block has to find its parameter and its
 // factors before it can begin: the more rows then the better, while there are enough blocks.
 constexpr int kFewestRounds = 8;
-inline int rounds_of(std::vector<HostParameter>& parameters, const Group& g, int wished) {
+inline int rounds_of(const std::vector<HostParameter>& parameters, const Group& g, int wished) {
   constexpr int64_t kEnoughBlocks = 4096;
   if (g.kind.access != kTiles || g.kind.small) return kFewestRounds;
   if (wished > 0) return wished;
   for (int rounds = 32; rounds > kFewestRounds; rounds /= 2) {
     int64_t blocks = 0;
     for (size_t i : g.members) {
-      parameters[i].parameter.apply_rounds = rounds;
-      blocks += apply_tasks(parameters[i].parameter, g.kind.access);
+      Parameter p = parameters[i].parameter;
+      p.apply_rounds = rounds;
+      blocks += apply_tasks(p, g.kind.access);
     }
     if (blocks >= kEnoughBlocks) return rounds;
   }

@@ -148,10 +148,10 @@ __device__ __forceinline__ void store_column_sums(const Parameter& p, const Tile
 // A warp for each chunk of 32 rows of every matrix, then for chunks of 32 columns: 8 chunks a task.
 struct Chunk {
   bool there, is_row;
-  int64_t index;   // among those of rows, or of columns
-  int64_t matrix;  //
-  int64_t size;    // of the matrix: n or k
-  int64_t i;       // row or column of this thread; it may be behind the last
+  int64_t index;  // among those of rows, or of columns
+  int64_t matrix;
+  int64_t size;  // of the matrix: n or k
+  int64_t i;     // row or column of this thread; it may be behind the last
 
   __device__ __forceinline__ Chunk(const Parameter& p, int64_t task) {
     const int64_t row_chunks = p.row_chunks(), col_chunks = p.col_chunks();

@@ -30,6 +30,11 @@ def load(path: Path | str) -> Control:
     return Control(ctypes.CDLL(str(path)))
 
 
+def is_loaded() -> bool:
+    """Whether this process has opened a library."""
+    return bool(_definitions)
+
+
 @contextmanager
 def kernels() -> Iterator[None]:
     """Within it ``_ops`` calls the loaded kernels on CPU tensors."""
