@@ -15,7 +15,7 @@ import pytest
 from checkpoints import copies, trained
 
 from came8bit import CAME8bit, load_checkpoint, save_checkpoint
-from came8bit.checkpoint import atomic, writer
+from came8bit.checkpoint import atomic, save
 
 SHAPES = {"m": (256, 600), "v": (20,)}
 
@@ -141,7 +141,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, optimize
     def interrupted(tensor):
         raise error
 
-    monkeypatch.setattr(writer, "pieces", interrupted)
+    monkeypatch.setattr(save, "pieces", interrupted)
     with pytest.raises(error):
         save_checkpoint(optimizer, path)
     assert path.read_bytes() == b"old"
@@ -300,7 +300,7 @@ def test_a_leftover_that_has_become_read_only_goes(tmp_path, monkeypatch):
 
 
 def test_a_file_replaced_while_it_is_read_does_not_mix(tmp_path, monkeypatch, optimizer):
-    from came8bit.checkpoint.source import SavedFile
+    from came8bit.checkpoint.reader import SavedFile
 
     path = tmp_path / "x"
     save_checkpoint(optimizer, path)

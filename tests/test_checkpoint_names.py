@@ -10,7 +10,7 @@ from checkpoints import SHAPES, by_name, copies, parameters, train, trained
 from training import same_bits
 
 from came8bit import CAME8bit, CheckpointError, load_checkpoint, save_checkpoint
-from came8bit.checkpoint.names import order_of
+from came8bit.checkpoint.match import order_of
 
 
 @pytest.fixture

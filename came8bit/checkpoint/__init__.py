@@ -4,9 +4,8 @@
 ``_read_state`` and ``_write_state``, so it does not matter where the state lives.
 """
 
-from .convert import ConvertReport, convert_checkpoint
+from .convert import ConvertReport, convert_checkpoint, inspect_checkpoint
 from .error import CheckpointError
-from .inspect import inspect_checkpoint
 from .load import LoadReport, load_checkpoint
 from .save import save_checkpoint
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..state.layout import Layout, plan
 from .error import CheckpointError
-from .header import Entry, Span, label, place
+from .format import Entry, Span, label, place
 
 MAGIC = b"PK\x03\x04"
 _OPTIONS = {"lr", "betas", "eps", "clip_threshold", "weight_decay"}
@@ -27,7 +27,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class CamePytorchFile:
-    """See :class:`.source.Source`.  The file is mapped, so tensors are read when they are used.
+    """See :class:`.reader.Source`.  The file is mapped, so tensors are read when they are used.
 
     Raises:
         CheckpointError: it is not a state dict of came-pytorch, or a damaged one.

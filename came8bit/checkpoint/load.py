@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from .._ops import dequantize_blockwise, quantize_blockwise
 from ..optim import CAME
+from ..quant import absmax_shape, slice_shape
 from .error import CheckpointError
-from .header import label
-from .heap import FreedMemory
-from .matching import OWN_OPTIONS, Match, Pair, dtype_changes, match, same_option
-from .momentum import convert_momentum
-from .names import listed
-from .opening import open_source
+from .format import label
+from .match import OWN_OPTIONS, Match, Pair, dtype_changes, listed, match, same_option
+from .reader import Source, open_source
 from .save import check_optimizer
-from .source import Source
 
 
 @dataclass(frozen=True)
@@ -212,3 +215,72 @@ def _report(optimizer: CAME, path: str, source: Source, found: Match) -> LoadRep
         wrappers=found.wrappers,
         unsure=found.unsure,
     )
+
+
+_EVERY = 1 << 22
+
+
+def _find_trim() -> Callable[[int], object] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    trim: Callable[[int], object] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim
+
+
+class FreedMemory:
+    """Counts what has been freed and returns it every 4 MiB; does nothing outside glibc.
+
+    glibc keeps freed blocks of up to 32 MiB in its heap, and a new tensor, which is aligned, does
+    not fit into the hole that one of the same size has left.  Replacing a state tensor by tensor
+    would then take as much memory again, although each old tensor is freed at once.
+    """
+
+    def __init__(self) -> None:
+        self._trim = _find_trim()
+        self._bytes = 0
+
+    def add(self, nbytes: int) -> None:
+        """Note that ``nbytes`` have been freed."""
+        self._bytes += nbytes
+        if self._bytes >= _EVERY and self._trim is not None:
+            self._trim(0)
+            self._bytes = 0
+
+
+_ELEMENTS = 1 << 20
+
+
+def momentum_bits(state: Mapping[str, Tensor]) -> int:
+    """8 or 32, of a state that is not empty."""
+    return 8 if "absmax" in state else 32
+
+
+def convert_momentum(state: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """``state`` with its momentum in ``bits``; everything else is passed on as it is.
+
+    From 8 to 32 bits is exact, and back from there too.  From 32 to 8 rounds to the nearest code,
+    as the step does.  Blocks never cross a slice of the first dimension, so working slice by slice
+    gives what the whole tensor would.
+
+    Args:
+        state: of one parameter.
+        bits: 8 or 32.
+    """
+    if momentum_bits(state) == bits:
+        return state
+    momentum = state["exp_avg"]
+    slices, slice_len = slice_shape(momentum.shape)
+    rows = max(1, _ELEMENTS // max(1, slice_len))
+    rest = {name: value for name, value in state.items() if name not in ("exp_avg", "absmax")}
+    if bits == 32:
+        full = torch.empty(momentum.shape, dtype=torch.float32)
+        for first in range(0, slices, rows):
+            part = slice(first, first + rows)
+            full[part] = dequantize_blockwise(momentum[part], state["absmax"][part])
+        return {"exp_avg": full, **rest}
+    codes = torch.empty(momentum.shape, dtype=torch.int8)
+    absmax = torch.empty(absmax_shape(momentum.shape), dtype=torch.float32)
+    for first in range(0, slices, rows):
+        part = slice(first, first + rows)
+        codes[part], absmax[part] = quantize_blockwise(momentum[part])
+    return {"exp_avg": codes, "absmax": absmax, **rest}
