@@ -93,7 +93,7 @@ bench-gradient-release: $(STAMPS)/test
 	$(PY) benchmarks/bench_gradient_release.py $(ARGS)
 
 bench-activations: $(STAMPS)/test
-	$(PY) benchmarks/bench_activations.py $(ARGS)
+	$(PY) benchmarks/planner.py $(ARGS)
 
 bench-paging: $(STAMPS)/demo
 	$(PY) benchmarks/bench_paging.py $(ARGS)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from came8bit.cli.tradeoff.data import Text, load_text
-from came8bit.memory import CONFIGS
+from came8bit.planner import CONFIGS
 
 HEAD = 64  # width of an attention head in the scaled shapes
 

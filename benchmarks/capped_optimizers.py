@@ -29,7 +29,7 @@ PLANNED = {
     "PagedAdamW8bit": "paged-adamw8bit",
     "AdamW": "adamw-fused",
 }
-"""Keys of ``came8bit.memory.OPTIMIZERS``."""
+"""Keys of ``came8bit.planner.OPTIMIZERS``."""
 
 
 @dataclass(frozen=True)

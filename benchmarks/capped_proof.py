@@ -16,7 +16,7 @@ from capped_launch import Worker
 from capped_model import SHAPES
 from capped_optimizers import NONE, PLANNED, Choice
 
-from came8bit import memory
+from came8bit import planner
 
 CONSTANT = 4 << 20
 """For what allocators round up, kernels' workspace, and Python."""
@@ -70,11 +70,11 @@ def failing(fits: Choice) -> tuple[Choice, ...]:
     )
 
 
-def planned_state(shape: str, choice: Choice) -> memory.State:
+def planned_state(shape: str, choice: Choice) -> planner.State:
     """What the planner says of the state, in bf16."""
-    model = memory.from_architecture(shape, "", memory.architecture_of(SHAPES[shape]))
-    options = memory.Options(itemsize=2, budget=choice.page_budget)
-    return memory.OPTIMIZERS[PLANNED[choice.name]].state(model.parameters, options)
+    model = planner.from_architecture(shape, "", planner.architecture_of(SHAPES[shape]))
+    options = planner.Options(itemsize=2, budget=choice.page_budget)
+    return planner.OPTIMIZERS[PLANNED[choice.name]].state(model.parameters, options)
 
 
 def allowance(worker: Worker, job: Job) -> Allowance:

@@ -14,7 +14,7 @@ from capped_optimizers import NONE, PLANNED, Choice
 from records import quantiles
 
 import came8bit
-from came8bit import memory
+from came8bit import planner
 from came8bit.cli import environment
 
 ALL_OF_THEM = ("peak_allocated", "peak_reserved", "beside", "peak_address_space", "peak_resident")
@@ -52,20 +52,20 @@ def about(device: str, text: dict[str, Any]) -> dict[str, Any]:
 
 
 def planned_peak(job: Job, choice: Choice) -> int | None:
-    """Bytes that ``came8bit.memory`` expects at the highest point, logits in pieces."""
+    """Bytes that ``came8bit.planner`` expects at the highest point, logits in pieces."""
     if choice.name == NONE or (choice.name == "PagedAdamW8bit" and job.device == "cpu"):
         return None  # on a CPU bitsandbytes does not page, so what is planned is something else
-    model = memory.from_architecture(
-        job.shape, "", memory.architecture_of({**SHAPES[job.shape], "model_type": "llama"})
+    model = planner.from_architecture(
+        job.shape, "", planner.architecture_of({**SHAPES[job.shape], "model_type": "llama"})
     )
-    setup = memory.Setup(
+    setup = planner.Setup(
         batch=job.batch,
         sequence=job.sequence,
         checkpointing=True,
         release=choice.released,
         budget=choice.page_budget,
     )
-    found = memory.estimate(model, memory.OPTIMIZERS[PLANNED[choice.name]], setup)
+    found = planner.estimate(model, planner.OPTIMIZERS[PLANNED[choice.name]], setup)
     share = min(1.0, job.piece / (job.batch * job.sequence))
     moments = [replace(m, logits=int(m.logits * share)) for m in found.moments]
     return found.resident + max(moment.nbytes for moment in moments)

@@ -3,7 +3,6 @@
 Use :class:`CAME8bit` like any ``torch.optim`` optimizer.
 """
 
-from . import memory
 from ._kernels import status as kernel_status
 from ._ops import dequantize_blockwise, quantize_blockwise
 from ._version import __version__
@@ -31,7 +30,6 @@ __all__ = [
     "inspect_checkpoint",
     "kernel_status",
     "load_checkpoint",
-    "memory",
     "quantize_blockwise",
     "save_checkpoint",
     "step_in_backward",

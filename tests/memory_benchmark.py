@@ -1,4 +1,4 @@
-"""``benchmarks/bench_activations.py`` as the module ``bench``: its counters serve tests, too."""
+"""``benchmarks/planner.py`` as the module ``bench``: its counters serve tests, too."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 _FOLDER = str(Path(__file__).resolve().parents[1] / "benchmarks")
 sys.path.insert(0, _FOLDER)  # they import each other as scripts do
 try:
-    import bench_activations as bench
+    import planner as bench
 finally:
     sys.path.remove(_FOLDER)
 

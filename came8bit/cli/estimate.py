@@ -8,18 +8,19 @@ import math
 from pathlib import Path
 from typing import Any
 
-from came8bit import memory
-from came8bit.cli import estimate_plot, estimate_report, estimate_transformers
+from came8bit import planner
+from came8bit.cli import estimate_plot, estimate_transformers
 from came8bit.cli.errors import CliError
+from came8bit.planner import report
 
 _EPILOG = f"""\
-names: {", ".join(memory.CONFIGS)}
+names: {", ".join(planner.CONFIGS)}
 
-kinds of config.json: {", ".join(memory.FAMILIES)}; others are built by transformers, if that is
+kinds of config.json: {", ".join(planner.FAMILIES)}; others are built by transformers, if that is
 installed, for their shapes.
 
 A card of 24 GB has 24 GiB, 24 * 2**30 bytes, or what it reports: --card 23.6. Parameters, gradients
-and state are exact, activations are an estimate; docs/memory.md says how good it is.
+and state are exact, activations are an estimate; docs/planner.md says how good it is.
 """
 
 
@@ -41,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("--card", type=_positive, metavar="GB", help="the card's memory (default: 8 to 48)")
-    add("--dtype", choices=list(memory.ITEMSIZE), default="bf16", help="default: bf16")
+    add("--dtype", choices=list(planner.ITEMSIZE), default="bf16", help="default: bf16")
     add("--batch", type=_whole, default=1, metavar="N", help="sequences at once (default: 1)")
     add("--sequence", type=_whole, metavar="N", help="tokens in each (default: 1024, or less)")
     add("--checkpointing", action="store_true", help="activation checkpointing, layer by layer")
@@ -53,7 +54,7 @@ def add_parser(subparsers: Any) -> None:
     add("--min-8bit-size", type=_whole, metavar="N", help="smaller parameters: 32-bit state")
     add("--activations", type=_positive, metavar="GIB", help="measured, in place of the estimate")
     add("--reserve", type=_not_negative, default=1, metavar="GIB", help="leave free (default: 1)")
-    add("--optimizers", metavar="A,B", help=f"of {', '.join(memory.OPTIMIZERS)} (default: all)")
+    add("--optimizers", metavar="A,B", help=f"of {', '.join(planner.OPTIMIZERS)} (default: all)")
     add("--plot", type=Path, metavar="FILE", help="draw the picture into this PNG file")
     add("--json", action="store_true", help="print one JSON object, in bytes")
     parser.set_defaults(run=run)
@@ -68,39 +69,39 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         estimate_plot.save(plan, args.plot)
     if args.json:
-        print(json.dumps(estimate_report.as_json(plan), indent=2, allow_nan=False))
+        print(json.dumps(report.as_json(plan), indent=2, allow_nan=False))
     else:
-        print(estimate_report.as_text(plan))
+        print(report.as_text(plan))
         if args.plot is not None:
             print(f"\nthe picture is in {args.plot}")
     return 0
 
 
-def load_model(text: str) -> memory.Model:
+def load_model(text: str) -> planner.Model:
     """The model that the command line names.
 
     Raises:
         ValueError, OSError: there is none, or it cannot be read.
     """
-    if text in memory.CONFIGS:
-        return memory.named(text)
+    if text in planner.CONFIGS:
+        return planner.named(text)
     path = Path(text)
     if not path.exists() and path.suffix not in (".json", ".safetensors"):
         raise ValueError(
             f"{text!r} is neither a file or folder nor a known name; names are "
-            f"{', '.join(memory.CONFIGS)}"
+            f"{', '.join(planner.CONFIGS)}"
         )
     try:
-        return memory.from_path(path)
-    except memory.UnknownModel as error:
+        return planner.from_path(path)
+    except planner.UnknownModel as error:
         return estimate_transformers.from_config(
             path / "config.json" if path.is_dir() else path, error
         )
 
 
-def _plan(args: argparse.Namespace) -> estimate_report.Plan:
+def _plan(args: argparse.Namespace) -> report.Plan:
     model = load_model(args.model)
-    setup = memory.Setup(
+    setup = planner.Setup(
         dtype=args.dtype,
         batch=args.batch,
         sequence=_sequence(args.sequence, model),
@@ -109,21 +110,21 @@ def _plan(args: argparse.Namespace) -> estimate_report.Plan:
         accumulation=args.accumulate,
         fp32_embeddings=args.fp32_embeddings,
         min_8bit_size=(
-            memory.Setup.min_8bit_size if args.min_8bit_size is None else args.min_8bit_size
+            planner.Setup.min_8bit_size if args.min_8bit_size is None else args.min_8bit_size
         ),
         budget=None if args.page_budget is None else int(args.page_budget * 2**20),
-        activations=None if args.activations is None else int(args.activations * memory.GIB),
+        activations=None if args.activations is None else int(args.activations * planner.GIB),
     )
-    cards = memory.CARDS if args.card is None else (args.card,)
-    reserve = int(args.reserve * memory.GIB)
-    if min(cards) * memory.GIB <= reserve:
+    cards = planner.CARDS if args.card is None else (args.card,)
+    reserve = int(args.reserve * planner.GIB)
+    if min(cards) * planner.GIB <= reserve:
         raise ValueError(f"a card of {min(cards):g} GB has nothing left besides --reserve")
-    return estimate_report.make_plan(
+    return report.make_plan(
         model, setup, _optimizers(args.optimizers, args.paged), cards, reserve, paged=args.paged
     )
 
 
-def _sequence(asked: int | None, model: memory.Model) -> int:
+def _sequence(asked: int | None, model: planner.Model) -> int:
     if asked is not None:
         return asked
     longest = model.architecture.longest if model.architecture else None
@@ -131,12 +132,12 @@ def _sequence(asked: int | None, model: memory.Model) -> int:
 
 
 def _optimizers(text: str | None, paged: bool) -> list[str]:
-    names = list(memory.OPTIMIZERS) if text is None else [n.strip() for n in text.split(",")]
-    unknown = [name for name in names if name not in memory.OPTIMIZERS]
+    names = list(planner.OPTIMIZERS) if text is None else [n.strip() for n in text.split(",")]
+    unknown = [name for name in names if name not in planner.OPTIMIZERS]
     if unknown:
         raise ValueError(
             f"--optimizers: there is no {', '.join(map(repr, unknown))}; there are "
-            f"{', '.join(memory.OPTIMIZERS)}"
+            f"{', '.join(planner.OPTIMIZERS)}"
         )
     chosen = [name for name in names if not paged or name.startswith("paged")]
     if not chosen:

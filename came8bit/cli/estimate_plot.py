@@ -6,9 +6,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from came8bit import memory
+from came8bit import planner
 from came8bit.cli.errors import CliError
-from came8bit.cli.estimate_report import Plan, describe, label
+from came8bit.planner.report import Plan, describe, label
 
 # Colours that stay apart for colour-blind readers (after Okabe and Ito).
 COLOURS = {
@@ -61,7 +61,7 @@ def draw(plan: Plan) -> Any:
         for place, (name, estimate, hatch) in enumerate(rows):
             _bar(axes, place, estimate, hatch)
             axes.text(-0.01, place, name, ha="right", va="center", transform=_beside(axes))
-        widest = max(estimate.peak for _, estimate, _ in rows) / memory.GIB
+        widest = max(estimate.peak for _, estimate, _ in rows) / planner.GIB
         axes.set(xlim=(0, 1.16 * widest), ylim=(len(rows) - 0.4, -0.6), yticks=[])
         for card in plan.cards:
             if card <= 1.16 * widest:
@@ -75,7 +75,7 @@ def draw(plan: Plan) -> Any:
     return figure
 
 
-def _rows(plan: Plan) -> list[tuple[str, memory.Estimate, bool]]:
+def _rows(plan: Plan) -> list[tuple[str, planner.Estimate, bool]]:
     """Name, estimate, and whether it is the second bar, stepping in the backward."""
     rows = []
     for index, estimate in enumerate(plan.estimates):
@@ -85,15 +85,15 @@ def _rows(plan: Plan) -> list[tuple[str, memory.Estimate, bool]]:
     return rows
 
 
-def _bar(axes: Any, place: int, estimate: memory.Estimate, released: bool) -> None:
+def _bar(axes: Any, place: int, estimate: planner.Estimate, released: bool) -> None:
     left = 0.0
     for part, nbytes in estimate.parts().items():
-        width = nbytes / memory.GIB
+        width = nbytes / planner.GIB
         axes.barh(place, width, left=left, height=0.78, color=COLOURS[part])
         left += width
     text = f"{left:.1f}"
-    if estimate.host >= 0.05 * memory.GIB:
-        text += f"  + {estimate.host / memory.GIB:.1f} in host memory"
+    if estimate.host >= 0.05 * planner.GIB:
+        text += f"  + {estimate.host / planner.GIB:.1f} in host memory"
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     axes.annotate(
         text,

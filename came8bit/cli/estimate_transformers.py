@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from came8bit import memory
+from came8bit import planner
 
 
-def from_config(path: Path, unknown: memory.UnknownModel) -> memory.Model:
+def from_config(path: Path, unknown: planner.UnknownModel) -> planner.Model:
     """The model that transformers builds from the config.json at ``path``.
 
     Args:
@@ -54,23 +54,23 @@ def from_config(path: Path, unknown: memory.UnknownModel) -> memory.Model:
     return _describe(built, f"{path} ({made.__name__} of {version}, without memory)", unknown)
 
 
-def _still(unknown: memory.UnknownModel, why: str) -> memory.UnknownModel:
-    return memory.UnknownModel(f"{unknown} {why}", unknown.what)
+def _still(unknown: planner.UnknownModel, why: str) -> planner.UnknownModel:
+    return planner.UnknownModel(f"{unknown} {why}", unknown.what)
 
 
-def _describe(built: Any, source: str, unknown: memory.UnknownModel) -> memory.Model:
+def _describe(built: Any, source: str, unknown: planner.UnknownModel) -> planner.Model:
     tables = {id(m.weight) for m in built.modules() if isinstance(m, torch.nn.Embedding)}
     parameters, frozen = [], []
     for name, parameter in built.named_parameters():
         if parameter.requires_grad:
             shape, embedding = tuple(parameter.shape), id(parameter) in tables
-            parameters.append(memory.Parameter(name, shape, embedding=embedding))
+            parameters.append(planner.Parameter(name, shape, embedding=embedding))
         else:
             frozen.append(name)
     notes = []
     if frozen:
         shown = ", ".join(frozen[:3]) + (", ..." if len(frozen) > 3 else "")
         notes.append(f"{len(frozen)} tensors that do not train are left out: {shown}.")
-    return memory.Model(
+    return planner.Model(
         type(built).__name__, source, tuple(parameters), notes=tuple(notes), unknown=unknown.what
     )

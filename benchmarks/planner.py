@@ -1,8 +1,8 @@
 """How far the planner's estimate of activations is from what autograd really keeps.
 
-    python benchmarks/bench_activations.py            # everything, about two minutes
-    python benchmarks/bench_activations.py --quick    # small models only, seconds
-    python benchmarks/bench_activations.py --attention-dropout    # what GPT-2 keeps with it
+    python benchmarks/planner.py            # everything, about two minutes
+    python benchmarks/planner.py --quick    # small models only, seconds
+    python benchmarks/planner.py --attention-dropout    # what GPT-2 keeps with it
 
 Runs forward and backward of transformers' models on the CPU and counts bytes in two ways:
 
@@ -42,9 +42,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from came8bit.memory import OPTIMIZERS, Model, Setup, architecture_of, estimate, from_architecture
-from came8bit.memory.named import CONFIGS
-from came8bit.memory.sana import Sana
+from came8bit.planner import OPTIMIZERS, Model, Setup, architecture_of, estimate, from_architecture
+from came8bit.planner.named import CONFIGS
+from came8bit.planner.sana import Sana
 
 RESULTS = Path(__file__).parent / "results" / "activations.csv"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -385,7 +385,7 @@ def row(case: Case) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """The table of ``docs/memory.md``: smallest and largest errors."""
+    """The table of ``docs/planner.md``: smallest and largest errors."""
     lines = ["| | cases | kept | peak |", "|---|---:|---:|---:|"]
     for fake, size in ((0, "small"), (1, "large")):
         for checkpointing, how in ((0, ""), (1, ", checkpointing")):

@@ -9,7 +9,7 @@ import torch
 from memory_benchmark import bench
 
 import came8bit
-from came8bit import memory
+from came8bit import planner
 
 # A small model in the shapes that matter: below and above min_8bit_size, the sizes at which paging
 # begins (64 KiB a page here, 100,000 elements in bitsandbytes), vectors, convolutions, narrow ones.
@@ -25,11 +25,11 @@ SHAPES = {
     "norm.weight": (96,),
     "scale": (),
 }
-MODEL = memory.Model(
+MODEL = planner.Model(
     "test",
     "",
     tuple(
-        memory.Parameter(name, shape, embedding=name.startswith("embed"))
+        planner.Parameter(name, shape, embedding=name.startswith("embed"))
         for name, shape in SHAPES.items()
     ),
 )
@@ -65,7 +65,7 @@ def state_tensors(optimizer):
 
 
 def planned(key, dtype="fp32", **settings):
-    return memory.estimate(MODEL, memory.OPTIMIZERS[key], memory.Setup(dtype=dtype, **settings))
+    return planner.estimate(MODEL, planner.OPTIMIZERS[key], planner.Setup(dtype=dtype, **settings))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,12 +127,12 @@ def test_the_budget_of_pages():
     assert planned("paged-came8bit", budget=10**9).state.staging == sum(pages)
     with pytest.raises(ValueError, match="the largest parameter has a page of"):
         planned("paged-came8bit", budget=pages[0] - 1)
-    large = memory.estimate(
-        memory.named("llama-7b"), memory.OPTIMIZERS["paged-came8bit"], memory.Setup()
+    large = planner.estimate(
+        planner.named("llama-7b"), planner.OPTIMIZERS["paged-came8bit"], planner.Setup()
     )
     assert large.state.staging == 3 * large.state.pages[0] > 256 * 2**20
-    small = memory.estimate(
-        memory.named("gpt2-medium"), memory.OPTIMIZERS["paged-came8bit"], memory.Setup()
+    small = planner.estimate(
+        planner.named("gpt2-medium"), planner.OPTIMIZERS["paged-came8bit"], planner.Setup()
     )
     assert small.state.staging == 256 * 2**20
 
@@ -142,11 +142,11 @@ def test_a_large_model_on_the_meta_device():
     from came8bit.state import dense
     from came8bit.state.layout import plan
 
-    model = memory.named("llama-7b")
+    model = planner.named("llama-7b")
     device = torch.device("meta")
     every = [dense.allocate(plan(p.shape), device) for p in model.parameters]
     found = sum(tensor.nbytes for state in every for tensor in state.values())
-    result = memory.estimate(model, memory.OPTIMIZERS["came8bit"], memory.Setup())
+    result = planner.estimate(model, planner.OPTIMIZERS["came8bit"], planner.Setup())
     assert result.state.nbytes == found
     assert 1.018 < found / model.numel < 1.02
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from came8bit import memory
+from came8bit import planner
 from came8bit.cli import estimate, estimate_transformers, main
-from came8bit.cli.estimate_report import PARTS, bar_of
+from came8bit.planner.report import PARTS, bar_of
 
 
 def run(capsys, *arguments):
@@ -26,11 +26,11 @@ def test_the_report_names_everything(capsys):
     code, text, _ = run(capsys, "llama-7b", "--sequence", "2048", "--checkpointing")
     assert code == 0
     assert text.startswith("llama-7b: 6,738,415,616 parameters in 291 tensors")
-    for kind in memory.OPTIMIZERS.values():
+    for kind in planner.OPTIMIZERS.values():
         assert text.count(kind.label) >= 4  # table, bar, buffers, what fits
     for words in ("momentum codes", "absmax", "statistics", "state2", "exp_avg_sq", "step_in_back"):
         assert words in text
-    for card in memory.CARDS:
+    for card in planner.CARDS:
         assert re.search(rf"^{card} GB: ", text, flags=re.MULTILINE)
     assert "16 GB: PagedCAME8bit, activation checkpointing, step in backward; peak 14." in text
     assert "8 GB: does not fit; the smallest way" in text
@@ -39,12 +39,12 @@ def test_the_report_names_everything(capsys):
 
 def test_numbers_of_the_table_are_those_of_the_estimate(capsys):
     _, text, _ = run(capsys, "gpt2", "--dtype", "fp32", "--optimizers", "came8bit", "--card", "6")
-    result = memory.estimate(
-        memory.named("gpt2"), memory.OPTIMIZERS["came8bit"], memory.Setup(dtype="fp32")
+    result = planner.estimate(
+        planner.named("gpt2"), planner.OPTIMIZERS["came8bit"], planner.Setup(dtype="fp32")
     )
     line = next(x for x in text.splitlines() if x.startswith("CAME8bit "))
-    assert f"{result.parameters / memory.GIB:.2f}" in line.split()
-    assert f"{result.peak / memory.GIB:.2f}" in line.split()
+    assert f"{result.parameters / planner.GIB:.2f}" in line.split()
+    assert f"{result.peak / planner.GIB:.2f}" in line.split()
     assert "6 GB: CAME8bit; peak" in text
 
 
@@ -53,18 +53,18 @@ def test_what_fits_is_said_for_every_card(capsys):
     block = text[text.index("fits, with 1.00 GiB left free") :].splitlines()
     line = next(x for x in block if x.startswith("CAME8bit "))
     said = re.split(r"\s{2,}", line)[1:]
-    model, kind = memory.named("llama-7b"), memory.OPTIMIZERS["came8bit"]
-    setups = [memory.Setup(sequence=2048, checkpointing=True, release=r) for r in (False, True)]
-    plain, released = (memory.estimate(model, kind, setup).peak for setup in setups)
-    assert len(said) == len(memory.CARDS)
-    for card, word in zip(memory.CARDS, said, strict=True):
-        usable = (card - 1) * memory.GIB
+    model, kind = planner.named("llama-7b"), planner.OPTIMIZERS["came8bit"]
+    setups = [planner.Setup(sequence=2048, checkpointing=True, release=r) for r in (False, True)]
+    plain, released = (planner.estimate(model, kind, setup).peak for setup in setups)
+    assert len(said) == len(planner.CARDS)
+    for card, word in zip(planner.CARDS, said, strict=True):
+        usable = (card - 1) * planner.GIB
         if plain <= usable:
             assert word == "yes"
         elif released <= usable:
             assert word == "in backward"
         else:
-            assert word == f"+{(released - usable) / memory.GIB:.2f}"
+            assert word == f"+{(released - usable) / planner.GIB:.2f}"
     assert set(said) >= {"yes", "in backward"}
 
 
@@ -74,16 +74,18 @@ def test_json_has_the_same_in_bytes(capsys):
     )
     assert code == 0
     facts = json.loads(text)
-    setup = memory.Setup(batch=3)
+    setup = planner.Setup(batch=3)
     assert facts["model"]["parameters"] == 124_439_808
-    assert [e["optimizer"] for e in facts["estimates"]] == list(memory.OPTIMIZERS)
+    assert [e["optimizer"] for e in facts["estimates"]] == list(planner.OPTIMIZERS)
     for entry in facts["estimates"]:
-        result = memory.estimate(memory.named("gpt2"), memory.OPTIMIZERS[entry["optimizer"]], setup)
+        result = planner.estimate(
+            planner.named("gpt2"), planner.OPTIMIZERS[entry["optimizer"]], setup
+        )
         assert entry["peak"] == result.peak == sum(entry["at_peak"].values())
         assert entry["state"]["bytes"] == result.state.nbytes
         assert entry["host"] == result.host
     (card,) = facts["cards"]
-    assert card["usable"] == 17 * memory.GIB // 4
+    assert card["usable"] == 17 * planner.GIB // 4
     assert card["fits"] == [
         e["optimizer"] for e in facts["estimates"] if e["peak"] <= card["usable"]
     ]
@@ -111,7 +113,7 @@ def test_flags_reach_the_setup(capsys):
         "activations": 2**29,
     }
     assert {e["optimizer"] for e in facts["estimates"]} == {
-        name for name in memory.OPTIMIZERS if name.startswith("paged")
+        name for name in planner.OPTIMIZERS if name.startswith("paged")
     }
     assert facts["step_in_backward"] == []  # they all do
     _, text, _ = run(capsys, "gpt2", "--json", "--accumulate")
@@ -124,7 +126,7 @@ def test_a_config_and_a_file(capsys, tmp_path):
     from safetensors.torch import save_file
 
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(memory.CONFIGS["qwen2.5-0.5b"][1]))
+    config.write_text(json.dumps(planner.CONFIGS["qwen2.5-0.5b"][1]))
     _, text, _ = run(capsys, str(config))
     assert "494,032,768 parameters" in text
     weights = tmp_path / "model.safetensors"
@@ -338,5 +340,5 @@ def test_help_lists_names_and_kinds(capsys):
     with pytest.raises(SystemExit):
         main(["estimate", "--help"])
     text = capsys.readouterr().out
-    for word in ("sana-1.6b", "qwen3", "--page-budget", "paged-came8bit", "docs/memory.md"):
+    for word in ("sana-1.6b", "qwen3", "--page-budget", "paged-came8bit", "docs/planner.md"):
         assert word in text

@@ -13,20 +13,20 @@ import transformers
 from memory_benchmark import bench
 
 import came8bit
-from came8bit import memory
+from came8bit import planner
 from came8bit.cli import main
 
-GIB = memory.GIB
+GIB = planner.GIB
 
 
 def planned(name, key, **settings):
-    return memory.estimate(memory.named(name), memory.OPTIMIZERS[key], memory.Setup(**settings))
+    return planner.estimate(planner.named(name), planner.OPTIMIZERS[key], planner.Setup(**settings))
 
 
 # --- against what autograd keeps ------------------------------------------------------------------
 
 # Peak of forward and backward, estimate against measurement.  The whole table, with the reasons, is
-# in docs/memory.md; these few show that it is still true.
+# in docs/planner.md; these few show that it is still true.
 KEPT = 0.02
 PEAK = (-0.03, 0.10)
 CASES = [
@@ -71,10 +71,10 @@ def test_a_classifier_keeps_what_its_head_needs(kind):
 
     forward()
     kept = bench.kept_bytes(forward, [*model.parameters(), *model.buffers(), tokens])
-    architecture = memory.architecture_of({**config, "architectures": [name]})
-    planned_model = memory.from_architecture("classifier", "", architecture)
+    architecture = planner.architecture_of({**config, "architectures": [name]})
+    planned_model = planner.from_architecture("classifier", "", architecture)
     assert planned_model.numel == sum(p.numel() for p in model.parameters())
-    said = bench._kept(planned_model, memory.Setup("fp32", 2, 128))
+    said = bench._kept(planned_model, planner.Setup("fp32", 2, 128))
     mask = 2 * 128 * 256 * 3  # bytes that are not there on a GPU
     assert abs(said + mask - kept) <= KEPT * kept
 
@@ -101,9 +101,9 @@ def test_a_whole_step(key, release):
     state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     with bench.Alive([*model.parameters(), *model.buffers(), *state, tokens]) as counted:
         step(optimizer)
-    planned_model = memory.from_architecture("small", "", memory.architecture_of(config))
-    setup = memory.Setup("bf16", case.batch, case.sequence, True, release)
-    result = memory.estimate(planned_model, memory.OPTIMIZERS[key], setup)
+    planned_model = planner.from_architecture("small", "", planner.architecture_of(config))
+    setup = planner.Setup("bf16", case.batch, case.sequence, True, release)
+    result = planner.estimate(planned_model, planner.OPTIMIZERS[key], setup)
     assert result.parameters == sum(p.nbytes for p in model.parameters())
     assert result.state.nbytes == sum(tensor.nbytes for tensor in state)
     # The bound of the kernels' workspace is no tensor; AdamW's temporaries are.
@@ -143,12 +143,12 @@ def test_the_errors_in_the_docs_are_those_of_a_run():
     with bench.RESULTS.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             runs[tuple(row[key] for key in ("date", "git", "torch", "transformers"))].append(row)
-    text = (bench.RESULTS.parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    text = (bench.RESULTS.parents[2] / "docs" / "planner.md").read_text(encoding="utf-8")
     assert any(bench.summary(rows) in text for rows in runs.values())
 
 
 def test_the_advice_in_the_docs_is_what_is_printed(capsys):
-    path = bench.RESULTS.parents[2] / "docs" / "memory.md"
+    path = bench.RESULTS.parents[2] / "docs" / "planner.md"
     quoted = path.read_text(encoding="utf-8").split("```text\n")[1].split("```")[0]
     assert main(["estimate", "llama-7b", "--sequence", "2048", "--checkpointing"]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -185,9 +185,9 @@ def test_released_gradients_are_one_at_a_time():
     assert max(moment.gradients for moment in result.moments) == largest
     assert "step" not in moments(result)
     # A tied table has its gradient until the end, where there are three of it.
-    tied = memory.named("llama-1b")
+    tied = planner.named("llama-1b")
     table = 128_256 * 2048 * 2
-    found = moments(memory.estimate(tied, memory.OPTIMIZERS["came8bit"], result.setup))
+    found = moments(planner.estimate(tied, planner.OPTIMIZERS["came8bit"], result.setup))
     assert found["backward of layer 3 mlp"].gradients == table + 8192 * 2048 * 2
     assert found["backward of embedding"].gradients == 3 * table
 
@@ -225,7 +225,7 @@ def test_activations_grow_with_batch_and_sequence():
 
 
 def test_the_peak_is_the_sum_of_its_parts():
-    for key in memory.OPTIMIZERS:
+    for key in planner.OPTIMIZERS:
         for release in (False, True):
             result = planned("gpt2", key, release=release)
             assert result.peak == sum(result.parts().values())
@@ -237,8 +237,8 @@ def test_a_given_number_of_activations_is_used():
     result = planned("gpt2", "came8bit", activations=123, release=True)
     assert result.activations_known
     assert result.parts()["activations"] == 123
-    shapes = memory.Model("w", "", (memory.Parameter("w", (100, 100)),))
-    unknown = memory.estimate(shapes, memory.OPTIMIZERS["came8bit"], memory.Setup())
+    shapes = planner.Model("w", "", (planner.Parameter("w", (100, 100)),))
+    unknown = planner.estimate(shapes, planner.OPTIMIZERS["came8bit"], planner.Setup())
     assert not unknown.activations_known
     assert unknown.parts()["activations"] == 0
 
@@ -255,7 +255,7 @@ BAD = [
 @pytest.mark.parametrize(("settings", "message"), BAD)
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        memory.Setup(**settings)
+        planner.Setup(**settings)
 
 
 def test_a_sequence_beyond_the_positions():
@@ -267,88 +267,88 @@ def test_a_sequence_beyond_the_positions():
 
 
 def test_ways_get_smaller_and_start_with_what_was_asked():
-    model, setup = memory.named("llama-7b"), memory.Setup(sequence=2048)
-    found = memory.ways(model, setup)
+    model, setup = planner.named("llama-7b"), planner.Setup(sequence=2048)
+    found = planner.ways(model, setup)
     assert found[0].setup == setup
     assert [way.estimate.optimizer for way in found] == ["came8bit"] * 4 + ["paged-came8bit"] * 4
     assert min(way.estimate.peak for way in found) == found[-1].estimate.peak
     asked = replace(setup, release=True, checkpointing=True)
-    assert [way.setup for way in memory.ways(model, asked)] == [asked, asked]
+    assert [way.setup for way in planner.ways(model, asked)] == [asked, asked]
     accumulating = replace(setup, accumulation=True)
-    assert not any(way.setup.release for way in memory.ways(model, accumulating))
-    assert len(memory.ways(model, setup, paged=True)) == 4
+    assert not any(way.setup.release for way in planner.ways(model, accumulating))
+    assert len(planner.ways(model, setup, paged=True)) == 4
 
 
 def test_seven_billion_in_sixteen_and_eight_in_twenty_four():
     # Targets of the package, in units of 10**9 bytes, with nothing left free.
     for name, limit in (("llama-7b", 16e9), ("llama-8b", 24e9)):
-        found = memory.ways(memory.named(name), memory.Setup(sequence=2048))
-        way = memory.smallest_effort(found, int(limit))
+        found = planner.ways(planner.named(name), planner.Setup(sequence=2048))
+        way = planner.smallest_effort(found, int(limit))
         assert way is not None
         assert way.estimate.peak <= limit
-    assert memory.smallest_effort(found, 8 * GIB) is None
+    assert planner.smallest_effort(found, 8 * GIB) is None
 
 
 def test_the_first_way_that_fits_is_taken():
-    found = memory.ways(memory.named("gpt2"), memory.Setup())
+    found = planner.ways(planner.named("gpt2"), planner.Setup())
     peaks = [way.estimate.peak for way in found]
-    assert memory.smallest_effort(found, peaks[0]) is found[0]
-    below = memory.smallest_effort(found, peaks[0] - 1)
+    assert planner.smallest_effort(found, peaks[0]) is found[0]
+    below = planner.smallest_effort(found, peaks[0] - 1)
     assert below is next(way for way in found if way.estimate.peak < peaks[0])
 
 
 def test_the_largest_batch():
-    model = memory.named("gpt2")
-    way = memory.ways(model, memory.Setup())[0]
+    model = planner.named("gpt2")
+    way = planner.ways(model, planner.Setup())[0]
     usable = 7 * GIB
-    batch = memory.largest_batch(model, way, usable)
-    optimizer = memory.OPTIMIZERS["came8bit"]
+    batch = planner.largest_batch(model, way, usable)
+    optimizer = planner.OPTIMIZERS["came8bit"]
     peaks = [
-        memory.estimate(model, optimizer, memory.Setup(batch=b)).peak for b in (batch, batch + 1)
+        planner.estimate(model, optimizer, planner.Setup(batch=b)).peak for b in (batch, batch + 1)
     ]
     assert batch > 1
     assert peaks[0] <= usable < peaks[1]
-    assert memory.largest_batch(model, way, GIB // 4) == 0
+    assert planner.largest_batch(model, way, GIB // 4) == 0
 
 
 def test_the_longest_sequence():
-    model = memory.named("llama-7b")
-    way = memory.ways(model, memory.Setup(batch=4, sequence=3000))[-1]
-    optimizer = memory.OPTIMIZERS[way.estimate.optimizer]
+    model = planner.named("llama-7b")
+    way = planner.ways(model, planner.Setup(batch=4, sequence=3000))[-1]
+    optimizer = planner.OPTIMIZERS[way.estimate.optimizer]
 
     def peak(sequence):
-        return memory.estimate(
+        return planner.estimate(
             model, optimizer, replace(way.setup, batch=1, sequence=sequence)
         ).peak
 
-    assert memory.longest_sequence(model, way, peak(3000)) == 3000
-    assert memory.longest_sequence(model, way, peak(3000) - 1) == 1500
-    assert memory.longest_sequence(model, way, peak(1500) - 1) == 750
-    assert memory.longest_sequence(model, way, peak(memory.SHORTEST)) == memory.SHORTEST
-    assert memory.longest_sequence(model, way, peak(memory.SHORTEST) - 1) == 0
+    assert planner.longest_sequence(model, way, peak(3000)) == 3000
+    assert planner.longest_sequence(model, way, peak(3000) - 1) == 1500
+    assert planner.longest_sequence(model, way, peak(1500) - 1) == 750
+    assert planner.longest_sequence(model, way, peak(planner.SHORTEST)) == planner.SHORTEST
+    assert planner.longest_sequence(model, way, peak(planner.SHORTEST) - 1) == 0
     short = replace(way, setup=replace(way.setup, sequence=50))
-    assert memory.longest_sequence(model, short, peak(50)) == 50
-    assert memory.longest_sequence(model, short, peak(50) - 1) == 0
+    assert planner.longest_sequence(model, short, peak(50)) == 50
+    assert planner.longest_sequence(model, short, peak(50) - 1) == 0
     # Where activations are given or not known, a shorter sequence changes nothing that is known.
     given = replace(way, setup=replace(way.setup, activations=1))
-    assert memory.longest_sequence(model, given, peak(3000)) == 0
-    shapes = memory.Model("w", "", (memory.Parameter("w", (100, 100)),))
-    assert memory.longest_sequence(shapes, way, GIB) == 0
+    assert planner.longest_sequence(model, given, peak(3000)) == 0
+    shapes = planner.Model("w", "", (planner.Parameter("w", (100, 100)),))
+    assert planner.longest_sequence(shapes, way, GIB) == 0
 
 
 def test_the_lines_of_python_turn_checkpointing_on(tmp_path):
     """from_pretrained returns a model in eval mode, where transformers ignores checkpointing."""
     config = {**bench._SMALL, "model_type": "llama"}
     bench.build(bench.Case("llama", config, "fp32", 1, 32)).save_pretrained(tmp_path)
-    model = memory.from_path(tmp_path)
+    model = planner.from_path(tmp_path)
     batch = dict.fromkeys(("input_ids", "labels"), torch.ones(1, 32, dtype=torch.int64))
-    for way in memory.ways(model, memory.Setup(sequence=32, dtype="fp32")):
+    for way in planner.ways(model, planner.Setup(sequence=32, dtype="fp32")):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
         assert not loaded.training
         calls = []
         for layer in loaded.model.layers:
             layer.self_attn.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
-        text = "\n".join(memory.python_lines(model, way)).replace("'cuda'", "'cpu'")
+        text = "\n".join(planner.python_lines(model, way)).replace("'cuda'", "'cpu'")
         names = {"model": loaded, "batch": batch}
         exec(text, names)
         assert loaded.training
@@ -373,11 +373,11 @@ def test_the_lines_of_python_run():
             loss = self.head(self.table(tokens)).square().mean()
             return type("Output", (), {"loss": loss})()
 
-    model = memory.named("gpt2")
-    setups = [memory.Setup(), memory.Setup(fp32_embeddings=True, min_8bit_size=64, budget=10**9)]
+    model = planner.named("gpt2")
+    setups = [planner.Setup(), planner.Setup(fp32_embeddings=True, min_8bit_size=64, budget=10**9)]
     for setup in setups:
-        for way in memory.ways(model, setup):
-            text = "\n".join(memory.python_lines(model, way)).replace("'cuda'", "'cpu'")
+        for way in planner.ways(model, setup):
+            text = "\n".join(planner.python_lines(model, way)).replace("'cuda'", "'cpu'")
             assert ("page_budget=" in text) == (
                 setup.budget is not None and way.estimate.optimizer == "paged-came8bit"
             )

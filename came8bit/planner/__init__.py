@@ -6,7 +6,7 @@ safetensors file, or by name.  :func:`estimate` adds up what training it with on
 :data:`OPTIMIZERS` takes, moment by moment; :func:`ways` looks for settings that fit a card.
 
 Parameters, gradients and state are exact.  Activations are an estimate, whose error is measured by
-``benchmarks/bench_activations.py``; ``docs/memory.md`` says what is counted and what is not.
+``benchmarks/planner.py``; ``docs/planner.md`` says what is counted and what is not.
 """
 
 from .advice import (
@@ -23,10 +23,10 @@ from .advice import (
 )
 from .configs import FAMILIES, architecture_of
 from .estimate import ITEMSIZE, Estimate, Moment, Setup, estimate
-from .files import from_path
 from .model import Architecture, Model, Parameter, Stage, from_architecture
 from .named import CONFIGS, named
 from .optimizers import OPTIMIZERS, OptimizerKind, Options, State
+from .sources import from_path
 from .unknown import UnknownModel
 
 __all__ = [

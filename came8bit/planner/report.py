@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from came8bit import memory
+from came8bit import planner
 
 #: part of the peak -> its letter in the bars and its heading in the table.
 PARTS = {
@@ -36,36 +36,36 @@ class Plan:
         ways: with CAME8bit, in the order of effort.
     """
 
-    model: memory.Model
-    setup: memory.Setup
-    estimates: list[memory.Estimate]
-    released: list[memory.Estimate]
+    model: planner.Model
+    setup: planner.Setup
+    estimates: list[planner.Estimate]
+    released: list[planner.Estimate]
     cards: tuple[float, ...]
     reserve: int
-    ways: list[memory.Way]
+    ways: list[planner.Way]
 
     def usable(self, card: float) -> int:
         """Bytes of a card that the plan may use."""
-        return int(card * memory.GIB) - self.reserve
+        return int(card * planner.GIB) - self.reserve
 
 
 def make_plan(
-    model: memory.Model,
-    setup: memory.Setup,
+    model: planner.Model,
+    setup: planner.Setup,
     optimizers: Sequence[str],
     cards: tuple[float, ...],
     reserve: int,
     *,
     paged: bool,
 ) -> Plan:
-    """Compute everything; errors as in :func:`memory.estimate`."""
-    kinds = [memory.OPTIMIZERS[name] for name in optimizers]
-    estimates = [memory.estimate(model, kind, setup) for kind in kinds]
+    """Compute everything; errors as in :func:`planner.estimate`."""
+    kinds = [planner.OPTIMIZERS[name] for name in optimizers]
+    estimates = [planner.estimate(model, kind, setup) for kind in kinds]
     released = []
     if not setup.release and not setup.accumulation:
         releasing = replace(setup, release=True)
-        released = [memory.estimate(model, kind, releasing) for kind in kinds]
-    ways = memory.ways(model, setup, paged=paged)
+        released = [planner.estimate(model, kind, releasing) for kind in kinds]
+    ways = planner.ways(model, setup, paged=paged)
     return Plan(model, setup, estimates, released, cards, reserve, ways)
 
 
@@ -78,12 +78,12 @@ def as_text(plan: Plan) -> str:
     return "\n\n".join([*blocks, *_advice(plan)])
 
 
-def label(estimate: memory.Estimate) -> str:
+def label(estimate: planner.Estimate) -> str:
     """The optimizer's name."""
-    return memory.OPTIMIZERS[estimate.optimizer].label
+    return planner.OPTIMIZERS[estimate.optimizer].label
 
 
-def describe(setup: memory.Setup) -> str:
+def describe(setup: planner.Setup) -> str:
     """The setting in a few words."""
     words = [setup.dtype, f"batch {setup.batch} x {setup.sequence} tokens"]
     words += ["activation checkpointing"] if setup.checkpointing else []
@@ -119,7 +119,7 @@ def _heading(plan: Plan) -> str:
 
 
 def _gib(nbytes: float) -> str:
-    value = nbytes / memory.GIB
+    value = nbytes / planner.GIB
     return "-" if nbytes == 0 else f"{value:.2f}" if value >= 0.005 else "<0.01"
 
 
@@ -171,7 +171,7 @@ def _bars(plan: Plan) -> str:
         lines[0] += "; second line: step in backward"
     for name, estimate in pairs:
         bar = bar_of(estimate.parts(), scale)
-        host = f" + {_gib(estimate.host)} host" if estimate.host >= 0.005 * memory.GIB else ""
+        host = f" + {_gib(estimate.host)} host" if estimate.host >= 0.005 * planner.GIB else ""
         lines.append(f"{name:<{width}} |{bar:<{_BAR}}| {_gib(estimate.peak)}{host}")
     return "\n".join(lines)
 
@@ -225,9 +225,9 @@ def _fits(plan: Plan) -> str:
 def _advice(plan: Plan) -> list[str]:
     """For each card the first way that fits; the lines of Python once per way."""
     rows: list[str] = []
-    printed: dict[str, memory.Way] = {}
+    printed: dict[str, planner.Way] = {}
     for card in plan.cards:
-        way = memory.smallest_effort(plan.ways, plan.usable(card))
+        way = planner.smallest_effort(plan.ways, plan.usable(card))
         if way is None:
             least = min(plan.ways, key=lambda way: way.estimate.peak)
             missing = _gib(least.estimate.peak - plan.usable(card))
@@ -241,7 +241,7 @@ def _advice(plan: Plan) -> list[str]:
             f"{card:g} GB: {title(way)}; peak {_gib(way.estimate.peak)} GiB, {_gib(rest)} to spare"
         )
         if way.estimate.activations_known and way.setup.activations is None:
-            batch = memory.largest_batch(plan.model, way, plan.usable(card))
+            batch = planner.largest_batch(plan.model, way, plan.usable(card))
             text += f", room for batch {batch}"
         if way.estimate.host:
             text += f"; {_gib(way.estimate.host)} GiB of pinned host memory"
@@ -250,12 +250,12 @@ def _advice(plan: Plan) -> list[str]:
     wrapped = [textwrap.fill(row, 99, subsequent_indent="    ") for row in rows]
     blocks = ["With CAME8bit, the least that is needed:\n" + "\n".join(wrapped)]
     for name, way in printed.items():
-        lines = memory.python_lines(plan.model, way)
+        lines = planner.python_lines(plan.model, way)
         blocks.append(name + ":\n" + textwrap.indent("\n".join(lines), "    "))
     return blocks
 
 
-def _what_is_left(plan: Plan, least: memory.Way, usable: int) -> str:
+def _what_is_left(plan: Plan, least: planner.Way, usable: int) -> str:
     """What helps where even the smallest way, ``least``, does not fit."""
     setup, parameters = least.setup, least.estimate.parameters
     half = "--dtype bf16 halves that. Else a" if setup.dtype == "fp32" else "A"
@@ -266,7 +266,7 @@ def _what_is_left(plan: Plan, least: memory.Way, usable: int) -> str:
             "LoRA on quantized parameters."
         )
     # Which way is the smallest depends on the batch, so each of them is tried.
-    sequence = max(memory.longest_sequence(plan.model, way, usable) for way in plan.ways)
+    sequence = max(planner.longest_sequence(plan.model, way, usable) for way in plan.ways)
     if sequence:
         return (
             f"It fits with --batch 1 --sequence {sequence}; what is left besides is training fewer "
@@ -280,14 +280,14 @@ def _what_is_left(plan: Plan, least: memory.Way, usable: int) -> str:
         )
     there = "parameters, state and gradients"
     if least.estimate.activations_known and not given:
-        there += f" are too large, even with batch 1 and {min(setup.sequence, memory.SHORTEST)} "
+        there += f" are too large, even with batch 1 and {min(setup.sequence, planner.SHORTEST)} "
         there += "tokens"
     else:
         there += " alone are too large"
     return f"{there.capitalize()}. {half} larger card is left, or training fewer parameters (LoRA)."
 
 
-def title(way: memory.Way) -> str:
+def title(way: planner.Way) -> str:
     """Optimizer and measures in a few words."""
     words = [label(way.estimate)]
     words += ["activation checkpointing"] if way.setup.checkpointing else []
@@ -317,7 +317,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _estimate(estimate: memory.Estimate) -> dict[str, Any]:
+def _estimate(estimate: planner.Estimate) -> dict[str, Any]:
     return {
         "optimizer": estimate.optimizer,
         "peak": estimate.peak,
@@ -338,7 +338,7 @@ def _estimate(estimate: memory.Estimate) -> dict[str, Any]:
 
 def _card(plan: Plan, card: float) -> dict[str, Any]:
     usable = plan.usable(card)
-    way = memory.smallest_effort(plan.ways, usable)
+    way = planner.smallest_effort(plan.ways, usable)
     found = None
     if way is not None:
         found = {
@@ -347,7 +347,7 @@ def _card(plan: Plan, card: float) -> dict[str, Any]:
             "step_in_backward": way.setup.release,
             "peak": way.estimate.peak,
             "host": way.estimate.host,
-            "python": memory.python_lines(plan.model, way),
+            "python": planner.python_lines(plan.model, way),
         }
     return {
         "gib": card,

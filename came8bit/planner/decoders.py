@@ -2,7 +2,7 @@
 
 Shapes follow transformers' modules and are compared with them by the tests.  What a layer keeps for
 the backward is counted tensor by tensor for the same modules with PyTorch's fused attention
-(``sdpa``): ``benchmarks/bench_activations.py`` compares it with what autograd really keeps.
+(``sdpa``): ``benchmarks/planner.py`` compares it with what autograd really keeps.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from came8bit import CAME8bit, CAME32bit, memory, save_checkpoint
-from came8bit.memory.files import INDEX, read_header
+from came8bit import CAME8bit, CAME32bit, planner, save_checkpoint
+from came8bit.planner.sources import INDEX, read_header
 
 SIZES = {
     "vocab_size": 320,
@@ -73,7 +73,7 @@ def built(kind, settings):
 @pytest.mark.parametrize(("kind", "settings"), CONFIGS, ids=lambda value: str(value)[:20])
 def test_every_parameter_is_that_of_transformers(kind, settings):
     shapes, tables = built(kind, settings)
-    architecture = memory.architecture_of({**settings, "model_type": kind})
+    architecture = planner.architecture_of({**settings, "model_type": kind})
     parameters = architecture.parameters()
     assert {p.name: p.shape for p in parameters} == shapes
     assert len(parameters) == len(shapes)
@@ -83,11 +83,11 @@ def test_every_parameter_is_that_of_transformers(kind, settings):
     assert {p.stage for p in parameters} == set(stages)
 
 
-@pytest.mark.parametrize("name", [n for n in memory.CONFIGS if n != "sana-1.6b"])
+@pytest.mark.parametrize("name", [n for n in planner.CONFIGS if n != "sana-1.6b"])
 def test_named_models_are_those_of_transformers(name):
-    settings = dict(memory.CONFIGS[name][1])
+    settings = dict(planner.CONFIGS[name][1])
     shapes, _ = built(settings.pop("model_type"), settings)
-    assert {p.name: p.shape for p in memory.named(name).parameters} == shapes
+    assert {p.name: p.shape for p in planner.named(name).parameters} == shapes
 
 
 # --- what stands on the layers --------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_the_class_in_config_json_decides_the_head(tmp_path, kind, name, labels)
         built = getattr(transformers, name)(config)
     config.architectures = [name]
     config.save_pretrained(tmp_path)
-    model = memory.from_path(tmp_path)
+    model = planner.from_path(tmp_path)
     assert {p.name: p.shape for p in model.parameters} == {
         name: tuple(p.shape) for name, p in built.named_parameters()
     }
@@ -147,7 +147,7 @@ def test_the_class_in_config_json_decides_the_head(tmp_path, kind, name, labels)
 
 def test_old_spellings_of_llama_are_llama():
     for name in ("LlamaForCausalLM", "LLaMAForCausalLM"):
-        assert memory.architecture_of({**LLAMA, "architectures": [name]}).logits == 320
+        assert planner.architecture_of({**LLAMA, "architectures": [name]}).logits == 320
 
 
 OTHER_CLASSES = [
@@ -163,16 +163,16 @@ OTHER_CLASSES = [
 @pytest.mark.parametrize("named", OTHER_CLASSES, ids=str)
 def test_other_classes_are_refused_with_another_way(named):
     with pytest.raises(
-        memory.UnknownModel, match=r"knows the language model.*safetensors"
+        planner.UnknownModel, match=r"knows the language model.*safetensors"
     ) as error:
-        memory.architecture_of({**LLAMA, "architectures": named})
+        planner.architecture_of({**LLAMA, "architectures": named})
     assert "LlamaModel, LlamaForSequenceClassification" in str(error.value)
 
 
 def test_a_gpt2_with_two_heads_is_refused():
     config = {**GPT2, "model_type": "gpt2", "architectures": ["GPT2DoubleHeadsModel"]}
-    with pytest.raises(memory.UnknownModel, match="got architectures GPT2DoubleHeadsModel"):
-        memory.architecture_of(config)
+    with pytest.raises(planner.UnknownModel, match="got architectures GPT2DoubleHeadsModel"):
+        planner.architecture_of(config)
 
 
 def test_published_parameter_counts():
@@ -185,12 +185,12 @@ def test_published_parameter_counts():
         "qwen2.5-7b": 7_615_616_512,
         "gemma-2b": 2_506_172_416,
     }
-    assert {name: memory.named(name).numel for name in counts} == counts
+    assert {name: planner.named(name).numel for name in counts} == counts
 
 
 def sana(**changes):
-    architecture = memory.architecture_of({**memory.CONFIGS["sana-1.6b"][1], **changes})
-    return memory.from_architecture("sana", "", architecture)
+    architecture = planner.architecture_of({**planner.CONFIGS["sana-1.6b"][1], **changes})
+    return planner.from_architecture("sana", "", architecture)
 
 
 # What diffusers 0.42.1's SanaTransformer2DModel has, built on the meta device with these settings.
@@ -244,23 +244,23 @@ REFUSED = [
     ({**LLAMA, "quantization_config": {"bits": 4}}, "quantized"),
     ({**SIZES, "model_type": "mistral", "num_key_value_heads": None}, "'num_key_value_heads'"),
     ({**GPT2, "model_type": "gpt2", "add_cross_attention": True}, "cross-attention"),
-    ({**memory.CONFIGS["sana-1.6b"][1], "interpolation_scale": 1}, "interpolation_scale"),
+    ({**planner.CONFIGS["sana-1.6b"][1], "interpolation_scale": 1}, "interpolation_scale"),
 ]
 
 
 @pytest.mark.parametrize(("config", "message"), REFUSED)
 def test_unknown_configurations_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
-        memory.architecture_of(config)
+        planner.architecture_of(config)
 
 
 def test_a_size_may_be_a_float_that_is_whole():
-    assert memory.architecture_of({**LLAMA, "vocab_size": 1e3}).vocabulary == 1000
+    assert planner.architecture_of({**LLAMA, "vocab_size": 1e3}).vocabulary == 1000
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(memory.UnknownModel, match=r"'gpt5'.*names are gpt2, gpt2-medium"):
-        memory.named("gpt5")
+    with pytest.raises(planner.UnknownModel, match=r"'gpt5'.*names are gpt2, gpt2-medium"):
+        planner.named("gpt5")
 
 
 # --- safetensors ----------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_a_safetensors_file_gives_the_shapes(tmp_path):
         "scale": torch.zeros(()),
     }
     save_file(tensors, path, metadata={"format": "pt"})
-    model = memory.from_path(path)
+    model = planner.from_path(path)
     assert {p.name: p.shape for p in model.parameters} == {
         "wte.weight": (50, 8),
         "h.0.attn.c_attn.bias": (24,),
@@ -293,31 +293,31 @@ def test_an_index_gives_the_shapes_of_all_its_files(tmp_path):
     save_file({"b.weight": torch.zeros(5)}, tmp_path / "two.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     for path in (tmp_path / INDEX, tmp_path):
-        assert [p.shape for p in memory.from_path(path).parameters] == [(3, 4), (5,)]
+        assert [p.shape for p in planner.from_path(path).parameters] == [(3, 4), (5,)]
     (tmp_path / "two.safetensors").unlink()
     with pytest.raises(ValueError, match=r"not beside it: two\.safetensors"):
-        memory.from_path(tmp_path / INDEX)
+        planner.from_path(tmp_path / INDEX)
     (tmp_path / INDEX).write_text("{}")
     with pytest.raises(ValueError, match="'weight_map'"):
-        memory.from_path(tmp_path / INDEX)
+        planner.from_path(tmp_path / INDEX)
 
 
 def test_a_folder_gives_its_config_or_else_its_weights(tmp_path):
     with pytest.raises(ValueError, match="neither a config"):
-        memory.from_path(tmp_path)
+        planner.from_path(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "mamba"}))
-    with pytest.raises(memory.UnknownModel, match="mamba"):
-        memory.from_path(tmp_path)
+    with pytest.raises(planner.UnknownModel, match="mamba"):
+        planner.from_path(tmp_path)
     save_file({"w": torch.zeros(7)}, tmp_path / "model.safetensors")
-    model = memory.from_path(tmp_path)
+    model = planner.from_path(tmp_path)
     assert model.numel == 7
     assert model.unknown == "a model of type 'mamba'"
     save_file({"w": torch.zeros(7)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="2 safetensors files and no index"):
-        memory.from_path(tmp_path)
+        planner.from_path(tmp_path)
     config.write_text(json.dumps(LLAMA))
-    assert memory.from_path(tmp_path).architecture is not None
+    assert planner.from_path(tmp_path).architecture is not None
 
 
 def test_only_the_header_is_read(tmp_path):
@@ -325,7 +325,7 @@ def test_only_the_header_is_read(tmp_path):
     description = {"w": {"dtype": "BF16", "shape": [10**6, 10**4], "data_offsets": [0, 2 * 10**10]}}
     header = json.dumps(description).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)  # and nothing after it
-    assert memory.from_path(path).numel == 10**10
+    assert planner.from_path(path).numel == 10**10
     assert read_header(path) == description
 
 
@@ -346,7 +346,7 @@ def test_broken_files_are_refused(tmp_path, content, message):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        memory.from_path(path)
+        planner.from_path(path)
 
 
 @pytest.mark.parametrize("cls", [CAME8bit, CAME32bit])
@@ -357,7 +357,7 @@ def test_the_state_of_an_optimizer_is_no_model(tmp_path, cls):
     optimizer.step()
     save_checkpoint(optimizer, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"of a came8bit optimizer.*came8bit inspect .*x\.safe"):
-        memory.from_path(tmp_path / "x.safetensors")
+        planner.from_path(tmp_path / "x.safetensors")
 
 
 @pytest.fixture
@@ -378,7 +378,7 @@ def patience():
 def test_pipes_are_refused_and_not_waited_for(tmp_path, name, patience):
     os.mkfifo(tmp_path / name)
     with pytest.raises(ValueError, match="a pipe or a device, expected a file"):
-        memory.from_path(tmp_path / name)
+        planner.from_path(tmp_path / name)
 
 
 def test_quantized_weights_are_refused(tmp_path):
@@ -386,22 +386,22 @@ def test_quantized_weights_are_refused(tmp_path):
     packed = torch.zeros(64, 64, dtype=torch.int32)
     save_file({"w.qweight": packed, "w.scales": torch.zeros(64)}, path)
     with pytest.raises(ValueError, match=r"4,096 values that are neither fp32.*quantized"):
-        memory.from_path(path)
+        planner.from_path(path)
 
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "model.bin"
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"expected a config\.json"):
-        memory.from_path(path)
+        planner.from_path(path)
     config = tmp_path / "config.json"
     config.write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
-        memory.from_path(config)
+        planner.from_path(config)
     config.write_text("[]")
     with pytest.raises(ValueError, match="expected a JSON object, got a list"):
-        memory.from_path(config)
+        planner.from_path(config)
 
 
 def test_numel_of_a_scalar():
-    assert memory.Parameter("scale", ()).numel == math.prod(()) == 1
+    assert planner.Parameter("scale", ()).numel == math.prod(()) == 1
