@@ -79,7 +79,7 @@ class Sweep:
 # The scales of the momentum (1/64 byte per element) and rows and columns are left out.
 SWEEPS = (
     Sweep("A: second moment", r"second_moment_kernel", gradient=1, momentum=0, param=0),
-    Sweep("B: residual", r"residual_kernel", gradient=1, momentum=1, param=0),
+    Sweep("B: instability", r"instability_kernel", gradient=1, momentum=1, param=0),
     Sweep("C: apply", r"(?<!flat_)apply_kernel", gradient=1, momentum=2, param=2),
 )
 

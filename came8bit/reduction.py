@@ -5,7 +5,7 @@ the shape alone: not on threads, instruction set, width of a register or number 
 elements count as zeros.  A processor with vectors and one with warps want different trees; each has
 its own, and everything else of a step is the same expression on both.
 
-:data:`CPU_TREE` is what ``csrc/cpu/sweeps.h`` and ``csrc/cpu/tiles.cpp`` do,
+:data:`CPU_TREE` is what the sweeps in ``csrc/cpu/isa`` and ``csrc/cpu/tiles.cpp`` do,
 :data:`CUDA_TREE` is what ``csrc/cuda/*.cuh`` do.
 """
 

@@ -1,6 +1,6 @@
 """The executable specification of the update rule, in plain PyTorch.
 
-Read it beside ``docs/algorithm.md`` and ``csrc/came_math.h``: same passes, same symbols, same order
+Read it beside ``docs/algorithm.md`` and ``csrc/update.h``: same passes, same symbols, same order
 of operations.  It is also what runs where no kernel does.  Only add, subtract, multiply, divide and
 square root of fp32 values appear, one rounding each, so compiled code can be equal to the last bit.
 

@@ -4,7 +4,7 @@
 // with them. Here are those of a single float.
 #pragma once
 
-#include "came_math.h"
+#include "update.h"
 
 namespace came8bit {
 

@@ -42,7 +42,7 @@ MAY_NEED = re.compile(
 )
 MUST_NEED = {"_C_cpu": {"libtorch_cpu.so"}, "_C_cuda": {"libtorch_cpu.so", "libtorch_cuda.so"}}
 TORCH_CXX = re.compile(r"\b(at|c10|torch|caffe2)::")
-ISA_OBJECTS = ("kernels_avx2", "kernels_avx512")
+ISA_OBJECTS = ("avx2", "avx512")
 FUSED = re.compile(r"\t(vfn?m(add|sub)\w*|fn?m(add|sub)|fml[as])\b")
 # Opens the CUDA library alone, which has to fail, then with the stub that it was linked against.
 OPEN_CUDA = """

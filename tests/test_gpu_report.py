@@ -732,8 +732,8 @@ TYPES = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Half"}
 NEVER = {
     # For builds that have no kernels for float16; groups of known types have kernels of their own.
     "second_moment_kernel<Any, true>",
-    "residual_kernel<Any, float, true>",
-    "residual_kernel<Any, signed char, true>",
+    "instability_kernel<Any, float, true>",
+    "instability_kernel<Any, signed char, true>",
 }
 
 
@@ -779,11 +779,11 @@ def kernels_of(factored: bool, arguments: tuple[Any, ...]) -> set[str]:
         else:
             g = TYPES[grad.dtype] if access else "Any"
             t = TYPES[param.dtype] if access == 2 and param.dtype == grad.dtype else "Any"
-            found |= {f"second_moment_kernel<{g}, {fast}>", f"residual_kernel<{g}, {m}, {fast}>"}
+            found |= {f"second_moment_kernel<{g}, {fast}>", f"instability_kernel<{g}, {m}, {fast}>"}
             found |= {f"agreeing_kernel<{m}, Access({access})>"} if cautious else set()
             found.add(f"apply_kernel<{t}, {t}, {m}, Access({access})>")
             found |= {"second_moment_combine_kernel", "second_moment_scalars_kernel"}
-            found |= {"residual_combine_kernel", "update_rows_kernel"}
+            found |= {"instability_combine_kernel", "update_rows_kernel"}
     return found
 
 

@@ -85,7 +85,7 @@ def test_kernels_are_assigned_to_sweeps() -> None:
     kernels = [
         ("void came8bit::(anonymous namespace)::second_moment_kernel<came8bit::Bf16, true>", 1e-3),
         ("came8bit::(anonymous namespace)::second_moment_combine_kernel", 1e-4),
-        ("void came8bit::residual_kernel<came8bit::Bf16, signed char, true>", 2e-3),
+        ("void came8bit::instability_kernel<came8bit::Bf16, signed char, true>", 2e-3),
         ("void came8bit::apply_kernel<came8bit::Bf16, came8bit::Bf16, signed char, true>", 3e-3),
         ("void came8bit::apply_kernel<came8bit::Bf16, came8bit::Bf16, signed char, true>", 1e-3),
         ("void came8bit::flat_apply_kernel<float, true>", 5e-4),
@@ -648,7 +648,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         )
     monkeypatch.setattr(bench_gpu, "Device", FakeDevice)
     monkeypatch.setattr(bench_gpu, "CASES", small)
-    found = [("came8bit::residual_kernel<came8bit::Bf16>(int)", 1e-3)]
+    found = [("came8bit::instability_kernel<came8bit::Bf16>(int)", 1e-3)]
     monkeypatch.setattr(bench_gpu_scans, "kernel_times", lambda step: found)
     return calls
 
@@ -690,8 +690,8 @@ def test_everything_as_on_a_gpu(
     assert said[name] == "the library does not ask for this variable"
     profiles = [sweep for sweep in result["sweeps"] if sweep["optimizer"] == "CAME8bit"]
     assert len(profiles) == 9
-    assert profiles[0]["sweeps"][1]["sweep"] == "B: residual"
-    assert profiles[0]["kernels"][0]["kernel"] == "residual_kernel<Bf16>"
+    assert profiles[0]["sweeps"][1]["sweep"] == "B: instability"
+    assert profiles[0]["kernels"][0]["kernel"] == "instability_kernel<Bf16>"
     assert any("extra MB" in target["what"] for target in result["targets"])
     assert "x ours" in capsys.readouterr().out
 

@@ -1,6 +1,6 @@
 """The laws of the 8-bit code.
 
-``came8bit/quant.py`` is the specification, ``csrc/blockwise.h`` the kernels' version of it. Laws 1
+``came8bit/quant.py`` is the specification, ``csrc/quant.h`` the kernels' version of it. Laws 1
 to 6 are checked for every one of the 65,536 bf16 patterns, in blocks of many scales, and for random
 fp32 tensors beyond; law 10 says that the kernels have the same bits, so the others hold for them.
 

@@ -109,7 +109,7 @@ def test_intrinsics(selftest: SelfTest) -> None:
 
 
 def test_whole_numbers_as_a_gpu_finds_them(selftest: SelfTest) -> None:
-    """``whole`` of came_math.h has another formula there; its arguments are -1 to 2**22."""
+    """``whole`` of update.h has another formula there; its arguments are -1 to 2**22."""
     exact = torch.arange(0, 2**22 + 1, 37, dtype=torch.float32)
     around = [torch.nextafter(exact, torch.tensor(limit)) for limit in (-1.0, 2.0**23)]
     x = torch.cat([exact, *around, exact[:-1] + 0.5, -torch.rand(1000)])

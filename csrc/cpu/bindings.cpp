@@ -2,7 +2,7 @@
 // here, before the first thread starts and the first byte changes.
 #include <torch/csrc/stable/library.h>
 
-#include "../arguments.h"
+#include "../op_arguments.h"
 #include "parallel.h"
 #include "step.h"
 
@@ -11,11 +11,11 @@ namespace {
 
 const Checker kCheck({"CPU", [](const Tensor& t) { return t.is_cpu(); }});
 
-Strided strided(const Tensor& t, Dtype dtype, const char* what, size_t i) {
+StridedRuns strided(const Tensor& t, Dtype dtype, const char* what, size_t i) {
   STD_TORCH_CHECK(t.dim() <= kMaxDims, what, " ", i, ": got ", t.dim(),
                   " dimensions, expected at most ", kMaxDims);
-  return Strided(t.data_ptr(), dtype, static_cast<int>(t.dim()), t.sizes().data(),
-                 t.strides().data());
+  return StridedRuns(t.data_ptr(), dtype, static_cast<int>(t.dim()), t.sizes().data(),
+                     t.strides().data());
 }
 
 std::vector<Parameter> parameters_of(const std::vector<Arguments>& all) {

@@ -1,7 +1,7 @@
 // Chooses the instruction set once, by what the processor has; tests may choose another.
 #include <atomic>
 
-#include "kernels.h"
+#include "kernel_table.h"
 
 #if defined(_MSC_VER) && defined(_M_X64)
 #include <immintrin.h>

@@ -63,7 +63,7 @@ void apply_all(const Parameter& p, const StepConstants& c, const Factors& factor
 
 // Sweep A, then r, c, the factors of u, and the RMS that u is expected to have before scaling.
 // Returns false if the gradient is not finite.
-bool second_moment(const Parameter& p, const Settings& s, const Grid& grid, Workspace& w,
+bool second_moment(const Parameter& p, const Settings& s, const CpuGrid& grid, Workspace& w,
                    int64_t workers, float* predicted_rms) {
   const Kernels& table = kernels();
   for_each_task(grid.tasks(), workers,
@@ -98,13 +98,13 @@ bool second_moment(const Parameter& p, const Settings& s, const Grid& grid, Work
 }
 
 // Sweep B, then kappa, R, C; commits r, c. Returns false if u is not finite.
-bool instability(const Parameter& p, const Settings& s, const Grid& grid, Workspace& w,
+bool instability(const Parameter& p, const Settings& s, const CpuGrid& grid, Workspace& w,
                  int64_t workers, float predicted_rms, float* kappa) {
   const Kernels& table = kernels();
   const float kappa_0 = clip_scale(*p.rms_ratio * predicted_rms, s.clip_threshold);
   // What sweep A read last is still in the caches.
   for_each_task(grid.tasks(), workers, Order::kBackwards,
-                [&](int64_t task, int64_t) { residual_task(p, grid, w, kappa_0, task); });
+                [&](int64_t task, int64_t) { instability_task(p, grid, w, kappa_0, task); });
   add_parts(grid, w, 3);
   const int64_t rows = p.b * p.n, cols = p.b * p.k;
   const float total_u2 = table.lane_sum(w.row_sum[2], rows);
@@ -126,7 +126,7 @@ bool instability(const Parameter& p, const Settings& s, const Grid& grid, Worksp
 }
 
 void step_factored(const Parameter& p, const Settings& s, Workspace& w, int64_t workers) {
-  const Grid grid(p);
+  const CpuGrid grid(p);
   w.lay_out(grid);
   float predicted_rms, kappa;
   if (!second_moment(p, s, grid, w, workers, &predicted_rms)) return;
@@ -226,7 +226,7 @@ void step_list(const std::vector<Parameter>& parameters, const Floats& floats, c
 
 void factored_step(const std::vector<Parameter>& parameters, const Settings& settings) {
   step_list(
-      parameters, [](const Parameter& p) { return Workspace::floats(Grid(p)); },
+      parameters, [](const Parameter& p) { return Workspace::floats(CpuGrid(p)); },
       [&](const Parameter& p, Workspace& w, int64_t workers) {
         step_factored(p, settings, w, workers);
       });

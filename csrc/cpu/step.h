@@ -9,7 +9,7 @@ namespace came8bit {
 
 // One parameter with its state. Matrices: b of n x k; the others are null where they do not apply.
 struct Parameter {
-  Strided param, grad;
+  StridedRuns param, grad;
   int64_t b, n, k;
   uint32_t index;
   uint64_t offset;            // row-major index of the first element in the full parameter

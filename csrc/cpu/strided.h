@@ -1,16 +1,16 @@
 // A parameter or gradient of any strides, read and written by runs of its row-major order.
 #pragma once
 
-#include "kernels.h"
+#include "kernel_table.h"
 
 namespace came8bit {
 
 constexpr int kMaxDims = 24;
 
-class Strided {
+class StridedRuns {
  public:
-  Strided() = default;
-  Strided(void* data, Dtype dtype, int dims, const int64_t* sizes, const int64_t* strides)
+  StridedRuns() = default;
+  StridedRuns(void* data, Dtype dtype, int dims, const int64_t* sizes, const int64_t* strides)
       : data_(static_cast<char*>(data)), dtype_(dtype) {
     // Neighbouring dimensions that lie behind each other in memory become one.
     for (int d = 0; d < dims; ++d) {

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t kColumnPartBytes = 2 << 20;
 
-// As slab_rows in came8bit/reference.py.
+// As slab_rows in reduction.py.
 int64_t slab_rows(int64_t b, int64_t n, int64_t k) {
   int64_t rows = 64;
   while (rows * 2 <= std::min<int64_t>(n / 32, 1024)) rows *= 2;
@@ -21,7 +21,7 @@ struct Tile {
   int64_t row, col;  // first one, in its matrix
   int rows, cols;
 
-  Tile(const Grid& grid, int64_t task) {
+  Tile(const CpuGrid& grid, int64_t task) {
     strip = task % grid.strips;
     slab = task / grid.strips % grid.slabs;
     batch = task / grid.strips / grid.slabs;
@@ -32,11 +32,11 @@ struct Tile {
   }
 };
 
-float* row_part(const Grid& grid, const Workspace& w, int sum, const Tile& t) {
+float* row_part(const CpuGrid& grid, const Workspace& w, int sum, const Tile& t) {
   return w.row_part[sum] + (t.strip * grid.b + t.batch) * grid.n + t.row;
 }
 
-float* zeroed_col_part(const Grid& grid, const Workspace& w, int sum, const Tile& t) {
+float* zeroed_col_part(const CpuGrid& grid, const Workspace& w, int sum, const Tile& t) {
   float* part = w.col_part[sum] + (t.slab * grid.b + t.batch) * grid.k + t.col;
   std::fill(part, part + t.cols, 0.0f);
   return part;
@@ -47,7 +47,7 @@ struct GroupBuffer {
   alignas(64) float value[kGroup * kChunk];
 };
 
-void gather(const Strided& from, int64_t first, int64_t row_stride, int rows, int cols,
+void gather(const StridedRuns& from, int64_t first, int64_t row_stride, int rows, int cols,
             GroupBuffer& buffer) {
   for (int i = 0; i < rows; ++i) {
     char* out = reinterpret_cast<char*>(buffer.value) + i * kChunk * from.itemsize();
@@ -83,18 +83,19 @@ bool blocks_begin_with_rows(const Parameter& p) {
 
 }  // namespace
 
-Grid::Grid(const Parameter& p) : b(p.b), n(p.n), k(p.k), slab_rows(came8bit::slab_rows(b, n, k)) {
+CpuGrid::CpuGrid(const Parameter& p)
+    : b(p.b), n(p.n), k(p.k), slab_rows(came8bit::slab_rows(b, n, k)) {
   slabs = (n + slab_rows - 1) / slab_rows;
   strips = (k + kChunk - 1) / kChunk;
 }
 
-int64_t Workspace::floats(const Grid& g) {
+int64_t Workspace::floats(const CpuGrid& g) {
   const int64_t rows = g.b * g.n, cols = g.b * g.k;
   return 5 * (whole_lines(rows) + whole_lines(cols)) +
          3 * (whole_lines(rows * g.strips) + whole_lines(cols * g.slabs));
 }
 
-void Workspace::lay_out(const Grid& g) {
+void Workspace::lay_out(const CpuGrid& g) {
   const int64_t rows = g.b * g.n, cols = g.b * g.k;
   float* next = scratch();
   const auto take = [&next](int64_t size) {
@@ -114,7 +115,7 @@ void Workspace::lay_out(const Grid& g) {
   }
 }
 
-void second_moment_task(const Parameter& p, const Grid& grid, Workspace& w, int64_t task) {
+void second_moment_task(const Parameter& p, const CpuGrid& grid, Workspace& w, int64_t task) {
   const Tile t(grid, task);
   const int64_t first = (t.batch * p.n + t.row) * p.k + t.col;
   const auto second_moment = kernels().second_moment[p.grad.dtype()];
@@ -139,18 +140,18 @@ void second_moment_task(const Parameter& p, const Grid& grid, Workspace& w, int6
   }
 }
 
-void residual_task(const Parameter& p, const Grid& grid, Workspace& w, float kappa_0,
-                   int64_t task) {
+void instability_task(const Parameter& p, const CpuGrid& grid, Workspace& w, float kappa_0,
+                      int64_t task) {
   const Tile t(grid, task);
   const int64_t row = t.batch * p.n + t.row;
   const int64_t first = row * p.k + t.col;
   const bool coded = p.absmax != nullptr && blocks_begin_with_rows(p);
   const bool decoded = p.absmax != nullptr && !coded;
   const Kernels& table = kernels();
-  const auto residual = (coded ? table.residual8 : table.residual32)[p.grad.dtype()];
+  const auto instability = (coded ? table.instability8 : table.instability32)[p.grad.dtype()];
   const int64_t itemsize = coded ? sizeof(int8_t) : sizeof(float);
 
-  ResidualTile tile = {};
+  InstabilityTile tile = {};
   tile.grad = p.grad.contiguous() ? p.grad.at(first) : nullptr;
   tile.stride = tile.momentum_stride = p.k;
   tile.rows = t.rows;
@@ -168,7 +169,7 @@ void residual_task(const Parameter& p, const Grid& grid, Workspace& w, float kap
     tile.col_sum[s] = zeroed_col_part(grid, w, s, t);
   }
   if (p.grad.contiguous() && !decoded) {
-    residual(tile);
+    instability(tile);
     return;
   }
   GroupBuffer grad, momentum;
@@ -185,7 +186,7 @@ void residual_task(const Parameter& p, const Grid& grid, Workspace& w, float kap
       tile.momentum = momentum.value;
       tile.momentum_stride = kChunk;
     }
-    residual(tile);
+    instability(tile);
     tile.row_factor += kGroup;
     for (float*& sum : tile.row_sum) sum += kGroup;
     if (!decoded) tile.momentum = static_cast<const char*>(tile.momentum) + kGroup * p.k * itemsize;
@@ -193,7 +194,7 @@ void residual_task(const Parameter& p, const Grid& grid, Workspace& w, float kap
   }
 }
 
-void add_parts(const Grid& grid, Workspace& w, int sums) {
+void add_parts(const CpuGrid& grid, Workspace& w, int sums) {
   const auto add = kernels().add;
   const int64_t rows = grid.b * grid.n, cols = grid.b * grid.k;
   for (int s = 0; s < sums; ++s) {

@@ -9,10 +9,10 @@
 namespace came8bit {
 
 // Slabs of rows times strips of kChunk columns, for each of b matrices.
-struct Grid {
+struct CpuGrid {
   int64_t b, n, k, slab_rows, slabs, strips;
 
-  explicit Grid(const Parameter& p);
+  explicit CpuGrid(const Parameter& p);
   int64_t tasks() const { return b * slabs * strips; }
 };
 
@@ -26,14 +26,14 @@ class Workspace {
   float* row_part[3];              // [strips][b][n]
   float* col_part[3];              // [slabs][b][k]
 
-  static int64_t floats(const Grid& grid);
+  static int64_t floats(const CpuGrid& grid);
   void reserve(int64_t floats) {
     if (floats <= floats_) return;
     memory_.reset(
         new float[floats + kLanes]);  // not zeroed: every part is written before it is read
     floats_ = floats;
   }
-  void lay_out(const Grid& grid);
+  void lay_out(const CpuGrid& grid);
   // The beginning, on a cache line: vectors that straddle two lines cost twice.
   float* scratch() {
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.get());
@@ -46,12 +46,13 @@ class Workspace {
 };
 
 // Sums of g*g into row_part[0], col_part[0].
-void second_moment_task(const Parameter& p, const Grid& grid, Workspace& w, int64_t task);
+void second_moment_task(const Parameter& p, const CpuGrid& grid, Workspace& w, int64_t task);
 
 // Sums of d*d, u*d, u*u into row_part, col_part.
-void residual_task(const Parameter& p, const Grid& grid, Workspace& w, float kappa_0, int64_t task);
+void instability_task(const Parameter& p, const CpuGrid& grid, Workspace& w, float kappa_0,
+                      int64_t task);
 
 // Adds the parts of sums 0..sums-1, in order, to row_sum and col_sum.
-void add_parts(const Grid& grid, Workspace& w, int sums);
+void add_parts(const CpuGrid& grid, Workspace& w, int sums);
 
 }  // namespace came8bit

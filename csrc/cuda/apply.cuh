@@ -1,7 +1,7 @@
 // Sweep C of a factored parameter: momentum, update, rounding, and the 8-bit code.
 #pragma once
 
-#include "residual.cuh"
+#include "instability.cuh"
 #include "second_moment.cuh"
 
 namespace came8bit {

@@ -1,6 +1,6 @@
 // Registers the kernels for CUDA tensors; the schemas are in came8bit/_ops.py. Everything is
 // checked here, before the first launch.
-#include "../arguments.h"
+#include "../op_arguments.h"
 #include "step.h"
 
 namespace came8bit {

@@ -1,7 +1,7 @@
 // The 8-bit code for eight neighbouring values in a thread.
 #pragma once
 
-#include "memory.cuh"
+#include "vector_access.cuh"
 
 namespace came8bit {
 

@@ -109,24 +109,24 @@ __global__ void __launch_bounds__(kThreads)
 // Walks backwards: what sweep A read last is still in the cache.
 template <class G, class M, bool fast>
 __global__ void __launch_bounds__(kThreads, fast ? 2 : 1)
-    residual_kernel(const Parameter* parameters, int count, Settings s) {
+    instability_kernel(const Parameter* parameters, int count, Settings s) {
   __shared__ Parameter p;
   __shared__ float buffer[kRoundVectors];
   __shared__ float row_factors[kMaxSlabRows];
   const int64_t task =
       find_task(parameters, count, kSweepA, int64_t{gridDim.x} - 1 - blockIdx.x, &p);
   if (!p.scalars->alive) return;
-  residual_tile<G, M, fast>(p, s, task, buffer, row_factors);
+  instability_tile<G, M, fast>(p, s, task, buffer, row_factors);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    residual_combine_kernel(const Parameter* parameters, int count, Settings s) {
+    instability_combine_kernel(const Parameter* parameters, int count, Settings s) {
   __shared__ Parameter p;
   __shared__ float buffer[kThreads];
   const int64_t task = find_task(parameters, count, kCombine, blockIdx.x, &p);
   if (!p.scalars->alive) return;
   float kappa;
-  if (find_kappa(p, s, task == 0, buffer, &kappa)) residual_combine(p, s, task, kappa);
+  if (find_kappa(p, s, task == 0, buffer, &kappa)) instability_combine(p, s, task, kappa);
 }
 
 template <class M, Access access>
@@ -176,12 +176,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool alive = p.scalars->alive;
   if (alive) {
     for (int64_t task = 0; task < p.tiles(); ++task) {
-      residual_tile<Any, M, fast>(p, s, task, buffer, row_factors);
+      instability_tile<Any, M, fast>(p, s, task, buffer, row_factors);
     }
     __syncthreads();
     float kappa;
     if (find_kappa(p, s, true, buffer, &kappa)) {
-      for (int64_t task = 0; task < p.combine_tasks(); ++task) residual_combine(p, s, task, kappa);
+      for (int64_t task = 0; task < p.combine_tasks(); ++task)
+        instability_combine(p, s, task, kappa);
     }
     __syncthreads();
   }

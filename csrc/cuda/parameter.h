@@ -1,7 +1,7 @@
 // What the kernels know of a parameter: pointers, geometry, where its workspace is.
 #pragma once
 
-#include "../blockwise.h"
+#include "../quant.h"
 #include "runtime.h"
 
 namespace came8bit {

@@ -78,9 +78,9 @@ void run_factored(const Kind& kind, const Launches& l, const Settings& s) {
   l.run(second_moment_scalars_kernel, l.count, s);
   with_grad([&](auto g) {
     using G = typename decltype(g)::type;
-    l.run(residual_kernel<G, M, fast>, l.blocks[kSweepA], l.count, s);
+    l.run(instability_kernel<G, M, fast>, l.blocks[kSweepA], l.count, s);
   });
-  l.run(residual_combine_kernel, l.blocks[kCombine], l.count, s);
+  l.run(instability_combine_kernel, l.blocks[kCombine], l.count, s);
   if (s.cautious) l.run(agreeing_kernel<M, access>, l.blocks[kSweepC], l.count, s);
   l.run(update_rows_kernel, l.blocks[kRows], l.count, s, access);
   if constexpr (access == kTiles) {

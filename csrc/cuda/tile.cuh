@@ -1,8 +1,8 @@
 // A tile of a matrix: the rows of one slab in a strip of columns, and what a thread does in it.
 #pragma once
 
-#include "memory.cuh"
 #include "reduce.cuh"
+#include "vector_access.cuh"
 
 namespace came8bit {
 

@@ -54,7 +54,7 @@ MUTANTS = [
         f"{BARRIER}  // whoever used the buffer before is done", "",
     ),
     Mutant(
-        "no barrier behind the row factors", "residual.cuh",
+        "no barrier behind the row factors", "instability.cuh",
         f"{BARRIER}\n  const int64_t rows = p.b * p.n;", "const int64_t rows = p.b * p.n;",
     ),
     Mutant(
@@ -108,7 +108,7 @@ MUTANTS = [
         "int64_t{gridDim.x} - 1 - blockIdx.x", "int64_t{gridDim.x} - 2 - blockIdx.x",
     ),
     Mutant(
-        "every block counts the step", "residual.cuh",
+        "every block counts the step", "instability.cuh",
         "if (task == 0 && threadIdx.x == 0) {\n    if (done) {",
         "if (threadIdx.x == 0) {\n    if (done) {",
     ),
@@ -141,7 +141,7 @@ MUTANTS = [
         LARGE,
     ),
     Mutant(
-        "32-bit offset of a strided element", "memory.cuh",
+        "32-bit offset of a strided element", "vector_access.cuh",
         "int64_t offset = 0;", "int offset = 0;", LARGE,
     ),
 ]  # fmt: skip

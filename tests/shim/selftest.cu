@@ -7,7 +7,7 @@
 #include "cuda/runtime.h"
 // As on a GPU: here, intrinsics take the place of what the shim compiles elsewhere.
 #define __CUDA_ARCH__ 900
-#include "came_math.h"
+#include "update.h"
 #undef __CUDA_ARCH__
 
 namespace {

@@ -2,7 +2,7 @@
 // no threads, no knowledge of tensors; `step.cpp` decides who does what.
 #pragma once
 
-#include "../blockwise.h"
+#include "../quant.h"
 #include "../rounding.h"
 
 namespace came8bit {
@@ -22,7 +22,7 @@ struct SecondMomentTile {
 };
 
 // The same with the momentum: int8 codes with absmax, or fp32.
-struct ResidualTile {
+struct InstabilityTile {
   const void* grad;
   int64_t stride;
   int rows, cols;
@@ -69,8 +69,8 @@ struct Applied {
 
 struct Kernels {
   void (*second_moment[kDtypes])(const SecondMomentTile&);
-  void (*residual8[kDtypes])(const ResidualTile&);
-  void (*residual32[kDtypes])(const ResidualTile&);
+  void (*instability8[kDtypes])(const InstabilityTile&);
+  void (*instability32[kDtypes])(const InstabilityTile&);
 
   // Index: parameter dtype, gradient dtype.
   Applied (*apply8[kDtypes][kDtypes])(const StepConstants&, const Segment&);

@@ -1,5 +1,7 @@
-// Sweep C: momentum, update, rounding, and the 8-bit code. Included once per instruction set.
+// Sweep C: momentum, update and rounding.
 #pragma once
+
+#include "codec.h"
 
 namespace came8bit {
 namespace CAME8BIT_ISA {
@@ -24,6 +26,18 @@ CAME8BIT_INLINE F full_second_moment(F g, F old, const Broadcast& c) {
   return ema(old, c.beta2, g * g + c.eps1, c.one_minus_beta2);
 }
 
+template <class G>
+float sum_u2(const StepConstants& constants, const void* grad, const float* exp_avg_sq, int size) {
+  const Broadcast c(constants);
+  const G* gradient = static_cast<const G*>(grad);
+  return chunked_sum(size, [&](int64_t j, int some) CAME8BIT_LAMBDA {
+    const F g = load_some(gradient + j, some);
+    const F v = full_second_moment(g, load_some(exp_avg_sq + j, some), c);
+    const F u = precondition_unfactored(g, v, c.sign, c.correction2);
+    return u * u;
+  });
+}
+
 // w and m_t of the lanes at `j`; for a full second moment also its new value.
 template <class G, bool is8bit, bool factored>
 CAME8BIT_INLINE void load_update(const Broadcast& c, const Segment& s, F row_gain, F absmax, int j,
@@ -40,6 +54,19 @@ CAME8BIT_INLINE void load_update(const Broadcast& c, const Segment& s, F row_gai
   } else {
     m_t = momentum(load_some(s.exp_avg + j, size) * c.beta1, w);
   }
+}
+
+const uint16_t* random_bits(const StepConstants& c, uint64_t element, int size, uint16_t* buffer) {
+  const uint64_t first = element / kDraw * 8;
+  const uint64_t last = (element + static_cast<uint64_t>(size) - 1) / 8;
+  uint16_t* out = buffer;
+  for (uint64_t counter = first; counter <= last; counter += 8, out += kDraw) {
+    W c0 = consecutive(counter);
+    W c1 = high_half(c0), c2(c.index), c3(c.step);
+    philox(c0, c1, c2, c3, c.seed);
+    store_words(out, c0, c1, c2, c3);
+  }
+  return buffer + (element - first * 8);
 }
 
 CAME8BIT_INLINE void store_param(float* p, F value, const uint16_t*, int size) {
@@ -121,93 +148,6 @@ int agreeing(const StepConstants& constants, const Segment& s) {
     total += count(agrees(m_t, w));
   }
   return total;
-}
-
-const uint16_t* random_bits(const StepConstants& c, uint64_t element, int size, uint16_t* buffer) {
-  const uint64_t first = element / kDraw * 8;
-  const uint64_t last = (element + static_cast<uint64_t>(size) - 1) / 8;
-  uint16_t* out = buffer;
-  for (uint64_t counter = first; counter <= last; counter += 8, out += kDraw) {
-    W c0 = consecutive(counter);
-    W c1 = high_half(c0), c2(c.index), c3(c.step);
-    philox(c0, c1, c2, c3, c.seed);
-    store_words(out, c0, c1, c2, c3);
-  }
-  return buffer + (element - first * 8);
-}
-
-// Calls lanes(j, size) for all of [0, size), full vectors first.
-template <class LanesOf>
-CAME8BIT_INLINE void for_lanes(int size, LanesOf lanes) {
-  int j = 0;
-  for (; j + kLanes <= size; j += kLanes) lanes(j, kLanes);
-  if (j < size) lanes(j, size - j);
-}
-
-float largest_magnitude(const float* x, int size) {
-  F largest(0.0f);
-  for_lanes(size, [&](int j, int some)
-                      CAME8BIT_LAMBDA { largest = larger(abs(load_some(x + j, some)), largest); });
-  return largest_lane(largest);
-}
-
-// The largest magnitude below infinity, for the rare block that has an infinity.
-float largest_finite(const float* x, int size) {
-  F largest(0.0f);
-  for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
-    const F magnitude = abs(load_some(x + j, some));
-    largest = larger(select(magnitude < F(INFINITY), magnitude, F(0.0f)), largest);
-  });
-  return largest_lane(largest);
-}
-
-// The codes of one vector, and the sign of its values.
-CAME8BIT_INLINE I encode_lanes(F value, F scale, F step) {
-  const F square = level_square(value, scale);
-  const F level = code_level(square, rough_root(square), step);
-  // The truncation of NaN is the smallest integer, which the store saturates to kNanCode.
-  const I sign = bits(value) & I(static_cast<int32_t>(0x80000000u));
-  return truncate(from_bits(bits(level) | sign));
-}
-
-// `some_steps` says that `step` is there; `odd` that x has an infinity or is tiny.
-template <bool some_steps, bool odd>
-CAME8BIT_INLINE void encode_block(const float* x, const float* step, float absmax, int size,
-                                  int8_t* codes) {
-  const F scale(level_scale(absmax));
-  const F factor(absmax < kTinyAbsmax ? kTinyFactor : 1.0f);
-  const auto lanes = [&](int j, int some) CAME8BIT_LAMBDA {
-    F value = load_some(x + j, some);
-    if (odd) value = select(abs(value) < F(INFINITY), value, F(NAN)) * factor;
-    const F to_next = some_steps ? load_some(step + j, some) : F(kNearestStep);
-    return encode_lanes(value, scale, to_next);
-  };
-  constexpr int k = kLanes;
-  int j = 0;
-  for (; j + 4 * k <= size; j += 4 * k) {
-    store_codes(codes + j, lanes(j, k), lanes(j + k, k), lanes(j + 2 * k, k), lanes(j + 3 * k, k));
-  }
-  for (; j < size; j += k) store_some(codes + j, lanes(j, size - j), size - j);
-}
-
-float encode(const float* x, const float* step, float largest, int size, int8_t* codes) {
-  const bool odd = largest < kTinyAbsmax || largest == INFINITY;
-  if (largest == INFINITY) largest = largest_finite(x, size);
-  if (odd) {
-    step ? encode_block<true, true>(x, step, largest, size, codes)
-         : encode_block<false, true>(x, step, largest, size, codes);
-  } else {
-    step ? encode_block<true, false>(x, step, largest, size, codes)
-         : encode_block<false, false>(x, step, largest, size, codes);
-  }
-  return largest < kSmallestAbsmax ? 0.0f : largest;
-}
-
-void decode(const int8_t* codes, float absmax, int size, float* x) {
-  const F scale(absmax);
-  for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
-    store_some(x + j, decode_lanes(load_some(codes + j, some), scale), some);
-  });
 }
 
 }  // namespace

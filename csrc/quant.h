@@ -1,7 +1,7 @@
 // The 8-bit code of the momentum: see came8bit/quant.py, which states its laws.
 #pragma once
 
-#include "came_math.h"
+#include "update.h"
 
 namespace came8bit {
 

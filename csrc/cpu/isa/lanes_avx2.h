@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "../dtypes.h"
+#include "../../dtypes.h"
 
 namespace came8bit {
 namespace avx2 {

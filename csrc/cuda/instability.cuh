@@ -112,8 +112,8 @@ struct MomentumRows<M, false, loads> {
 // One tile: sums into row_part, col_part, and that of u*u over each strip into tile_sum.
 // `row_factors` holds kMaxSlabRows values.
 template <class G, class M, bool fast>
-__device__ __forceinline__ void residual_tile(const Parameter& p, const Settings& s, int64_t task,
-                                              float* buffer, float* row_factors) {
+__device__ __forceinline__ void instability_tile(const Parameter& p, const Settings& s,
+                                                 int64_t task, float* buffer, float* row_factors) {
   Tile tile = sweep_tile(p, task);
   const float sign = s.maximize ? -1.0f : 1.0f, root_mean_r = p.root_mean[tile.matrix];
   const float kappa_0 = p.scalars->kappa_0;
@@ -198,8 +198,8 @@ __device__ __forceinline__ bool find_kappa(const Parameter& p, const Settings& s
 }
 
 // Tasks as of second_moment_combine: R, C, and the factors of w; r and c are kept from here on.
-__device__ __forceinline__ void residual_combine(const Parameter& p, const Settings& s,
-                                                 int64_t task, float kappa) {
+__device__ __forceinline__ void instability_combine(const Parameter& p, const Settings& s,
+                                                    int64_t task, float kappa) {
   const Chunk chunk(p, task);
   if (!chunk.there) return;
   const bool is_row = chunk.is_row;

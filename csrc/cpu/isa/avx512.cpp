@@ -1,5 +1,5 @@
 #define CAME8BIT_ISA avx512
-#include "isa.h"
+#include "all.h"
 
 namespace came8bit {
 CAME8BIT_DEFINE_KERNELS(kernels_avx512);

@@ -2,7 +2,7 @@
 // (their vector extension), elsewhere as sixteen scalars.
 #pragma once
 
-#include "../rounding.h"
+#include "../../rounding.h"
 
 namespace came8bit {
 namespace baseline {

@@ -1,72 +1,12 @@
-// Sweeps A and B: sums over rows and columns of a tile. Included once per instruction set.
+// Sweep B: sums of d*d, u*d and u*u.
 #pragma once
+
+#include "codec.h"
+#include "second_moment.h"
 
 namespace came8bit {
 namespace CAME8BIT_ISA {
 namespace {
-
-// `size` < 16 values, the other lanes zero.
-template <class T>
-CAME8BIT_INLINE auto load_part(const T* p, int size) -> decltype(load(p)) {
-  T lanes[kLanes];
-  memset(lanes, 0, sizeof lanes);
-  memcpy(lanes, p, static_cast<size_t>(size) * sizeof(T));
-  return load(lanes);
-}
-
-template <class T>
-CAME8BIT_INLINE auto load_some(const T* p, int size) -> decltype(load(p)) {
-  return size >= kLanes ? load(p) : load_part(p, size);
-}
-
-template <class T, class V>
-CAME8BIT_INLINE void store_some(T* p, V value, int size) {
-  if (size >= kLanes) {
-    store(p, value);
-    return;
-  }
-  T lanes[kLanes];
-  store(lanes, value);
-  memcpy(p, lanes, static_cast<size_t>(size) * sizeof(T));
-}
-
-CAME8BIT_INLINE F decode_lanes(I code, F absmax) {
-  const F value = decode(to_float(code), absmax);
-  return select(code == I(kNanCode), F(NAN), value);
-}
-
-// Stands in for the rows that a last group of fewer than four lacks.
-alignas(64) const float kZeros[kChunk] = {};
-
-constexpr int kLine = 64;  // elements of 8-bit momentum in a cache line
-
-template <class G>
-void second_moment(const SecondMomentTile& shared) {
-  const SecondMomentTile tile = shared;  // a copy of its own: the stores below cannot alias it
-  for (int i = 0; i < tile.rows; i += kGroup) {
-    const G* g[kGroup];
-    for (int q = 0; q < kGroup; ++q) {
-      g[q] = i + q < tile.rows ? static_cast<const G*>(tile.grad) + (i + q) * tile.stride
-                               : reinterpret_cast<const G*>(kZeros);
-    }
-    F row[kGroup] = {F(0.0f), F(0.0f), F(0.0f), F(0.0f)};
-    const auto column = [&](int j, int size) CAME8BIT_LAMBDA {
-      F square[kGroup];
-      for (int q = 0; q < kGroup; ++q) {
-        prefetch_far(g[q] + 3 * kGroup * tile.stride + j);  // rows to come
-        const F x = load_some(g[q] + j, size);
-        square[q] = x * x;
-        row[q] = row[q] + square[q];
-      }
-      const F sum = (square[0] + square[1]) + (square[2] + square[3]);
-      store_some(tile.col_sum + j, load_some(tile.col_sum + j, size) + sum, size);
-    };
-    int j = 0;
-    for (; j + kLanes <= tile.cols; j += kLanes) column(j, kLanes);
-    if (j < tile.cols) column(j, tile.cols - j);
-    for (int q = 0; q < kGroup && i + q < tile.rows; ++q) tile.row_sum[i + q] = sum_lanes(row[q]);
-  }
-}
 
 CAME8BIT_INLINE F load_momentum(const float* m, int size, F) {
   return load_some(m, size);
@@ -77,8 +17,8 @@ CAME8BIT_INLINE F load_momentum(const int8_t* codes, int size, F absmax) {
 
 // MT is the stored momentum: int8_t or float.
 template <class G, class MT>
-void residual(const ResidualTile& shared) {
-  const ResidualTile tile = shared;
+void instability(const InstabilityTile& shared) {
+  const InstabilityTile tile = shared;
   const F kappa_0(tile.kappa_0);
   for (int i = 0; i < tile.rows; i += kGroup) {
     const G* g[kGroup];

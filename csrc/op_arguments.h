@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "blockwise.h"
+#include "quant.h"
 
 namespace came8bit {
 

@@ -8,7 +8,7 @@
 #endif
 #include <immintrin.h>
 
-#include "../dtypes.h"
+#include "../../dtypes.h"
 
 namespace came8bit {
 namespace avx512 {

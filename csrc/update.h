@@ -25,7 +25,7 @@ CAME8BIT_INLINE bool is_finite(float x) {
   return ::fabsf(x) < HUGE_VALF;
 }
 
-// What the 8-bit code needs of a number (blockwise.h).
+// What the 8-bit code needs of a number (quant.h).
 
 // Cut to a whole number; the argument is at most 2^22 and above -1.
 CAME8BIT_INLINE float whole(float x) {

@@ -1,7 +1,7 @@
 // Everything that is compiled once per instruction set. Define CAME8BIT_ISA before.
 #pragma once
 
-#include "kernels.h"
+#include "../kernel_table.h"
 
 #define CAME8BIT_ISA_baseline 1
 #define CAME8BIT_ISA_avx2 2
@@ -9,11 +9,11 @@
 #define CAME8BIT_JOIN_(a, b) a##b
 #define CAME8BIT_JOIN(a, b) CAME8BIT_JOIN_(a, b)
 #if CAME8BIT_JOIN(CAME8BIT_ISA_, CAME8BIT_ISA) == CAME8BIT_ISA_avx512
-#include "simd_avx512.h"
+#include "lanes_avx512.h"
 #elif CAME8BIT_JOIN(CAME8BIT_ISA_, CAME8BIT_ISA) == CAME8BIT_ISA_avx2
-#include "simd_avx2.h"
+#include "lanes_avx2.h"
 #else
-#include "simd_baseline.h"
+#include "lanes_baseline.h"
 #endif
 
 // Lambdas of inner loops must be inlined: their references would otherwise live in memory.
@@ -23,7 +23,4 @@
 #define CAME8BIT_LAMBDA
 #endif
 
-#include "sweeps.h"
-// `apply.h` uses the loads of `sweeps.h`, `finish.h` the expressions of both.
-#include "apply.h"
-#include "finish.h"
+#include "table.h"
