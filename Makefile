@@ -20,9 +20,9 @@ STAMPS := $(VENV)/stamps
 # Without the constraint an extra could replace the installed torch, a CPU build by a CUDA one for instance.
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 
-KERNEL_SOURCES := pyproject.toml scripts/build_backend.py $(shell find csrc -type f)
+KERNEL_SOURCES := pyproject.toml build_tools/build_backend.py $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/shim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-PYTHON_FILES := came8bit tests benchmarks scripts csrc/cmake
+PYTHON_FILES := came8bit tests benchmarks build_tools tools csrc/cmake
 
 # For a GPU machine: folder of the report, wheels of other optimizers to carry there, and for which Python.
 OUT ?= gpu-report
@@ -34,7 +34,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint type format bench-cpu bench-gpu bench-quant data build-checks cuda-compile
-.PHONY: bench-capped bench-gradient-release bench-activations bench-paging gpu-report gpu-wheels wheel install tools clean
+.PHONY: bench-memory-cap bench-step-in-backward bench-planner bench-paging gpu-report gpu-wheels wheel install tools clean
 .DELETE_ON_ERROR:
 
 help:
@@ -45,9 +45,9 @@ help:
 	@echo "make format        let ruff and clang-format rewrite the files"
 	@echo "make bench-cpu     time of a step against other optimizers"
 	@echo "make bench-gpu     the same on a GPU, and bandwidth; needs one"
-	@echo "make bench-capped  a Llama under a hard cap on memory: 7B and 8B on a GPU, scaled down on a CPU"
+	@echo "make bench-memory-cap  a Llama under a hard cap on memory: 7B and 8B on a GPU, scaled down on a CPU"
 	@echo "make bench-quant   error and speed of the 8-bit codes"
-	@echo "make bench-gradient-release, bench-activations   memory of a training step, and of activations"
+	@echo "make bench-step-in-backward, bench-planner   memory of a training step, and of activations"
 	@echo "make bench-paging  what paged state costs on a CPU"
 	@echo "make data          fetch the text and image corpora into data/ (Debian and Ubuntu)"
 	@echo "make build-checks  every way to install the package; the symbols of the library"
@@ -78,56 +78,56 @@ format: $(STAMPS)/dev
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench-cpu: $(STAMPS)/demo
-	$(PY) benchmarks/bench_cpu.py $(ARGS)
+	$(PY) -m benchmarks.cpu_step $(ARGS)
 
 bench-gpu: $(STAMPS)/demo
-	$(PY) benchmarks/bench_gpu.py $(ARGS)
+	$(PY) -m benchmarks.gpu_step $(ARGS)
 
-bench-capped: $(STAMPS)/test
-	$(PY) benchmarks/bench_capped.py $(ARGS)
+bench-memory-cap: $(STAMPS)/test
+	$(PY) -m benchmarks.memory_cap $(ARGS)
 
 bench-quant: $(STAMPS)/demo
-	$(PY) benchmarks/bench_quant.py $(ARGS)
+	$(PY) -m benchmarks.quant $(ARGS)
 
-bench-gradient-release: $(STAMPS)/test
-	$(PY) benchmarks/bench_gradient_release.py $(ARGS)
+bench-step-in-backward: $(STAMPS)/test
+	$(PY) -m benchmarks.step_in_backward $(ARGS)
 
-bench-activations: $(STAMPS)/test
-	$(PY) benchmarks/planner.py $(ARGS)
+bench-planner: $(STAMPS)/test
+	$(PY) -m benchmarks.planner $(ARGS)
 
 bench-paging: $(STAMPS)/demo
-	$(PY) benchmarks/bench_paging.py $(ARGS)
+	$(PY) -m benchmarks.paging $(ARGS)
 
 data:
-	$(PYTHON) scripts/fetch_data.py $(ARGS)
+	$(PYTHON) tools/fetch_data.py $(ARGS)
 
 build-checks: $(STAMPS)/installed
-	$(PY) scripts/check_symbols.py
-	$(PY) scripts/check_install.py $(ARGS)
+	$(PY) build_tools/check_symbols.py
+	$(PY) build_tools/check_install.py $(ARGS)
 
 # ptxas speaks only when it compiles: the folder is a new one each time.
 cuda-compile: $(STAMPS)/installed
 	rm -rf build/cuda
-	$(PY) scripts/check_registers.py --build-dir build/cuda $(ARGS)
-	$(PY) scripts/check_symbols.py --cuda build/cuda
+	$(PY) build_tools/check_registers.py --build-dir build/cuda $(ARGS)
+	$(PY) build_tools/check_symbols.py --cuda build/cuda
 
 # No environment of ours: torch and all else are those of PYTHON, and nothing is downloaded.
 gpu-report:
-	$(PYTHON) scripts/gpu_report.py --out "$(OUT)" --wheels "$(WHEELS)" $(ARGS)
+	$(PYTHON) tools/gpu_report.py --out "$(OUT)" --wheels "$(WHEELS)" $(ARGS)
 
 gpu-wheels:
-	$(PYTHON) scripts/fetch_gpu_wheels.py --out "$(WHEELS)" --python $(WHEELS_PYTHON) $(ARGS)
+	$(PYTHON) tools/fetch_gpu_wheels.py --out "$(WHEELS)" --python $(WHEELS_PYTHON) $(ARGS)
 
 wheel: $(STAMPS)/installed
 	$(PIP) wheel
-	$(PY) scripts/build_release.py $(ARGS)
+	$(PY) build_tools/build_wheel.py $(ARGS)
 
 install: $(STAMPS)/installed
 tools: $(STAMPS)/dev
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
-	find came8bit tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find came8bit tests benchmarks build_tools tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

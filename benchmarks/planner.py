@@ -1,8 +1,8 @@
 """How far the planner's estimate of activations is from what autograd really keeps.
 
-    python benchmarks/planner.py            # everything, about two minutes
-    python benchmarks/planner.py --quick    # small models only, seconds
-    python benchmarks/planner.py --attention-dropout    # what GPT-2 keeps with it
+    python -m benchmarks.planner            # everything, about two minutes
+    python -m benchmarks.planner --quick    # small models only, seconds
+    python -m benchmarks.planner --attention-dropout    # what GPT-2 keeps with it
 
 Runs forward and backward of transformers' models on the CPU and counts bytes in two ways:
 
@@ -13,7 +13,7 @@ Runs forward and backward of transformers' models on the CPU and counts bytes in
 Both are counts of tensors and repeat exactly; allocators and kernels' workspaces are left out.
 The large models run with fake tensors: real shapes, dtypes and lifetimes, but no memory.  SANA is
 among the cases where diffusers is installed.  One row per case is appended to
-``benchmarks/results/activations.csv``.
+``benchmarks/results/planner.csv``.
 
 With dropout of attention, which GPT-2 has by default, PyTorch keeps the scores on a CPU, which no
 estimate for a card counts; all cases but those of ``--attention-dropout`` are without it.  The
@@ -36,17 +36,17 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from records import append
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.harness import append
 from came8bit.planner import OPTIMIZERS, Model, Setup, architecture_of, estimate, from_architecture
 from came8bit.planner.named import CONFIGS
 from came8bit.planner.sana import Sana
 
-RESULTS = Path(__file__).parent / "results" / "activations.csv"
+RESULTS = Path(__file__).parent / "results" / "planner.csv"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -2,7 +2,7 @@
 
 After an ordinary backward pass all gradients exist at once.  Here a hook on every parameter hands
 the gradient to the optimizer when autograd has finished it, and frees it, so that only the one in
-hand exists.  ``docs/gradient_release.md`` says what this means for a training loop.
+hand exists.  ``docs/step_in_backward.md`` says what this means for a training loop.
 
 Four things are kept in order:
 

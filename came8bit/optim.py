@@ -1,7 +1,7 @@
 """The optimizer classes.
 
 Groups, checks, lazily made state and the step loop; the arithmetic is behind two operators in
-:mod:`came8bit._ops`, and ``docs/algorithm.md`` writes it out.
+:mod:`came8bit._ops`, and ``docs/internals/algorithm.md`` writes it out.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class CAME(StatefulOptimizer):
     good ``lr`` is about a tenth of AdamW's.  ``bias_correction=True`` removes the effect; then
     AdamW's ``lr`` is the place to start.
 
-    Where this differs from the authors' code (``came-pytorch``), and why (``docs/algorithm.md``):
+    Where this differs from ``came-pytorch``, and why (``docs/internals/algorithm.md``):
 
     * *Convolutions are factored as* ``(out, in*kh*kw)``, *narrow matrices not at all*: the view
       with the fewest bytes is taken.  A 3x3 convolution factored over its last two dimensions

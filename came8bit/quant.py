@@ -22,7 +22,7 @@ whose absmax is below 2**-126 stores zeros; a value that is not finite becomes c
 decodes to NaN, and leaves the rest of its block alone.
 
 The kernels implement the ``"sqrt"`` map; the others stay here so that the choice can be measured
-(``docs/quantization.md``).  ``csrc/quant.h`` holds the same expressions.
+(``docs/internals/quantization.md``).  ``csrc/quant.h`` holds the same expressions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The executable specification of the update rule, in plain PyTorch.
 
-Read it beside ``docs/algorithm.md`` and ``csrc/update.h``: same passes, same symbols, same order
-of operations.  It is also what runs where no kernel does.  Only add, subtract, multiply, divide and
-square root of fp32 values appear, one rounding each, so compiled code can be equal to the last bit.
+Read it beside ``docs/internals/algorithm.md`` and ``csrc/update.h``: same passes, same symbols,
+same order of operations. It is also what runs where no kernel does. Only add, subtract, multiply,
+divide and square root of fp32 values appear, one rounding each, so compiled code can be equal to
+the last bit.
 
 A parameter is a batch of ``b`` matrices of ``n`` rows and ``k`` columns in its row-major order:
 ``g`` gradient, ``r, c`` second moment (row, column), ``R, C`` instability, ``m`` momentum,

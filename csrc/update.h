@@ -1,8 +1,8 @@
 // The update rule, one scalar expression per function, for float and for vectors of float.
 //
-// The same passes, symbols and order of operations as came8bit/reference.py and docs/algorithm.md.
-// T is float on the GPU and a vector of 16 lanes on the CPU. Nothing here may be contracted into a
-// fused multiply-add: build with -ffp-contract=off, --fmad=false.
+// The same passes, symbols and order of operations as came8bit/reference.py and
+// docs/internals/algorithm.md. T is float on the GPU and a vector of 16 lanes on the CPU. Nothing
+// here may be contracted into a fused multiply-add: build with -ffp-contract=off, --fmad=false.
 #pragma once
 
 #include <cmath>

@@ -8,9 +8,7 @@ one of the package's variables asks for it: ``CAME8BIT_DISABLE_KERNELS=1``, ``CA
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -81,14 +79,3 @@ def restored() -> Iterator[None]:
     torch.set_num_threads(threads)
     if name is not None:
         _kernels.set_cpu_isa(name)
-
-
-@pytest.fixture(scope="module")
-def scripts_are_importable() -> Iterator[None]:
-    """Modules of ``scripts`` and ``benchmarks``, which import each other as scripts do."""
-    root = Path(__file__).resolve().parent.parent
-    folders = [str(root / "scripts"), str(root / "benchmarks")]
-    sys.path[:0] = folders
-    yield
-    for folder in folders:
-        sys.path.remove(folder)

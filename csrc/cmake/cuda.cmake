@@ -70,7 +70,7 @@ macro(came8bit_cuda_target)
   set(CMAKE_CUDA_EXTENSIONS OFF)
   set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
-  message(STATUS "came8bit: CUDA kernels by nvcc: ${came8bit_nvcc}")  # scripts/build_backend.py looks for it
+  message(STATUS "came8bit: CUDA kernels by nvcc: ${came8bit_nvcc}")  # build_tools/build_backend.py looks for it
   enable_language(CUDA)
 
   # "75-real;90" as "sm_75 sm_90 compute_90": what cuobjdump calls them, and `came8bit info`.
@@ -104,7 +104,7 @@ macro(came8bit_cuda_target)
     "$<$<COMPILE_LANGUAGE:CUDA>:--fmad=false;-ftz=false;-prec-div=true;-prec-sqrt=true>"
     "$<$<COMPILE_LANGUAGE:CUDA>:--threads=2>")  # two architectures at a time: most of the work is in one file
   if(CAME8BIT_CUDA STREQUAL "compile-only")
-    # scripts/check_registers.py reads what ptxas says.
+    # build_tools/check_registers.py reads what ptxas says.
     target_compile_options(_C_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>")
     came8bit_note_cuda(false "CAME8BIT_CUDA=compile-only was set")
   else()

@@ -1,5 +1,5 @@
 # Whether the CUDA library can be built, by which nvcc and for which GPUs. Functions only: they run in CMake's
-# script mode, too, which is how tests/test_cuda_build.py tries them.
+# script mode, too, which is how tests/build_tools/test_cuda_choice.py tries them.
 include_guard()
 
 set(came8bit_cuda_architectures_all 75 80 86 89 90 100 120)

@@ -1,4 +1,5 @@
-// The three sweeps of the rule and what stands between them. docs/algorithm.md has the passes.
+// The three sweeps of the rule and what stands between them. docs/internals/algorithm.md has the
+// passes.
 #include "step.h"
 
 #include <cmath>

@@ -10,9 +10,9 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from memory_benchmark import bench
 
 import came8bit
+from benchmarks import planner as bench
 from came8bit import planner
 from came8bit.cli import main
 

@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 import torch
-from memory_benchmark import bench
 
 import came8bit
+from benchmarks import planner as bench
 from came8bit import planner
 
 # A small model in the shapes that matter: below and above min_8bit_size, the sizes at which paging

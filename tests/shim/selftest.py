@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(sys.path[0]) / "support"))
 
 from shim.control import Control
 

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from came8bit.cli.errors import CliError
 from came8bit.cli.tradeoff.config import TaskConfig
 
-#: Text that ``scripts/fetch_data.py`` can fetch; ``stdlib`` needs no fetching.
+#: Text that ``tools/fetch_data.py`` can fetch; ``stdlib`` needs no fetching.
 CORPORA = ("stdlib", "gcide", "austen", "wordnet", "linux-docs", "python-docs", "shakespeare")
 
 # Folders of the standard library that are left out: installed packages, tests (not on every
@@ -83,7 +83,7 @@ def load_text(files: Sequence[Path] | None, corpus: str, data_dir: Path) -> Text
 
 
 def _provenance(name: str, data_dir: Path) -> dict[str, Any]:
-    """Return package, version and licence as written down by ``scripts/fetch_data.py``, if any."""
+    """Return package, version and licence as written down by ``tools/fetch_data.py``, if any."""
     try:
         entry = json.loads((data_dir / "manifest.json").read_text(encoding="utf-8"))[name]
         return {key: entry[key] for key in ("package", "version", "licence")}

@@ -1,0 +1,1 @@
+"""Measurements, each run from the repository: ``python -m benchmarks.NAME``."""

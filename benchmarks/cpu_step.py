@@ -1,0 +1,397 @@
+"""Time, memory and state of one optimizer step on a CPU, against other optimizers, as ratios.
+
+    python -m benchmarks.cpu_step                all cases; appends to results/cpu_step.csv
+    python -m benchmarks.cpu_step --quick        a look; writes nothing
+    python -m benchmarks.cpu_step --shapes 4096,gpt2 --dtypes bfloat16 --repeats 50
+
+Absolute times on a shared machine mean little, so optimizers take turns: in every repetition each
+does one step, beginning with another one each time, and a ratio is formed per repetition. The
+median of those is the result; the ratio of the fastest steps stands beside it, which other load
+disturbs least. Every optimizer has parameters, gradients and state of its own. The fast optimizers
+run in one round, against AdamW; each slow one in a round with CAME8bit alone, with fewer
+repetitions, because what it leaves in the caches and the allocator is felt by whoever follows.
+
+The extra memory of a step is measured in a process of its own: the peak of the resident memory
+during a step above the level before it (Linux only). State is counted from the tensors, each
+storage once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime
+import importlib.util
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import came8bit
+from benchmarks.harness import append, quantiles
+from benchmarks.state_bytes import Shape, gpt2_small
+from came8bit.cli import environment
+
+CASES: dict[str, list[Shape]] = {
+    "1024": [(1024, 1024)],
+    "4096": [(4096, 4096)],
+    "25152": [(25152, 1024)],
+    "gpt2": gpt2_small(),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RESULTS = Path(__file__).parent / "results" / "cpu_step.csv"
+SEED = 0
+WARM_UP = 3
+SECONDS = 20.0
+"""Aim of a round without ``--repeats``."""
+
+Params = list[torch.nn.Parameter]
+
+
+def _adamw(params: Params) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-4, weight_decay=0.01, fused=True)
+
+
+def _came8bit(params: Params) -> torch.optim.Optimizer:
+    return came8bit.CAME8bit(params, lr=1e-4, weight_decay=0.01)
+
+
+def _came8bit_nearest(params: Params) -> torch.optim.Optimizer:
+    return came8bit.CAME8bit(params, lr=1e-4, weight_decay=0.01, rounding="nearest")
+
+
+def _came(params: Params) -> torch.optim.Optimizer:
+    return came8bit.CAME32bit(params, lr=1e-4, weight_decay=0.01)
+
+
+def _came_pytorch(params: Params) -> torch.optim.Optimizer:
+    from came_pytorch import CAME
+
+    return CAME(params, lr=1e-4, weight_decay=0.01)
+
+
+def _bitsandbytes(params: Params) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(params, lr=1e-4, weight_decay=0.01)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An optimizer: how it is made, and the module it comes from."""
+
+    make: Callable[[Params], torch.optim.Optimizer]
+    module: str = "torch"
+    slow: bool = False
+    only_16_bit: bool = False
+
+
+REFERENCE, OURS = "AdamW(fused)", "CAME8bit"
+OPTIMIZERS = {
+    REFERENCE: Entry(_adamw),
+    OURS: Entry(_came8bit),
+    "CAME8bit nearest": Entry(_came8bit_nearest, only_16_bit=True),  # fp32 is not rounded
+    "CAME32bit": Entry(_came),
+    "came-pytorch": Entry(_came_pytorch, "came_pytorch", slow=True),
+    "bitsandbytes AdamW8bit": Entry(_bitsandbytes, "bitsandbytes", slow=True),
+}
+
+
+@dataclass
+class Row:
+    """One optimizer on one case, one line of the CSV. Times in ms, memory in bytes."""
+
+    case: str
+    dtype: str
+    optimizer: str
+    numel: int
+    param_bytes: int
+    state_bytes_per_param: float
+    times: list[float]
+    relative_to: str
+    ratios: list[float]
+    ratio_min: float
+    extra_bytes: int | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def flat(self) -> dict[str, Any]:
+        """Columns of the CSV."""
+        ms = {f"{name}_ms": f"{1e3 * t:.4f}" for name, t in quantiles(self.times).items()}
+        ratios = {f"ratio_{name}": f"{r:.4f}" for name, r in quantiles(self.ratios).items()}
+        return {
+            **self.about,
+            "case": self.case,
+            "dtype": self.dtype,
+            "optimizer": self.optimizer,
+            "numel": self.numel,
+            "param_bytes": self.param_bytes,
+            "repeats": len(self.times),
+            **ms,
+            "min_ms": f"{1e3 * min(self.times):.4f}",
+            "ns_per_param_p50": f"{1e9 * statistics.median(self.times) / self.numel:.4f}",
+            "relative_to": self.relative_to,
+            **ratios,
+            "ratio_min": f"{self.ratio_min:.4f}",
+            "extra_bytes": "" if self.extra_bytes is None else self.extra_bytes,
+            "state_bytes_per_param": f"{self.state_bytes_per_param:.5f}",
+        }
+
+
+def make(name: str, case: str, dtype: str) -> tuple[torch.optim.Optimizer, Params]:
+    """The optimizer with parameters and gradients of its own."""
+    generator = torch.Generator().manual_seed(SEED)
+    params: Params = []
+    for shape in CASES[case]:
+        weight = torch.randn(shape, generator=generator).mul_(0.02).to(DTYPES[dtype])
+        params.append(torch.nn.Parameter(weight))
+        grad = torch.randn(shape, generator=generator).mul_(0.01)
+        params[-1].grad = grad.to(DTYPES[dtype])
+    return OPTIMIZERS[name].make(params), params
+
+
+def seconds(step: Callable[[], object]) -> float:
+    """Time of one call."""
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in the state; a storage that several share counts once."""
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    }
+    return sum(storages.values())
+
+
+def run_round(names: list[str], case: str, dtype: str, repeats: int | None) -> list[Row]:
+    """Let the optimizers take turns; times and ratios are relative to the first."""
+    made = {name: make(name, case, dtype) for name in names}
+    for optimizer, _ in made.values():
+        for _ in range(WARM_UP):
+            last = seconds(optimizer.step)
+    if repeats is None:
+        once = sum(seconds(optimizer.step) for optimizer, _ in made.values())
+        repeats = max(5, min(200, int(SECONDS / once)))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for repetition in range(repeats):
+        first = repetition % len(names)
+        for name in names[first:] + names[:first]:
+            last = seconds(made[name][0].step)
+            times[name].append(last)
+    rows = []
+    for name, (optimizer, params) in made.items():
+        base, own = times[names[0]], times[name]
+        numel = sum(p.numel() for p in params)
+        rows.append(
+            Row(
+                case,
+                dtype,
+                name,
+                numel,
+                sum(p.nbytes for p in params),
+                state_bytes(optimizer) / numel,
+                own,
+                names[0],
+                [a / b for a, b in zip(own, base, strict=True)],
+                min(own) / min(base),
+            )
+        )
+    return rows
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def _status(name: str) -> int:
+    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
+
+
+def print_extra_bytes(name: str, case: str, dtype: str) -> None:
+    """Print by how much the second step raises the resident memory, at its peak."""
+    optimizer, _ = make(name, case, dtype)
+    optimizer.step()
+    # Memory that was freed but not given back would be used again without being seen.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
+    optimizer.step()
+    print(json.dumps(max(0, _status("VmHWM") - before)))
+
+
+def extra_bytes(name: str, case: str, dtype: str) -> int | None:
+    """The same from a process of its own; None where the system does not say."""
+    if not sys.platform.startswith("linux"):
+        return None
+    command = [sys.executable, __file__, "--extra-bytes", name, case, dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr}")
+    return int(json.loads(done.stdout.splitlines()[-1]))
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def about() -> dict[str, Any]:
+    """Columns that are the same for all rows of a run."""
+    versions, hardware = environment.versions(), environment.hardware()
+    status = came8bit.kernel_status().cpu
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "git": environment.git_revision() or "",
+        "came8bit": versions["came8bit"],
+        "torch": versions["torch"],
+        "came-pytorch": versions["came-pytorch"] or "",
+        "bitsandbytes": versions["bitsandbytes"] or "",
+        "python": versions["python"],
+        "cpu": hardware["cpu"],
+        "cores": hardware["cores"],
+        "threads": torch.get_num_threads(),
+        "isa": status.isa or f"none: {status.reason}",
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
+        "seed": SEED,
+    }
+
+
+def table(rows: Iterable[Row]) -> list[str]:
+    """Markdown."""
+    lines = [
+        "| case | dtype | optimizer | ms p20 / p50 / p80 | ns/param | relative to "
+        "| ratio p50 (p20–p80) | ratio of minima | extra MB | state B/param |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ms = " / ".join(f"{1e3 * t:.2f}" for t in quantiles(row.times).values())
+        ratio = quantiles(row.ratios)
+        extra = "" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:.1f}"
+        lines.append(
+            f"| {row.case} | {row.dtype} | {row.optimizer} | {ms} "
+            f"| {1e9 * statistics.median(row.times) / row.numel:.3f} | {row.relative_to} "
+            f"| {ratio['p50']:.2f} ({ratio['p20']:.2f}–{ratio['p80']:.2f}) | {row.ratio_min:.2f} "
+            f"| {extra} | {row.state_bytes_per_param:.3f} |"
+        )
+    return lines
+
+
+def targets(rows: Iterable[Row]) -> list[str]:
+    """Which targets hold, one line each."""
+    lines = []
+
+    def line(row: Row, what: str, got: float, sign: str, target: float, note: str = "") -> None:
+        holds = got <= target if sign == "≤" else got >= target
+        verdict = "holds " if holds else "MISSED"
+        lines.append(f"{verdict} {row.case} {row.dtype}: {what} {got:.3f} {sign} {target:g}{note}")
+
+    for row in rows:
+        ratio = statistics.median(row.ratios)
+        minima = f" (of minima {row.ratio_min:.3f})"
+        if row.optimizer in (OURS, "CAME8bit nearest") and row.relative_to == REFERENCE:
+            line(row, f"{row.optimizer} / {REFERENCE}", ratio, "≤", 1.0, minima)
+            if row.case == "gpt2":
+                line(row, f"{row.optimizer} / {REFERENCE}, stretch", ratio, "≤", 0.7, minima)
+                line(
+                    row, f"{row.optimizer} state bytes/param", row.state_bytes_per_param, "≤", 1.037
+                )
+            if row.extra_bytes is not None:
+                allowed = 0.01 * row.param_bytes / 1e6 + 8
+                line(row, f"{row.optimizer} extra MB", row.extra_bytes / 1e6, "≤", allowed)
+        if row.relative_to == OURS:
+            wanted = 10.0 if row.optimizer == "came-pytorch" else 20.0
+            line(row, f"{row.optimizer} / {OURS}", ratio, "≥", wanted, minima)
+    return lines
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def rounds(case: str, dtype: str, slow_gpt2: bool) -> list[list[str]]:
+    """Who takes turns with whom."""
+    usable = [name for name, entry in OPTIMIZERS.items() if importlib.util.find_spec(entry.module)]
+    for name in OPTIMIZERS.keys() - set(usable):
+        print(f"{name} is not installed: skipped", file=sys.stderr)
+    fast = [
+        name
+        for name in usable
+        if not OPTIMIZERS[name].slow and (dtype != "float32" or not OPTIMIZERS[name].only_16_bit)
+    ]
+    slow = [[OURS, name] for name in usable if OPTIMIZERS[name].slow]
+    return [fast, *(slow if case != "gpt2" or slow_gpt2 else [])]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    several: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
+    parser.add_argument("--shapes", help=f"of {', '.join(CASES)}", **several)
+    parser.add_argument("--dtypes", help=f"of {', '.join(DTYPES)}", **several)
+    parser.add_argument("--repeats", type=int, help="repetitions of a round (default: about 20 s)")
+    parser.add_argument("--slow-repeats", type=int, help="of a round with a slow optimizer")
+    parser.add_argument("--slow-gpt2", action="store_true", help="slow optimizers on gpt2, too")
+    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
+    parser.add_argument("--quick", action="store_true", help="1024 only, few repetitions, no CSV")
+    parser.add_argument("--csv", type=Path, help=f"append here (default: {RESULTS.name})")
+    parser.add_argument("--extra-bytes", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.shapes = options.shapes or (["1024"] if options.quick else list(CASES))
+    options.dtypes = options.dtypes or list(DTYPES)
+    for name, known in (("shapes", CASES), ("dtypes", DTYPES)):
+        unknown = [x for x in getattr(options, name) if x not in known]
+        if unknown:
+            parser.error(f"--{name}: got {', '.join(unknown)}, expected some of {', '.join(known)}")
+    if options.quick:
+        options.repeats = options.repeats or 20
+        options.slow_repeats = options.slow_repeats or 5
+    elif options.csv is None:
+        options.csv = RESULTS
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    options = parse(arguments)
+    if options.extra_bytes:
+        print_extra_bytes(*options.extra_bytes)
+        return
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if not came8bit.kernel_status().cpu.loaded:
+        raise SystemExit(f"the kernels are not loaded: {came8bit.kernel_status().cpu.reason}")
+    common = about()
+    print(", ".join(f"{name} {value}" for name, value in common.items() if value != ""))
+    if common["load"] and float(common["load"]) > 0.5:
+        print("other processes are running; their time slices disturb this", file=sys.stderr)
+    everything: list[Row] = []
+    for case in options.shapes:
+        for dtype in options.dtypes:
+            for names in rounds(case, dtype, options.slow_gpt2):
+                print(f"{case} {dtype}: {', '.join(names)} ...", file=sys.stderr, flush=True)
+                slow = OPTIMIZERS[names[-1]].slow
+                repeats = options.slow_repeats if slow else options.repeats
+                rows = run_round(names, case, dtype, repeats)
+                for row in rows[1:] if slow else rows:
+                    row.about = common
+                    row.extra_bytes = extra_bytes(row.optimizer, case, dtype)
+                    everything.append(row)
+                    if options.csv:
+                        append([row.flat()], options.csv)
+    print("\n".join(["", *table(everything), "", *targets(everything)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Time, bandwidth and memory of a step on a GPU."""

@@ -1,0 +1,1 @@
+"""Training a Llama under a hard cap on memory."""

@@ -1,0 +1,148 @@
+"""What a run becomes: rows of a CSV, lines for people, and whether targets hold."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import came8bit
+from benchmarks.harness import quantiles
+from benchmarks.memory_cap.job import Job
+from benchmarks.memory_cap.model import SHAPES
+from benchmarks.memory_cap.optimizers import NONE, PLANNED, Choice
+from came8bit import planner
+from came8bit.cli import environment
+
+ALL_OF_THEM = ("peak_allocated", "peak_reserved", "beside", "peak_address_space", "peak_resident")
+"""Columns that a comparison leaves empty."""
+
+
+def name_of(choice: Choice) -> str:
+    """For people."""
+    if choice.name == NONE:
+        return "no optimizer"
+    return f"{choice.name}, {'in backward' if choice.released else 'ordinary step'}"
+
+
+def about(device: str, text: dict[str, Any]) -> dict[str, Any]:
+    """Columns that are the same for all rows of a run."""
+    versions, hardware = environment.versions(), environment.hardware()
+    kernels = came8bit.kernel_status()
+    kernel = kernels.cuda if device == "cuda" else kernels.cpu
+    name = hardware["gpus"][0]["name"] if device == "cuda" else hardware["cpu"]
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "git": environment.git_revision() or os.environ.get("CAME8BIT_GIT", ""),
+        **{
+            package: versions[package] or ""
+            for package in ("came8bit", "torch", "transformers", "bitsandbytes", "python")
+        },
+        "device": name,
+        "cores": hardware["cores"],
+        "threads": 1 if device == "cpu" else torch.get_num_threads(),
+        "kernels": kernel.isa or f"none: {kernel.reason}",
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
+        "text": text["source"],
+        "text_sha256": text["sha256"][:16],
+    }
+
+
+def planned_peak(job: Job, choice: Choice) -> int | None:
+    """Bytes that ``came8bit.planner`` expects at the highest point, logits in pieces."""
+    if choice.name == NONE or (choice.name == "PagedAdamW8bit" and job.device == "cpu"):
+        return None  # on a CPU bitsandbytes does not page, so what is planned is something else
+    model = planner.from_architecture(
+        job.shape, "", planner.architecture_of({**SHAPES[job.shape], "model_type": "llama"})
+    )
+    setup = planner.Setup(
+        batch=job.batch,
+        sequence=job.sequence,
+        checkpointing=True,
+        release=choice.released,
+        budget=choice.page_budget,
+    )
+    found = planner.estimate(model, planner.OPTIMIZERS[PLANNED[choice.name]], setup)
+    share = min(1.0, job.piece / (job.batch * job.sequence))
+    moments = [replace(m, logits=int(m.logits * share)) for m in found.moments]
+    return found.resident + max(moment.nbytes for moment in moments)
+
+
+def row(
+    part: str,
+    job: Job,
+    choice: Choice,
+    result: dict[str, Any],
+    cap: tuple[str, int | None] = ("", None),
+    times: list[float] | None = None,
+    ratios: list[float] | None = None,
+) -> dict[str, Any]:
+    """One line of the CSV. Times in ms, memory in bytes.
+
+    Args:
+        part: what it was run for.
+        job, choice: what ran.
+        result: of ``job.run``.
+        cap: what limits it, and bytes.
+        times: seconds of timed steps; None: those of ``result`` after the warm-up.
+        ratios: of times to those of the first way in the same run.
+    """
+    if times is None:
+        times = result.get("seconds", [])[job.warm_up :]
+    tokens = job.batch * job.sequence
+    ms = {f"{q}_ms": f"{1e3 * t:.4g}" for q, t in quantiles(times).items()} if times else {}
+    rates = quantiles([tokens / t for t in times]) if times else {}
+    ratio = quantiles(ratios) if ratios else {}
+    quantities = ("p20", "p50", "p80")
+    compared = len(job.choices) > 1  # in one process: its peaks are nobody's
+    peaks = [*ALL_OF_THEM, "context", "managed", "pages", "moved", "staging"]
+    losses = {key: f"{result[key]:.6f}" for key in ("loss_before", "loss_after") if key in result}
+    return {
+        "part": part,
+        "shape": job.shape,
+        "numel": result.get("numel", ""),
+        "param_bytes": result.get("param_bytes", ""),
+        "batch": job.batch,
+        "sequence": job.sequence,
+        "optimizer": choice.name,
+        "step": "in backward" if choice.released else "ordinary",
+        "page_budget": "" if choice.page_budget is None else choice.page_budget,
+        "cap": cap[0],
+        "cap_bytes": "" if cap[1] is None else cap[1],
+        "outcome": result["outcome"],
+        "repeats": len(times),
+        **{f"{q}_ms": ms.get(f"{q}_ms", "") for q in quantities},
+        **{f"tokens_per_s_{q}": f"{rates[q]:.5g}" if rates else "" for q in quantities},
+        **{f"ratio_{q}": f"{ratio[q]:.4f}" if ratio else "" for q in quantities},
+        "loss_before": losses.get("loss_before", ""),
+        "loss_after": losses.get("loss_after", ""),
+        **{key: "" if compared and key in ALL_OF_THEM else result.get(key, "") for key in peaks},
+        "planned_peak": "" if compared else planned_peak(job, choice) or "",
+        "message": " ".join(str(result.get("message", "")).split())[:200],
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for reading."""
+    what = f"{row['part']:<8}{row['shape']:<12}{row['optimizer']:<15}{row['step']:<12}"
+    cap = f"{row['cap_bytes'] / 1e6:9.1f} MB {row['cap']}" if row["cap_bytes"] else " no limit"
+    peak = row["peak_reserved"] or row["peak_address_space"]
+    used = f", peak {peak / 1e6:.1f} MB" if peak else ""
+    speed = ""
+    if row["repeats"]:
+        rates = [row[f"tokens_per_s_{q}"] for q in ("p20", "p50", "p80")]
+        speed = f", {rates[0]} / {rates[1]} / {rates[2]} tokens/s"
+    if row["ratio_p50"]:
+        speed += f", {row['ratio_p50']} x ({row['ratio_p20']} to {row['ratio_p80']})"
+    loss = f", loss {row['loss_before']} -> {row['loss_after']}" if row["loss_after"] else ""
+    return f"{what}{cap}: {row['outcome']}{used}{speed}{loss}"
+
+
+def target(what: str, holds: bool, got: str, kind: str = "target") -> dict[str, Any]:
+    """One line of judgement."""
+    verdict = "holds " if holds else "MISSED"
+    text = f"{verdict} {kind}: {what}: {got}"
+    return {"what": what, "kind": kind, "holds": holds, "got": got, "text": text}

@@ -1,0 +1,1 @@
+"""Error and speed of 8-bit codes."""

@@ -1,0 +1,81 @@
+"""State bytes per parameter for shapes that matter, computed without allocating anything.
+
+    python -m benchmarks.state_bytes
+
+Prints the table of ``docs/internals/algorithm.md``. "Official" is ``factored_view="last_two"``.
+"""
+
+from __future__ import annotations
+
+import math
+
+from came8bit.state.layout import plan, state_bytes
+
+Shape = tuple[int, ...]
+
+LAYERS: list[tuple[str, Shape]] = [
+    ("Llama matrix", (4096, 4096)),
+    ("Llama feed-forward", (11008, 4096)),
+    ("GPT-2 embedding", (50257, 768)),
+    ("LoRA down, rank 8", (8, 4096)),
+    ("LoRA up, rank 8", (4096, 8)),
+    ("LoRA up, rank 64", (4096, 64)),
+    ("two columns", (4096, 2)),
+    ("n x 1", (4096, 1)),
+    ("1 x n", (1, 4096)),
+    ("norm or bias", (4096,)),
+    ("small matrix", (63, 65)),
+    ("3x3 convolution", (320, 320, 3, 3)),
+    ("1x1 convolution", (640, 320, 1, 1)),
+    ("first convolution", (64, 3, 7, 7)),
+    ("depthwise 7x7", (768, 1, 7, 7)),
+    ("1-D convolution", (512, 512, 3)),
+    ("stacked experts", (8, 14336, 4096)),
+]
+
+
+def llama_7b() -> list[Shape]:
+    """Parameter shapes of a 7B Llama: 32 layers, width 4096, feed-forward 11008, 32,000 words."""
+    layer: list[Shape] = (
+        [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008), (4096,), (4096,)]
+    )
+    return [(32000, 4096), (32000, 4096), *layer * 32, (4096,)]
+
+
+def gpt2_small() -> list[Shape]:
+    """Parameter shapes of GPT-2 small, 148 tensors."""
+    layer: list[Shape] = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
+    layer += [(2304,), (768,), (3072,), (768,), *[(768,)] * 4]
+    return [(50257, 768), (1024, 768), *layer * 12, (768,), (768,)]
+
+
+def row(name: str, shapes: list[Shape]) -> str:
+    """One line of the table."""
+    numel = sum(map(math.prod, shapes))
+    shape, view = "", ""
+    if len(shapes) == 1:
+        layout = plan(shapes[0])
+        shape = " x ".join(map(str, shapes[0]))
+        b, n, k = layout.view
+        view = f"{b} of {n} x {k}" if layout.factored else "unfactored"
+        view += f", {layout.momentum_bits}-bit"
+    per = [
+        state_bytes(shapes, optim_bits=bits, factored_view=option) / numel
+        for bits, option in ((8, "smallest"), (8, "last_two"), (32, "smallest"))
+    ]
+    return f"| {name} | {shape} | {view} | {per[0]:.3f} | {per[1]:.3f} | {per[2]:.3f} |"
+
+
+def table() -> list[str]:
+    """All lines."""
+    lines = [
+        "| parameter | shape | view, momentum | CAME8bit | official view | CAME32bit |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [row(name, [shape]) for name, shape in LAYERS]
+    lines += [row("**GPT-2 small**", gpt2_small()), row("**Llama 7B**", llama_7b())]
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

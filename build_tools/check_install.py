@@ -1,0 +1,430 @@
+"""Install the package in every way that is promised, each in a virtual environment of its own.
+
+Installing torch ten times would take an hour, so the environments link to the packages of the one
+that runs this script: to all but came8bit and the build tools, so that a failed installation has
+nothing to fall back on. The sources are copied first, so that nothing next to them helps either.
+
+    python build_tools/check_install.py            all of them
+    python build_tools/check_install.py uv pure    those whose name contains one of the words
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import venv
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_COPIED = shutil.ignore_patterns(
+    ".git",
+    ".venv*",
+    "build",
+    "dist",
+    "data",
+    "results",
+    "shared",
+    "__pycache__",
+    ".*_cache",
+    "*.so",
+)
+# Not linked: what is under test, what builds it, and what every environment has of its own.
+NOT_LINKED = (
+    "came8bit",
+    "_editable",
+    "scikit_build_core",
+    "cmake",
+    "ninja",
+    "pip",
+    "__pycache__",
+    "uv",
+)
+# How to install depends neither on how well the compiler optimizes nor on instruction sets, and
+# these take most of the time.
+QUICK = {
+    "SKBUILD_CMAKE_BUILD_TYPE": "Debug",
+    "SKBUILD_CMAKE_DEFINE": "isa_avx2_compiles=0;isa_avx512_compiles=0",
+}
+OWN_VARIABLES = ("CAME8BIT_", "SKBUILD_", "PYTHONPATH", "VIRTUAL_ENV", "CUDA")
+
+PROBE = """
+import json, sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import came8bit
+    from came8bit import _kernels, _libraries
+status = _kernels.status().cpu
+print(json.dumps({
+    "loaded": status.loaded, "path": status.path, "reason": status.reason,
+    "file": came8bit.__file__,
+    "cuda": vars(_kernels.status().cuda), "build": _libraries.build_info(),
+    "warnings": [str(w.message) for w in caught if "came8bit" in str(w.message)],
+}))
+"""
+
+
+@dataclass
+class Environment:
+    """A virtual environment and the sources that are installed into it."""
+
+    folder: Path
+    source: Path
+    report: str = ""
+
+    @property
+    def bin(self) -> Path:
+        """The folder of the environment's programs."""
+        return self.folder / ("Scripts" if os.name == "nt" else "bin")
+
+    @property
+    def python(self) -> str:
+        """The environment's interpreter."""
+        return str(self.bin / "python")
+
+    def run(self, *command: str, fails: bool = False, **variables: str) -> str:
+        """Run ``command`` outside the sources and return its output; raise if it ends otherwise."""
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(OWN_VARIABLES)}
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env={**clean, "PWD": str(self.folder), **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if (done.returncode != 0) != fails:
+            what = "succeeded" if fails else "failed"
+            raise AssertionError(
+                f"{' '.join(command)} {what}, which was not expected:\n{done.stdout}"
+            )
+        return done.stdout
+
+    def pip(self, *arguments: str, fails: bool = False, **variables: str) -> str:
+        """Run pip in the environment."""
+        quiet = ("--disable-pip-version-check", "--no-input")
+        return self.run(self.python, "-m", "pip", *arguments, *quiet, fails=fails, **variables)
+
+    def probe(self) -> dict[str, object]:
+        """Import the installed package and return what it says about its kernels."""
+        found: dict[str, object] = json.loads(self.run(self.python, "-c", PROBE).splitlines()[-1])
+        self.report = str(found["path"] or found["reason"])
+        return found
+
+    def expect_kernels(self) -> None:
+        """The kernels are loaded, without a warning, and ``came8bit info`` says so."""
+        found = self.probe()
+        assert found["loaded"], found
+        assert not found["warnings"], found
+        assert str(found["path"]).startswith(str(self.folder)), found
+        info = self.run(str(self.bin / "came8bit"), "info")
+        assert str(found["path"]) in info, info
+        # Next to a CPU build of torch the CUDA library is neither opened nor missed.
+        if torch.version.cuda is None:
+            assert found["cuda"]["reason"] == "this torch is built without CUDA", found  # type: ignore[index]
+            assert "not needed: this torch is built without CUDA" in info, info
+
+    def expect_cuda(self, built: bool, reason: str = "") -> None:
+        """The build left word of the CUDA library: there, or why not."""
+        found = self.probe()
+        note = found["build"]["cuda"]  # type: ignore[index]
+        assert note["built"] is built, note
+        assert reason in note["reason"], (reason, note)
+        library = Path(str(found["path"])).with_name("_C_cuda.so")
+        assert library.exists() is built, library
+
+    def torch_for(self, cuda: str) -> str:
+        """The torch that is here, under another name, saying that it was built for ``cuda``."""
+        real = self.folder.parent / "packages" / "torch"
+        folder = self.folder / f"torch-{cuda}"
+        folder.mkdir(exist_ok=True)
+        for name in ("include", "lib"):
+            (folder / name).symlink_to(real / name)
+        text = (real / "version.py").read_text(encoding="utf-8")
+        text = re.sub(r"(?m)^cuda\b.*$", f"cuda = {cuda!r}", text)
+        (folder / "version.py").write_text(text, encoding="utf-8")
+        return str(folder)
+
+    def expect_pure(self, reason: str) -> None:
+        """The package works without kernels, warns once and says why, there and in ``info``."""
+        found = self.probe()
+        assert not found["loaded"], found
+        assert reason.lower() in str(found["reason"]).lower(), (reason, found)
+        assert len(found["warnings"]) == 1, found  # type: ignore[arg-type]
+        assert str(found["reason"]) in found["warnings"][0], found  # type: ignore[index]
+        info = self.run(self.python, "-W", "ignore", "-m", "came8bit", "info")
+        assert reason.lower() in " ".join(info.lower().split()), info
+        # Required at run time, its absence is an error, not a warning.
+        refused = self.run(
+            self.python, "-c", "import came8bit", fails=True, CAME8BIT_REQUIRE_KERNELS="1"
+        )
+        assert "ImportError" in refused, refused
+        assert "came8bit" in self.run(
+            self.python,
+            "-W",
+            "error",
+            "-c",
+            "import came8bit; print(came8bit)",
+            CAME8BIT_DISABLE_KERNELS="1",
+        )
+
+
+def collect_packages(folder: Path) -> None:
+    """Fill ``folder`` with links to the packages next to torch, but for NOT_LINKED."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None, "run this with a Python that has torch"
+    assert spec.origin is not None
+    folder.mkdir()
+    for entry in Path(spec.origin).parent.parent.iterdir():
+        if not entry.name.lower().startswith(NOT_LINKED) and entry.suffix != ".pth":
+            (folder / entry.name).symlink_to(entry)
+
+
+def lend_packages(environment: Environment, folder: Path) -> None:
+    """Let ``environment`` import what is in ``folder``.
+
+    By name in a .pth file and not by links among its own packages: installers write to those, and
+    would replace files of the environment behind the links.
+    """
+    own = sysconfig.get_path("purelib", scheme="venv", vars={"base": str(environment.folder)})
+    Path(own, "lent.pth").write_text(f"{folder}\n", encoding="utf-8")
+
+
+def nvcc_release() -> str:
+    """Return the release of the nvcc on PATH, "13.0", or ''."""
+    program = shutil.which("nvcc")
+    if program is None:
+        return ""
+    text = subprocess.run(
+        [program, "--version"], capture_output=True, text=True, check=False
+    ).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    return found[1] if found else ""
+
+
+def isolated(env: Environment) -> None:
+    """Plain ``pip install .``."""
+    env.pip("install", str(env.source))
+    env.expect_kernels()
+
+
+def without_isolation(env: Environment) -> None:
+    """From a source distribution, with build tools that are already there."""
+    env.pip("install", "scikit-build-core", "cmake", "ninja")
+    env.run(
+        env.python,
+        "-c",
+        "import os, sys; os.chdir(sys.argv[1]); sys.path.insert(0, 'build_tools');"
+        "import build_backend; build_backend.build_sdist(sys.argv[2])",
+        str(env.source),
+        str(env.folder / "sdist"),
+    )
+    (archive,) = (env.folder / "sdist").iterdir()
+    env.pip("install", "--no-build-isolation", str(archive), **QUICK)
+    env.expect_kernels()
+
+
+def editable(env: Environment) -> None:
+    """``pip install -e .``: the sources stay where they are, the library is found all the same."""
+    env.pip("install", "--editable", str(env.source), **QUICK)
+    env.expect_kernels()
+    env.expect_cuda(False, "is built without CUDA" if torch.version.cuda is None else "")
+    assert str(env.probe()["file"]).startswith(str(env.source))
+    # In the folder of the sources, too, where the package without its library comes first.
+    output = env.run(
+        env.python,
+        "-c",
+        "import os, sys; os.chdir(sys.argv[1]); sys.path.insert(0, '');"
+        "from came8bit import _kernels; assert _kernels.status().cpu.loaded, _kernels.status()",
+        str(env.source),
+        CAME8BIT_REQUIRE_KERNELS="1",
+    )
+    assert not output, output
+
+
+def _uv_install(env: Environment, *arguments: str, fails: bool = False, **variables: str) -> str:
+    """Run ``uv pip install``, without dependencies: uv does not see the lent packages."""
+    folder = env.folder / "uv"
+    if not folder.exists():
+        env.pip("install", "--target", str(folder), "uv")
+    program = shutil.which("uv", path=folder / "bin")
+    assert program is not None
+    variables |= QUICK | {"UV_CACHE_DIR": str(env.folder / "cache")}
+    install = (program, "pip", "install", "--no-deps", str(env.source), *arguments)
+    return env.run(*install, fails=fails, **variables)
+
+
+def uv_in_active_environment(env: Environment) -> None:
+    """``uv pip install .`` where the environment is active: torch is found through PATH."""
+    path = f"{env.bin}{os.pathsep}{os.environ['PATH']}"
+    _uv_install(env, PATH=path, VIRTUAL_ENV=str(env.folder))
+    env.expect_kernels()
+
+
+def uv_with_torch_named(env: Environment) -> None:
+    """``uv pip install --python ... .`` from elsewhere, torch named; one that no nvcc fits."""
+    into = ("--python", env.python)
+    wrong = _uv_install(env, *into, fails=True, CAME8BIT_TORCH_DIR="/nowhere")
+    assert "CAME8BIT_TORCH_DIR=/nowhere is not" in wrong, wrong
+    torch_dir = env.torch_for("99.0")
+    wrong = _uv_install(env, *into, fails=True, CAME8BIT_TORCH_DIR=torch_dir, CAME8BIT_CUDA="ON")
+    why = "the major versions have to be the same" if nvcc_release() else "no nvcc was found"
+    assert why in " ".join(wrong.split()), wrong
+    _uv_install(env, *into, CAME8BIT_TORCH_DIR=torch_dir)
+    env.expect_kernels()
+    env.expect_cuda(False, why)
+
+
+def with_cuda(env: Environment) -> None:
+    """Next to a CUDA torch that nvcc fits: both libraries; the second is not opened without it."""
+    release = nvcc_release()
+    if not release:
+        env.report = "not run: there is no nvcc here"
+        return
+    named = {"CAME8BIT_TORCH_DIR": env.torch_for(release), "CUDAARCHS": "75-real"}
+    env.pip("install", str(env.source), CAME8BIT_CUDA="ON", **named, **QUICK)
+    env.expect_kernels()
+    env.expect_cuda(True)
+
+
+def broken_nvcc(env: Environment) -> None:
+    """An nvcc that turns out not to work: the CPU library alone, and why; an error if asked for."""
+    nvcc = env.folder / "nvcc"
+    nvcc.write_text('#!/bin/sh\n[ "$1" = --version ] && echo release 13.0 || exit 1\n')
+    nvcc.chmod(0o755)
+    named = {"CAME8BIT_TORCH_DIR": env.torch_for("13.0"), "CUDACXX": str(nvcc)}
+    refused = env.pip("install", str(env.source), fails=True, CAME8BIT_CUDA="ON", **named, **QUICK)
+    assert "CAME8BIT_CUDA=ON, and the kernels were not built" in refused, refused
+    output = env.pip("install", "-v", str(env.source), **named, **QUICK)
+    assert "building again WITHOUT CUDA kernels" in output, output
+    env.expect_kernels()
+    env.expect_cuda(False, "their build failed: ")
+
+
+def no_compiler(env: Environment) -> None:
+    """Without a C++ compiler: a pure wheel; an error where the kernels are required."""
+    broken = {"CC": "/bin/false", "CXX": "/bin/false"}
+    refused = env.pip(
+        "install", str(env.source), fails=True, CAME8BIT_REQUIRE_KERNELS="1", **broken
+    )
+    assert "no working C++ compiler" in refused, refused
+    env.pip("install", str(env.source), **broken)
+    env.expect_pure("no working C++ compiler")
+
+
+def no_cmake(env: Environment) -> None:
+    """Without CMake, where no isolated build can fetch it."""
+    env.pip("install", "scikit-build-core")
+    env.pip("install", "--no-build-isolation", str(env.source), PATH=str(env.bin))
+    env.expect_pure("cmake")
+
+
+def compile_error(env: Environment) -> None:
+    """Sources that this compiler cannot compile: the first error is the reason."""
+    source = env.folder / "broken"
+    shutil.copytree(env.source, source)
+    with (source / "csrc" / "cpu" / "dispatch.cpp").open("a") as file:
+        file.write("\n#error broken on purpose\n")
+    env.pip("install", str(source), **QUICK)
+    env.expect_pure("broken on purpose")
+
+
+def pure(env: Environment) -> None:
+    """Asked for: nothing is compiled, the wheel fits every platform."""
+    output = env.pip("install", "-v", str(env.source), CAME8BIT_PURE="1")
+    assert "py3-none-any" in output, output
+    env.expect_pure("CAME8BIT_PURE=1")
+
+
+def no_torch(env: Environment) -> None:
+    """No torch anywhere: an isolated build asks for one, any other says what to do."""
+    env.pip("install", "scikit-build-core", "cmake", "ninja")
+    refused = env.pip(
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        str(env.source),
+        fails=True,
+        PATH=str(env.bin),
+    )
+    assert "CAME8BIT_TORCH_DIR" in refused, refused
+    assert "CAME8BIT_PURE=1" in refused, refused
+    ask = (
+        "import os, sys; os.chdir(sys.argv[1]); sys.path.insert(0, 'build_tools');"
+        "import build_backend; print(build_backend.get_requires_for_build_wheel())"
+    )
+    output = env.run(env.python, "-c", ask, str(env.source), PATH=str(env.bin))
+    assert "torch>=2.10" in output, output
+    output = env.run(env.python, "-c", ask, str(env.source), PATH=str(env.bin), CAME8BIT_PURE="1")
+    assert "torch" not in output, output
+
+
+VARIANTS: tuple[Callable[[Environment], None], ...] = (
+    isolated,
+    without_isolation,
+    editable,
+    uv_in_active_environment,
+    uv_with_torch_named,
+    with_cuda,
+    broken_nvcc,
+    no_compiler,
+    no_cmake,
+    compile_error,
+    pure,
+    no_torch,
+)
+
+
+def check(variant: Callable[[Environment], None], folder: Path, source: Path) -> str:
+    """Run one variant in a new environment; return '' or what went wrong."""
+    start = time.monotonic()
+    env = Environment(folder / variant.__name__, source)
+    problem = ""
+    try:
+        venv.create(env.folder, with_pip=True)
+        if variant is not no_torch:
+            lend_packages(env, folder / "packages")
+        variant(env)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    shutil.rmtree(env.folder, ignore_errors=True)
+    print(f"{variant.__name__}: {variant.__doc__}")
+    print(
+        f"    {problem or env.report or 'as expected'} ({time.monotonic() - start:.0f} s)",
+        flush=True,
+    )
+    return problem
+
+
+def main(words: list[str]) -> int:
+    """Run the variants whose name contains one of ``words``, or all of them."""
+    chosen = [v for v in VARIANTS if not words or any(word in v.__name__ for word in words)]
+    if not chosen:
+        print(f"no such variant; there are {', '.join(v.__name__ for v in VARIANTS)}")
+        return 2
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(max_workers=2) as pool:
+        folder = Path(temporary)
+        source = folder / "source"
+        shutil.copytree(ROOT, source, ignore=NOT_COPIED)
+        collect_packages(folder / "packages")
+        problems = list(pool.map(lambda variant: check(variant, folder, source), chosen))
+    failed = sum(map(bool, problems))
+    print(f"{len(chosen) - failed} of {len(chosen)} ways to install work")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,240 @@
+"""Whether the CUDA kernels are opened, what is said where they are not, and when.
+
+There is no GPU here, and no CUDA build of torch: both are pretended, down to the place where the
+library would be opened. ``build_tools/check_symbols.py`` opens a real one.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from fresh_modules import fresh_copy
+from problems import make_problem
+
+from came8bit import _kernels, _kernels_cuda, _libraries, _ops
+from came8bit.cli import info
+
+NO_NVCC = {"built": False, "reason": "no nvcc was found", "needs_nvcc": True}
+OFF = {"built": False, "reason": "CAME8BIT_CUDA=OFF was set", "needs_nvcc": False}
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A second copy of the module that has not looked for the library yet."""
+    return fresh_copy("came8bit._kernels_cuda", monkeypatch)
+
+
+@pytest.fixture
+def cuda_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that says it was built for CUDA 13.0, next to a package without the library."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_libraries, "find", lambda names: None)
+
+
+def built(cuda: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the build say this about the CUDA library."""
+    note = {"kernels": True, "reason": "", "torch": "2.13", "cuda": cuda}
+    monkeypatch.setattr(_libraries, "build_info", lambda: note)
+
+
+# --- what is found --------------------------------------------------------------------------------
+
+
+def test_a_cpu_build_of_torch_never_opens_it(
+    fresh: ModuleType, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(fresh, "_open", lambda path: pytest.fail("opened"))
+    monkeypatch.setattr(_libraries, "find", lambda names: "/somewhere/_C_cuda.so")
+    status = fresh.load()
+    assert not status.loaded
+    assert status.reason == "this torch is built without CUDA"
+    assert not recwarn.list  # nobody with a CPU needs to know
+
+
+def test_rocm(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert fresh.load().reason == "this torch is built for ROCm"
+
+
+@pytest.mark.usefixtures("cuda_torch")
+def test_opened_once(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def open_(path: str) -> str:
+        opened.append(path)
+        return "sm_90 compute_90"
+
+    monkeypatch.setattr(_libraries, "find", lambda names: f"/somewhere/{names[0]}")
+    monkeypatch.setattr(fresh, "_open", open_)
+    expected = _libraries.KernelStatus(True, "/somewhere/_C_cuda.so", "sm_90 compute_90")
+    assert fresh.load() == fresh.load() == fresh.status() == expected
+    assert opened == ["/somewhere/_C_cuda.so"]
+
+
+@pytest.mark.usefixtures("cuda_torch")
+def test_nothing_built_for_want_of_nvcc(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    built(NO_NVCC, monkeypatch)
+    status = fresh.load()
+    assert status.reason == "it was built without them (no nvcc was found)"
+    assert 'pip install "cuda-toolkit[nvcc' in status.cure
+    assert '==13.0.*"' in status.cure
+    assert "reinstall came8bit" in status.cure
+
+
+@pytest.mark.usefixtures("cuda_torch")
+def test_nvcc_of_cuda_12_is_not_on_pypi(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    built(NO_NVCC, monkeypatch)
+    assert "conda install -c nvidia cuda-nvcc=12.8" in fresh.load().cure
+
+
+@pytest.mark.usefixtures("cuda_torch")
+def test_nothing_built_because_it_was_switched_off(
+    fresh: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(OFF, monkeypatch)
+    status = fresh.load()
+    assert status.reason == "it was built without them (CAME8BIT_CUDA=OFF was set)"
+    assert "nvcc" not in status.cure
+
+
+@pytest.mark.usefixtures("cuda_torch")
+@pytest.mark.parametrize(
+    ("note", "reason"),
+    [
+        ({}, "is not installed"),
+        ({"kernels": False, "reason": "the moon"}, "it was built without them (the moon)"),
+        ({"kernels": True, "reason": "", "cuda": {"built": True}}, "the installed came8bit has"),
+    ],
+)
+def test_the_reasons_it_shares_with_the_other_library(
+    fresh: ModuleType, monkeypatch: pytest.MonkeyPatch, note: dict[str, object], reason: str
+) -> None:
+    monkeypatch.setattr(_libraries, "build_info", lambda: note)
+    assert reason in fresh.load().reason
+
+
+@pytest.mark.usefixtures("cuda_torch")
+def test_old_torch(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu130")
+    assert fresh.load().reason == "they need torch >= 2.10, this is torch 2.9.1+cu130"
+
+
+@pytest.mark.usefixtures("cuda_torch")
+def test_another_library_of_that_name(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = str(next(Path(torch.__file__).parent.glob("lib/*c10.*")))
+    monkeypatch.setattr(_libraries, "find", lambda names: other)
+    status = fresh.load()
+    assert f"{other} cannot be used with torch" in status.reason
+    assert "reinstall" in status.cure
+
+
+@pytest.mark.parametrize("value", ["cuda", "CUDA"])
+def test_required(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("CAME8BIT_REQUIRE_KERNELS", value)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ImportError, match=r"=cuda is set, but .* without CUDA\. To get"):
+        fresh.load()
+
+
+def test_requiring_kernels_does_not_mean_these(
+    fresh: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAME8BIT_REQUIRE_KERNELS", "1")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not fresh.load().loaded
+
+
+# --- the warning ----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("cuda_torch")
+def test_warning_comes_once_and_late(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    built(NO_NVCC, monkeypatch)
+    status = fresh.load()  # silent: a warning would be an error here
+    text = "no CUDA kernels here.* many times slower: " + re.escape(status.reason)
+    with pytest.warns(RuntimeWarning, match=text) as caught:
+        fresh.warn_once()
+    fresh.warn_once()  # it would be an error here
+    assert f"To get them, {status.cure}." in str(caught[0].message)
+
+
+@pytest.mark.usefixtures("cuda_torch")
+def test_no_warning_where_the_reference_was_asked_for(
+    fresh: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAME8BIT_DISABLE_KERNELS", "1")
+    assert fresh.load().reason == "CAME8BIT_DISABLE_KERNELS is set"
+    fresh.warn_once()
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU, and is not."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_the_reference_step_asks_for_the_warning(
+    monkeypatch: pytest.MonkeyPatch, factored: bool
+) -> None:
+    said: list[None] = []
+    monkeypatch.setattr(_kernels_cuda, "warn_once", lambda: said.append(None))
+    problem = make_problem((8, 32), factored=factored, generator=torch.Generator().manual_seed(0))
+    step = _ops._factored_step if factored else _ops._unfactored_step
+    rest = [[t] for t in problem.state.values()]
+    hyper, options = [0.9, 0.999, 0.9999, 1e-30, 1e-16, 1.0, 1e-3, 0.0], [0] * 6
+    for param, count in ((problem.param, 0), (problem.param.as_subclass(OnGpu), 1)):
+        step([param], [torch.ones(8, 32)], *rest, [1, 8, 32, 0, 0], None, hyper, options)
+        assert len(said) == count
+
+
+def test_the_reference_codec_asks_for_the_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[None] = []
+    monkeypatch.setattr(_kernels_cuda, "warn_once", lambda: said.append(None))
+    codes, absmax = _ops._quantize(torch.ones(4, 32))
+    _ops._dequantize(codes, absmax)
+    assert not said
+    _ops._quantize(torch.ones(4, 32).as_subclass(OnGpu))
+    _ops._dequantize(codes.as_subclass(OnGpu), absmax)
+    assert len(said) == 2
+
+
+# --- came8bit info --------------------------------------------------------------------------------
+
+
+def info_of(
+    status: _libraries.KernelStatus, cuda: str | None, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(_kernels_cuda, "_status", status)
+    assert _kernels.status().cuda == status
+    facts = {
+        "versions": info.environment.versions(),
+        "git": None,
+        "kernels": info.environment.kernels(),
+        "hardware": info.environment.hardware(),
+    }
+    return info.describe(facts)
+
+
+def test_info(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = info_of(_libraries.KernelStatus(True, "/x/_C_cuda.so", "sm_90"), "13.0", monkeypatch)
+    assert re.search(r"^CUDA kernels +loaded, sm_90\n +/x/_C_cuda.so$", text, re.MULTILINE)
+    missing = _libraries.KernelStatus(False, reason="no nvcc was found", cure="install it")
+    text = info_of(missing, "13.0", monkeypatch)
+    assert re.search(
+        r"^CUDA kernels +NOT loaded: no nvcc was found\n +the reference runs instead.*\n"
+        r" +to get them, install it$",
+        text,
+        re.MULTILINE,
+    )
+    text = info_of(missing, None, monkeypatch)
+    assert re.search(r"^CUDA kernels +not needed: no nvcc was found$", text, re.MULTILINE)

@@ -1,0 +1,535 @@
+"""Paged state on the CPU: the bits of the dense optimizer, whatever happens to it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged_training import PAGED, SHAPES, complete, fresh, make, train
+from training import assert_same, same_bits, start
+
+import came8bit
+from came8bit import CAME, CAME8bit, CAME32bit, PagedCAME, PagedCAME8bit, PagedCAME32bit
+from came8bit.state import pagefile, pages
+from came8bit.state.layout import plan
+from came8bit.state.paged import PageFile, Pager, PinnedMemory, Placement, default_budget
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PAIRS = [(CAME8bit, PagedCAME8bit), (CAME, PagedCAME), (CAME32bit, PagedCAME32bit)]
+
+
+def mapped(directory):
+    """How many windows of page files in ``directory`` this process has."""
+    with open("/proc/self/maps", encoding="ascii") as file:
+        return sum(str(directory) in line for line in file)
+
+
+# --- the same bits --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dense", "cls"), PAIRS[:2])
+def test_same_bits_as_dense(dense, cls, dtype, tmp_path):
+    expected = train(make(dense, dtype), 4)
+    for options in ({}, {"page_budget": 500_000, "page_dir": tmp_path}, {"page_budget": 1 << 30}):
+        assert_same(complete(expected), complete(train(make(cls, dtype, **options), 4)))
+
+
+OPTIONS = {
+    "cautious": {"cautious": True},
+    "maximize": {"maximize": True, "bias_correction": True},
+    "official view": {"factored_view": "last_two"},
+    "nearest": {"rounding": "nearest", "clip_threshold": 0.5},
+    "tensor lr": {"lr": torch.tensor(1e-3)},
+    "skip": {"nonfinite": "skip"},
+    "propagate": {"nonfinite": "propagate"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_same_bits_with_every_option(options, dtype):
+    options = OPTIONS[options]
+    spoiled = {(1, 0), (2, 5), (2, 1)}
+    expected = train(make(CAME8bit, dtype, **options), 4, spoiled=spoiled)
+    got = train(make(PagedCAME8bit, dtype, **options, page_budget=450_000), 4, spoiled=spoiled)
+    assert_same(complete(expected), complete(got))
+    assert expected.skipped_steps() == got.skipped_steps()
+    assert got.skipped_steps() == (0 if options.get("nonfinite") == "propagate" else 3)
+
+
+@pytest.mark.parametrize("position", [0, 1, 3])
+def test_raise_changes_nothing(position):
+    optimizer = train(make(PagedCAME8bit, nonfinite="raise"), 2)
+    before = complete(optimizer)
+    with pytest.raises(FloatingPointError, match=f"gradient of parameter {position} "):
+        train(optimizer, 1, first=2, spoiled={(2, position)})
+    assert_same(before, complete(optimizer))
+    dense = train(make(CAME8bit, nonfinite="raise"), 3)
+    assert_same(complete(dense), complete(train(optimizer, 1, first=2)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 30), max_size=4).map(tuple), min_size=1, max_size=6),
+    bits=st.sampled_from([8, 32]),
+    dtype=st.sampled_from(DTYPES),
+    share=st.floats(0, 1),
+    data=st.data(),
+)
+def test_same_bits_for_any_shapes_budgets_and_missing_gradients(shapes, bits, dtype, share, data):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "MIN_PAGE_BYTES", 0)
+        found = [pages.page_layout(plan(s, optim_bits=bits, min_8bit_size=0)) for s in shapes]
+        sizes = [page.nbytes for page in found if page is not None]
+        budget = int(max(sizes) + share * (sum(sizes) - max(sizes)))
+        places = st.tuples(st.integers(0, 3), st.integers(0, len(shapes) - 1))
+        left_out = data.draw(st.sets(places))
+        options = {"shapes": shapes, "optim_bits": bits, "min_8bit_size": 0}
+        expected = train(make(CAME, dtype, **options), 4, left_out=left_out)
+        paged = make(CAME, dtype, **options, is_paged=True, page_budget=budget)
+        assert_same(complete(expected), complete(train(paged, 4, left_out=left_out)))
+
+
+def test_same_bits_over_many_steps():
+    shapes = [(96, 700), (300, 256), (50,)]
+    expected = train(make(CAME8bit, torch.bfloat16, shapes), 150)
+    got = train(make(PagedCAME8bit, torch.bfloat16, shapes, page_budget=100_000), 150)
+    assert_same(complete(expected), complete(got))
+
+
+def test_two_groups_and_one_that_comes_later():
+    def grouped(cls, **options):
+        params = [start(shape, seed=i) for i, shape in enumerate(SHAPES)]
+        optimizer = cls(
+            [{"params": params[:3], "optim_bits": 32}, {"params": params[3:6], "lr": 1e-2}],
+            lr=1e-3,
+            **options,
+        )
+        train(optimizer, 2)
+        optimizer.add_param_group({"params": params[6:], "cautious": True})
+        return train(optimizer, 2, first=2)
+
+    expected, got = grouped(CAME8bit), grouped(PagedCAME8bit, page_budget=450_000)
+    assert_same(complete(expected), complete(got))
+
+
+# --- where things are -----------------------------------------------------------------------------
+
+
+def test_only_what_is_small_stays(tmp_path):
+    optimizer = train(make(PagedCAME8bit, page_dir=tmp_path, page_budget=400_000), 2)
+    for index, p in enumerate(optimizer.param_groups[0]["params"]):
+        state = optimizer.state[p]
+        assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+        assert ("exp_avg" not in state) == (index in PAGED)
+        if index in PAGED:
+            assert not {"absmax", "exp_avg_sq"} & set(state)
+            assert {"step", "skipped"} <= set(state)
+    (file,) = tmp_path.iterdir()
+    layouts = [pages.page_layout(plan(shape)) for shape in SHAPES]
+    total = sum(page.nbytes for page in layouts if page is not None)
+    assert total <= file.stat().st_size <= total + 4096 * (len(PAGED) + 1)
+    assert file.stat().st_blocks * 512 >= total  # reserved, no holes
+    assert mapped(tmp_path) == 0
+    del optimizer
+    assert not list(tmp_path.iterdir())
+
+
+def test_windows_are_open_while_they_are_used_only(tmp_path, monkeypatch):
+    seen = []
+    real = came8bit.stepping._step_dense
+
+    def watched(group, members):
+        seen.append((mapped(tmp_path), sum("exp_avg_sq_row" in item.state for item in members)))
+        real(group, members)
+
+    monkeypatch.setattr(came8bit.stepping, "_step_dense", watched)
+    train(make(PagedCAME8bit, page_dir=tmp_path, page_budget=400_000), 2)
+    assert max(windows for windows, _ in seen) == 1
+    assert mapped(tmp_path) == 0
+    del seen[:]
+    kept = make(PagedCAME8bit, page_dir=tmp_path, page_budget=1 << 30)
+    train(kept, 2)
+    assert max(windows for windows, _ in seen) == len(PAGED)
+    assert mapped(tmp_path) == len(PAGED)  # all of it may stay
+    kept.state_dict()
+    assert mapped(tmp_path) < len(PAGED)
+    train(kept, 1, first=2)
+    assert_same(complete(train(make(CAME8bit), 3)), complete(kept))
+
+
+def test_many_small_pages_need_few_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "MIN_PAGE_BYTES", 0)
+    shapes = [(20, 20)] * 300
+    expected = train(make(CAME8bit, shapes=shapes, min_8bit_size=0), 2)
+    kept = resource.getrlimit(resource.RLIMIT_NOFILE)
+    optimizer = make(PagedCAME8bit, shapes=shapes, min_8bit_size=0, page_budget=1 << 30)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 140, kept[1]))
+    try:
+        train(optimizer, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, kept)
+    assert_same(complete(expected), complete(optimizer))
+
+
+def test_state_that_is_not_complete_is_refused():
+    optimizer = train(make(PagedCAME8bit), 1)
+    for cls in (CAME8bit, PagedCAME8bit):
+        other = fresh(optimizer, cls)
+        for p, q in zip(*(o.param_groups[0]["params"] for o in (other, optimizer)), strict=True):
+            other.state[p] = dict(optimizer.state[q])
+        with pytest.raises(ValueError, match=r"parameter 0 .* is not complete: .* load_state_dict"):
+            train(other, 1)
+
+
+def test_read_state_is_a_window(tmp_path):
+    optimizer = train(make(PagedCAME8bit, page_dir=tmp_path), 2)
+    p = optimizer.param_groups[0]["params"][0]
+    state = optimizer._read_state(p)
+    assert mapped(tmp_path) == 1
+    assert list(state)[:2] == ["exp_avg", "absmax"]
+    del state
+    assert mapped(tmp_path) == 0
+
+
+def test_a_window_that_is_held_outlives_the_optimizer(tmp_path):
+    optimizer = train(make(PagedCAME8bit, page_dir=tmp_path), 2)
+    p = optimizer.param_groups[0]["params"][0]
+    codes = optimizer._read_state(p)["exp_avg"]
+    copied = codes.clone()
+    del optimizer
+    assert torch.equal(codes, copied)
+
+
+# --- saving, loading, copying ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("source", "target"), [(0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("pair", PAIRS[:2])
+def test_resume_is_bit_exact_and_the_target_decides_where(pair, source, target, dtype, tmp_path):
+    unbroken = train(make(pair[source], dtype), 3)
+    file = io.BytesIO()
+    torch.save(unbroken.state_dict(), file)
+    file.seek(0)
+    options = {"page_dir": tmp_path, "page_budget": 800_000} if target else {}
+    resumed = fresh(unbroken, pair[target], **options)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert ("exp_avg" in resumed.state[resumed.param_groups[0]["params"][0]]) == (not target)
+    assert len(list(tmp_path.iterdir())) == target
+    assert_same(complete(unbroken), complete(resumed))
+    train(unbroken, 2, first=3)
+    train(resumed, 2, first=3)
+    assert_same(complete(unbroken), complete(resumed))
+
+
+def test_saved_layouts_win_over_those_that_are_there():
+    source = make(CAME8bit, factored_view="last_two", min_8bit_size=10**9)
+    train(source, 2)
+    target = train(make(PagedCAME8bit, page_budget=1 << 20), 1)
+    target.load_state_dict(source.state_dict())
+    for p, q in zip(*(o.param_groups[0]["params"] for o in (target, source)), strict=True):
+        p.data.copy_(q.data)
+    assert_same(complete(source), complete(target))
+    train(source, 2, first=2)
+    train(target, 2, first=2)
+    assert_same(complete(source), complete(target))
+
+
+def test_state_dict_is_complete_ordinary_and_a_copy(tmp_path):
+    paged = train(make(PagedCAME8bit, page_dir=tmp_path), 2)
+    dense = train(make(CAME8bit), 2)
+    given_dict, expected = paged.state_dict(), dense.state_dict()
+    assert given_dict["param_groups"] == expected["param_groups"]
+    assert mapped(tmp_path) == 0
+    for index, state in expected["state"].items():
+        assert list(state) == list(given_dict["state"][index])
+        for name, value in state.items():
+            got = given_dict["state"][index][name]
+            assert same_bits(value, got)
+            assert got.is_contiguous()
+    kept = copy.deepcopy(given_dict)
+    train(paged, 1, first=2)
+    for index, state in kept["state"].items():
+        for name, value in state.items():
+            assert same_bits(value, given_dict["state"][index][name])
+
+
+def test_loading_into_itself_and_shrinking():
+    optimizer = train(make(PagedCAME8bit), 2)
+    before = complete(optimizer)
+    state_dict = optimizer.state_dict()
+    train(optimizer, 1, first=2)
+    optimizer.load_state_dict(state_dict)
+    for p, q in zip(optimizer.param_groups[0]["params"], before[0], strict=True):
+        p.data.copy_(q)
+    assert_same(before, complete(optimizer))
+    state_dict["state"] = {0: state_dict["state"][0]}
+    optimizer.load_state_dict(state_dict)
+    assert len(optimizer.state) == len(optimizer._pager._pages) == 1
+    train(optimizer, 1)
+    state_dict["state"] = {}
+    optimizer.load_state_dict(state_dict)
+    assert not optimizer.state
+    params = [start(shape, seed=i) for i, shape in enumerate(SHAPES)]
+    for p, q in zip(optimizer.param_groups[0]["params"], params, strict=True):
+        p.data.copy_(q)
+    train(optimizer, 2)
+    assert_same(complete(train(make(CAME8bit), 2)), complete(optimizer))  # from zeros again
+
+
+@pytest.mark.parametrize("broken", ["exp_avg", "absmax", "step"])
+def test_refused_states_change_nothing(broken):
+    state_dict = copy.deepcopy(train(make(PagedCAME8bit), 2).state_dict())
+    state_dict["state"][6][broken] = torch.zeros(3)
+    optimizer = train(make(PagedCAME8bit), 1)
+    before = complete(optimizer)
+    with pytest.raises(ValueError, match=r"parameter 6 .* does not fit: .*; nothing has been ch"):
+        optimizer.load_state_dict(state_dict)
+    assert_same(before, complete(optimizer))
+    train(optimizer, 1, first=1)
+
+
+def test_hooks_see_what_they_see_elsewhere():
+    optimizer, calls = train(make(PagedCAME8bit), 1), []
+    optimizer.register_state_dict_pre_hook(lambda *a: calls.append(("pre", len(a))))
+    optimizer.register_state_dict_post_hook(
+        lambda o, d: calls.append(("post", "exp_avg" in d["state"][0]))
+    )
+    optimizer.state_dict()
+    optimizer.state_dict()
+    assert calls == [("pre", 1), ("post", True)] * 2
+
+    def failing(*_):
+        raise KeyError("hook")
+
+    handle = optimizer.register_state_dict_post_hook(failing)
+    with pytest.raises(KeyError):
+        optimizer.state_dict()
+    handle.remove()
+    assert "exp_avg" not in optimizer.state[optimizer.param_groups[0]["params"][0]]
+    optimizer.state_dict()
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_have_pages_of_their_own(how, tmp_path):
+    optimizer = train(make(PagedCAME8bit, page_dir=tmp_path, page_budget=800_000), 2)
+    other = how(optimizer)
+    assert type(other) is PagedCAME8bit
+    assert len(list(tmp_path.iterdir())) == 2
+    assert_same(complete(optimizer), complete(other))
+    train(optimizer, 2, first=2)
+    untouched = complete(train(make(CAME8bit), 2))
+    assert_same(untouched, complete(other))
+    train(other, 2, first=2)
+    assert_same(complete(optimizer), complete(other))
+    assert mapped(tmp_path) == 0
+
+
+def test_a_model_and_its_optimizer_are_copied_together():
+    model = torch.nn.Linear(300, 256)
+    optimizer = PagedCAME8bit(model.parameters(), lr=1e-3)
+    train(optimizer, 2)
+    model2, optimizer2 = copy.deepcopy((model, optimizer))
+    assert optimizer2.param_groups[0]["params"][0] is model2.weight
+    assert_same(complete(optimizer), complete(optimizer2))
+    train(optimizer2, 1)
+
+
+def test_checkpoints_go_between_dense_and_paged(tmp_path):
+    file = tmp_path / "file.safetensors"
+    for source, target in ((PagedCAME8bit, CAME8bit), (CAME8bit, PagedCAME8bit)):
+        saved = train(make(source), 2)
+        came8bit.save_checkpoint(saved, file)
+        loaded = fresh(saved, target)
+        came8bit.load_checkpoint(loaded, file)
+        assert_same(complete(saved), complete(loaded))
+        train(saved, 2, first=2)
+        train(loaded, 2, first=2)
+        assert_same(complete(saved), complete(loaded))
+
+
+# --- what users do to an optimizer ----------------------------------------------------------------
+
+
+def test_state_that_was_thrown_away_begins_at_zero():
+    optimizer = train(make(PagedCAME8bit), 2)
+    expected = train(make(CAME8bit), 2)
+    for o in (optimizer, expected):
+        o.state.pop(o.param_groups[0]["params"][0])
+        train(o, 1, first=2)
+    assert_same(complete(expected), complete(optimizer))
+    for o in (optimizer, expected):
+        o.state.clear()
+        train(o, 1, first=3)
+    assert_same(complete(expected), complete(optimizer))
+
+
+def test_pages_of_a_group_that_has_gone_are_given_back(tmp_path):
+    """With the next step, once the state is gone, too; until then the group may come back."""
+    shapes = [(256, 300), (128, 64, 3, 3), (7,)]
+    optimizer, expected = make(PagedCAME8bit, page_dir=tmp_path), make(CAME8bit)
+    extra = [[start(shape, seed=50 + i) for i, shape in enumerate(shapes)] for _ in range(2)]
+    pages_of = optimizer._pager._pages
+    for o, params in ((optimizer, extra[0]), (expected, extra[1])):
+        o.add_param_group({"params": params})
+        train(o, 1)
+        group = o.param_groups.pop()
+        train(o, 1, first=1)
+        o.add_param_group({"params": group["params"]})
+        train(o, 1, first=2)
+    assert_same(complete(expected), complete(optimizer))
+    (file,) = tmp_path.iterdir()
+    size = file.stat().st_size
+    assert len(pages_of) == len(PAGED) + 2
+    for o, params in ((optimizer, extra[0]), (expected, extra[1])):
+        o.param_groups.pop()
+        for p in params:
+            del o.state[p]
+        train(o, 2, first=3)
+    assert len(pages_of) == len(PAGED)
+    # Their places are used again, and begin at zero.
+    for o in (optimizer, expected):
+        o.add_param_group({"params": [start(shape, seed=60) for shape in shapes[:2]]})
+        train(o, 2, first=5)
+    assert file.stat().st_size == size
+    assert_same(complete(expected), complete(optimizer))
+
+
+def test_options_that_decide_the_layout_change_nothing_that_is_there():
+    optimizer, expected = make(PagedCAME8bit), make(CAME8bit)
+    for o in (optimizer, expected):
+        train(o, 2, left_out={(0, 6), (1, 6)})
+        o.param_groups[0].update(min_8bit_size=10**9, factored_view="last_two")
+        train(o, 2, first=2)
+    assert_same(complete(expected), complete(optimizer))
+
+
+def test_frozen_parameters_take_no_room_until_they_train(tmp_path):
+    optimizer = make(PagedCAME8bit, page_dir=tmp_path)
+    expected = make(CAME8bit)
+    for o in (optimizer, expected):
+        first = o.param_groups[0]["params"][0]
+        first.requires_grad_(False)
+        train(o, 1, left_out={(0, 0)})
+    (file,) = tmp_path.iterdir()
+    size = file.stat().st_size
+    for o in (optimizer, expected):
+        o.param_groups[0]["params"][0].requires_grad_()
+        train(o, 2, first=1)
+    assert file.stat().st_size > size
+    assert_same(complete(expected), complete(optimizer))
+
+
+def test_a_parameter_that_changed_shape_is_refused():
+    optimizer = train(make(PagedCAME8bit, shapes=[(256, 300)]), 1)
+    param = optimizer.param_groups[0]["params"][0]
+    param.grad = None
+    param.data = torch.ones(300, 256)
+    param.grad = torch.ones(300, 256)
+    with pytest.raises(ValueError, match=r"shape \(300, 256\) on cpu, its state was made for sh"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("budget", [None, 500_000])
+def test_stepping_in_backward(budget, tmp_path):
+    def run(cls, released, **options):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(300, 256), torch.nn.ReLU(), torch.nn.Linear(256, 512)
+        )
+        optimizer = cls(model.parameters(), lr=1e-3, **options)
+        if released:
+            came8bit.step_in_backward(optimizer)
+        for i in range(4):
+            optimizer.zero_grad()
+            x = torch.randn(8, 300, generator=torch.Generator().manual_seed(i))
+            model(x).square().mean().backward()
+            optimizer.step()
+        return complete(optimizer)
+
+    expected = run(CAME8bit, False)
+    options = {} if budget is None else {"page_budget": budget, "page_dir": tmp_path}
+    assert_same(expected, run(PagedCAME8bit, True, **options))
+
+
+# --- options --------------------------------------------------------------------------------------
+
+BAD = [
+    ({"is_paged": 1}, "got is_paged 1, expected True or False"),
+    ({"page_budget": 5}, "got page_dir None and page_budget 5 without is_paged=True"),
+    ({"page_dir": "."}, "without is_paged=True"),
+    ({"is_paged": True, "page_budget": 0}, "got page_budget 0, expected a number of bytes > 0"),
+    ({"is_paged": True, "page_budget": 1.5}, "got page_budget 1.5, expected a number of bytes"),
+    ({"is_paged": True, "page_budget": True}, "got page_budget True, expected a number"),
+    ({"is_paged": True, "page_dir": 3}, "got page_dir 3, expected the path of a directory"),
+    ({"is_paged": True, "page_dir": "no/such"}, "'no/such', which is no directory; make it first"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+@pytest.mark.parametrize("cls", [CAME, CAME8bit])
+def test_bad_options(cls, options, message):
+    with pytest.raises(ValueError, match=message):
+        cls([start((3, 3))], **options)
+
+
+def test_homes_and_budgets_by_device(tmp_path):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    unnamed, named = (Pager(Placement(directory)) for directory in (None, tmp_path))
+    assert isinstance(unnamed._home(gpu), PinnedMemory)
+    assert isinstance(unnamed._home(cpu), PageFile)
+    assert named._home(gpu) is named._home(cpu)
+    with pytest.raises(NotImplementedError, match="CPU and on CUDA devices, got xpu"):
+        named._home(torch.device("xpu"))
+    mib = 1 << 20
+    assert default_budget("cuda", [mib] * 1000) == 256 * mib
+    assert default_budget("cuda", [100 * mib] * 10) == 300 * mib
+    assert default_budget("cuda", [mib] * 7) == 7 * mib  # all there is
+    assert default_budget("cpu", [mib] * 320) == 20 * mib
+    assert default_budget("cpu", [mib] * 5000) == 64 * mib
+    assert default_budget("cpu", [mib] * 7) == mib
+
+
+def test_reserving_is_all_or_nothing():
+    class Elsewhere(torch.nn.Parameter):
+        device = property(lambda self: torch.device("xpu"))
+
+    pager, layout = Pager(Placement()), plan((256, 300))
+    here, there = (kind(torch.zeros(256, 300)) for kind in (torch.nn.Parameter, Elsewhere))
+    with pytest.raises(NotImplementedError, match="got xpu"):
+        pager.reserve([(here, layout), (there, layout)])
+    assert here not in pager
+    assert there not in pager
+    pager.reserve([(here, layout)])
+    assert pager._pages[here].address == pagefile.GRANULE  # the place that was given back
+
+
+def test_a_budget_below_a_page_says_what_is_needed():
+    layout = pages.page_layout(plan((256, 300)))
+    optimizer = make(PagedCAME8bit, shapes=[(9,), (256, 300)], page_budget=layout.nbytes - 1)
+    before = complete(optimizer)
+    with pytest.raises(ValueError, match=rf"of shape \(256, 300\) needs a page of {layout.nbytes}"):
+        train(optimizer, 1)
+    assert_same(before, complete(optimizer))
+    assert not optimizer.state
+    train(make(PagedCAME8bit, shapes=[(256, 300)], page_budget=layout.nbytes), 1)
+
+
+def test_a_relative_directory_stays_where_it_was(tmp_path, monkeypatch):
+    (tmp_path / "pages").mkdir()
+    monkeypatch.chdir(tmp_path)
+    optimizer = make(PagedCAME8bit, page_dir=Path("pages"))
+    monkeypatch.chdir("/")
+    train(optimizer, 1)
+    assert os.listdir(tmp_path / "pages") == ["came8bit-0.pages"]

@@ -1,0 +1,43 @@
+"""Sizes at which a kernel takes another path."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from strategies import Case
+
+OPEN = {"clip_threshold": math.inf}
+"""Without clipping the elements of an unfactored parameter know nothing of each other."""
+
+
+def case_of(shape: tuple[int, ...], **changes: object) -> Case:
+    values: dict[str, object] = dict(
+        shape=shape, factored=True, batched=False, bits=8, dtype=torch.float32,
+        grad_dtype=torch.float32, layout="contiguous", grad_layout="contiguous", index=3,
+        offset=0, scale=1.0, zeros=0.1, seed=0,
+    )  # fmt: skip
+    return Case(**{**values, **changes})  # type: ignore[arg-type]
+
+
+# Sizes at which something else begins, which random examples would meet too rarely.
+SHAPES: list[tuple[tuple[int, ...], dict[str, object]]] = [
+    ((1, 1), {}),
+    ((4097, 3), {}),  # many slabs
+    ((3, 4097), {}),  # many strips, an odd end
+    ((255, 257), {}),
+    ((257, 255), {}),
+    ((256, 256), {}),  # 65,536 elements: the largest parameter of one thread
+    ((129, 1025), {"dtype": torch.bfloat16}),
+    ((4095, 33), {"grad_dtype": torch.float16}),
+    ((16, 16, 3, 3), {"layout": "channels_last", "grad_layout": "channels_last"}),
+    ((16, 16, 3, 3), {"batched": True, "layout": "channels_last"}),
+    ((3, 70, 300), {"batched": True}),  # blocks that begin in the middle of rows
+    ((3, 70, 256), {"batched": True}),  # and that do not
+    ((2, 3, 5, 1030), {"batched": True, "dtype": torch.float16}),
+    ((), {"factored": False, "bits": 32}),
+    ((1,), {"factored": False, "bits": 32}),
+    ((65537,), {"factored": False, "bits": 32, "dtype": torch.bfloat16}),
+    ((4096, 1), {"factored": False}),
+    ((257, 256), {"factored": False, "grad_layout": "reversed"}),
+]

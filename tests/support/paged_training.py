@@ -1,0 +1,43 @@
+"""Optimizers with paged state, trained on random gradients."""
+
+import torch
+from training import gradients, snapshot, start
+
+# Pages, next to parameters that are too small for one, of every kind.
+SHAPES = [(256, 300), (7,), (64, 96), (128, 64, 3, 3), (), (20000,), (3, 150, 180), (12000, 2)]
+PAGED = {0, 3, 5, 6, 7}
+
+
+def make(cls, dtype=torch.float32, shapes=SHAPES, **options):
+    params = [start(shape, dtype, seed=i) for i, shape in enumerate(shapes)]
+    return cls(params, **{"lr": 1e-3, "weight_decay": 0.01, **options})
+
+
+def train(optimizer, steps, first=0, spoiled=(), left_out=()):
+    for t in range(first, first + steps):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, p in enumerate(params):
+            p.grad = next(gradients(p.shape, steps=1, seed=100 * t + index)).to(p.dtype)
+            if (t, index) in spoiled:
+                p.grad.view(-1)[-1] = torch.nan
+            if (t, index) in left_out:
+                p.grad = None
+        optimizer.step()
+    return optimizer
+
+
+def complete(optimizer):
+    """As :func:`training.snapshot`, with what is paged."""
+    params, _, options = snapshot(optimizer)
+    every = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        (i, name): tensor.clone()
+        for i, p in enumerate(every)
+        for name, tensor in optimizer._read_state(p).items()
+    }
+    return params, state, options
+
+
+def fresh(optimizer, cls=None, **options):
+    params = [p.detach().clone().requires_grad_() for p in optimizer.param_groups[0]["params"]]
+    return (cls or type(optimizer))(params, **options)

@@ -1,0 +1,140 @@
+"""Small steps through every CUDA kernel, for compute-sanitizer: tails, odd strides, odd addresses.
+
+    compute-sanitizer --tool memcheck python tools/sanitizer_cases.py
+
+Says nothing about results: ``tests/kernels/test_cuda.py`` compares those. ``--device cpu`` shows
+that the cases themselves run, and ``tests/tools/test_gpu_report.py`` that they reach every kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(sys.path[0]) / "support"))
+
+from problems import Problem, run_ops
+from shim.cases import ListCase, Shape
+
+import came8bit
+
+SMALL = "CAME8BIT_CUDA_SMALL_ELEMENTS"
+FP32, BF16, FP16 = TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Rows of whole vectors, with and without whole blocks of the 8-bit code; several slabs and strips.
+ROWS: list[Shape] = [(67, 264), (40, 256), (130, 520), (3, 8), (150, 1032), (1030, 16)]
+# Neither: rows that do not begin on the boundary of a vector.
+ODD: list[Shape] = [(67, 260), (67, 259), (33, 7), (1, 1), (2, 1030)]
+# Blocks that begin in one row and end in the next; the last has rows of whole blocks after all.
+STACKED: list[Shape] = [(3, 40, 264), (2, 70, 8), (5, 3, 520), (2, 9, 512)]
+# More than one tile, and more than one block steps by itself.
+FLAT: list[Shape] = [(70_001,), (5000,), (2056,), (3,), ()]
+
+CASES = [
+    ListCase("rows, 8 bits", ROWS, dtypes=TYPES),
+    ListCase("rows, fp32 momentum", ROWS, dtypes=TYPES, bits=32),
+    ListCase("rows, mixed", ROWS, dtypes=TYPES, grad_dtypes=(BF16, FP16, FP32)),
+    ListCase("rows, mixed, fp32", ROWS, dtypes=TYPES, grad_dtypes=(BF16, FP16, FP32), bits=32),
+    ListCase("odd, 8 bits", ODD, dtypes=TYPES, grad_dtypes=(BF16, FP32)),
+    ListCase("odd, fp32 momentum", ODD, dtypes=TYPES, bits=32),
+    ListCase("stacked, 8 bits", STACKED, batched=True, dtypes=TYPES),
+    ListCase("stacked, mixed", STACKED, batched=True, dtypes=(BF16, FP32), grad_dtypes=(FP16,)),
+    ListCase("stacked, fp32 momentum", STACKED, batched=True, dtypes=(BF16,), bits=32),
+    ListCase("kernels of a convolution", [(16, 16, 3, 3)], dtypes=(BF16,)),
+    ListCase("reversed strides", [(33, 20), (40, 264)], layout="reversed", grad_layout="reversed"),
+    ListCase("every second element", [(33, 21), (4, 9, 16)], layout="sliced", grad_layout="sliced"),
+    ListCase("strided gradient", [(40, 256)], grad_layout="reversed", dtypes=(BF16,), bits=32),
+    ListCase("misaligned, 8 bits", [(40, 256)] * 4, misaligned=True, dtypes=(BF16,)),
+    ListCase("misaligned, fp32", [(40, 264)] * 4, misaligned=True, bits=32),
+    ListCase("flat, fp32 momentum", FLAT, factored=False, dtypes=TYPES, bits=32),
+    ListCase("flat, 8 bits", [*FLAT, (19, 300), (40, 256)], factored=False, dtypes=TYPES),
+    ListCase("flat, mixed", FLAT[:3], factored=False, grad_dtypes=(BF16,), bits=32),
+    ListCase(
+        "flat, misaligned", [(2056,)] * 4, factored=False, misaligned=True, dtypes=(BF16,), bits=32
+    ),
+    ListCase(
+        "flat, strided", [(70_001,), (9, 40)], factored=False, layout="sliced", grad_layout="sliced"
+    ),
+    ListCase("not finite", [(40, 256)] * 2, bad={0: float("nan")}),
+    ListCase("not finite, flat", [(5000,)] * 2, bad={0: float("inf")}, factored=False, bits=32),
+]
+STEPS: tuple[dict[str, object], ...] = (
+    {},
+    {"cautious": True, "stochastic": False, "maximize": True, "bias_correction": True},
+)
+"""Options of the first and the second step of every case."""
+
+
+def moved(x: torch.Tensor, device: str) -> torch.Tensor:
+    """A copy with the same strides, and as far from aligned memory."""
+    copied = x.untyped_storage().clone() if device == "cpu" else x.untyped_storage().cuda()
+    empty = torch.empty(0, dtype=x.dtype, device=device)
+    return empty.set_(copied, x.storage_offset(), x.size(), x.stride())
+
+
+def run(case: ListCase, device: str) -> None:
+    """The steps of one case, by calls of the operators."""
+    problems = [
+        Problem(
+            moved(problem.param, device),
+            {name: moved(x, device) for name, x in problem.state.items()},
+            problem.view,
+            problem.factored,
+        )
+        for problem in case.problems()
+    ]
+    for step, options in enumerate(STEPS):
+        lr = torch.tensor(0.01).to(device) if step else None
+        grads = [moved(grad, device) for grad in case.grads(step)]
+        run_ops(problems, grads, **options, lr_tensor=lr)
+
+
+def run_optimizer(device: str) -> None:
+    """As users do: several kinds of parameters, the state made by the first step."""
+    shapes = [(130, 520), (70, 4096), (2, 40, 300), (16, 16, 3, 3), (5000,), (3,), ()]
+    params = [torch.nn.Parameter(torch.randn(shape).to(device, BF16)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn(param.shape).to(device, BF16)
+    optimizer = came8bit.CAME8bit(params, factored_view="last_two", weight_decay=0.1)
+    optimizer.step()
+    optimizer.step()
+
+
+def run_codec(device: str) -> None:
+    """Quantize and back."""
+    for shape in ((3, 300), (2, 256), (1, 1), (5,)):
+        codes, absmax = came8bit.quantize_blockwise(torch.randn(shape).to(device))
+        came8bit.dequantize_blockwise(codes, absmax)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Every case in sweeps, then small parameters by a block each; each said before it begins."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    device = parser.parse_args(arguments).device
+    torch.manual_seed(0)
+    work = [(f"{case.name}, in sweeps", "0", case) for case in CASES]
+    # What lies apart is never small.
+    small = [case for case in CASES if not case.misaligned and case.layout == "contiguous"]
+    work += [(case.name, "", case) for case in small]
+    for number, (name, elements, case) in enumerate(work, 1):
+        print(f"case {number} of {len(work) + 2}: {name}", flush=True)
+        os.environ[SMALL] = elements
+        run(case, device)
+        if device == "cuda":  # what went wrong, went wrong here
+            torch.cuda.synchronize()
+    for number, other in enumerate((run_optimizer, run_codec), len(work) + 1):
+        print(f"case {number} of {len(work) + 2}: {other.__name__}", flush=True)
+        other(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"case {len(work) + 2} of {len(work) + 2} is done, on {device}")
+
+
+if __name__ == "__main__":
+    main()
