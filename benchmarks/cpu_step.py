@@ -39,7 +39,7 @@ import torch
 import came8bit
 from benchmarks.harness import append, quantiles
 from benchmarks.state_bytes import Shape, gpt2_small
-from came8bit.cli import environment
+from came8bit import environment
 
 CASES: dict[str, list[Shape]] = {
     "1024": [(1024, 1024)],

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from came8bit import reference
-from came8bit.state import dense
+from came8bit.state import store as dense
 from came8bit.state.layout import plan
 
 SHAPE, STEPS, LR, DECAY = (128, 96), 100, 1e-4, 0.01

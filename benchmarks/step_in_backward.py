@@ -32,7 +32,7 @@ import torch
 import came8bit
 from benchmarks.cpu_step import DTYPES, SEED, _status, about, seconds, state_bytes
 from benchmarks.harness import append, quantiles
-from came8bit.cli import environment
+from came8bit import environment
 
 RESULTS = Path(__file__).parent / "results" / "step_in_backward.csv"
 MODES = ("ordinary", "in backward")

@@ -65,7 +65,8 @@ import json, sys, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import came8bit
-    from came8bit import _kernels, _libraries
+    from came8bit.ops import cpu_library as _kernels
+    from came8bit.ops import libraries as _libraries
 status = _kernels.status().cpu
 print(json.dumps({
     "loaded": status.loaded, "path": status.path, "reason": status.reason,
@@ -248,7 +249,7 @@ def editable(env: Environment) -> None:
         env.python,
         "-c",
         "import os, sys; os.chdir(sys.argv[1]); sys.path.insert(0, '');"
-        "from came8bit import _kernels; assert _kernels.status().cpu.loaded, _kernels.status()",
+        "import came8bit; status = came8bit.kernel_status(); assert status.cpu.loaded, status",
         str(env.source),
         CAME8BIT_REQUIRE_KERNELS="1",
     )

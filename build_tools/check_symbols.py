@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from came8bit import _kernels
+from came8bit.ops import cpu_library as _kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPORTS = {
@@ -48,7 +48,7 @@ FUSED = re.compile(r"\t(vfn?m(add|sub)\w*|fn?m(add|sub)|fml[as])\b")
 OPEN_CUDA = """
 import ctypes, sys
 import torch
-from came8bit import _ops
+from came8bit.ops import schema
 assert torch.version.cuda is None, "run this with a CPU build of torch"
 library, stub = sys.argv[1:]
 try:

@@ -3,18 +3,18 @@
 Use :class:`CAME8bit` like any ``torch.optim`` optimizer.
 """
 
-from ._kernels import status as kernel_status
-from ._ops import dequantize_blockwise, quantize_blockwise
 from ._version import __version__
 from .checkpoint import (
-    CheckpointError,
     convert_checkpoint,
     inspect_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from .gradient_release import step_in_backward
+from .errors import CheckpointError
+from .ops.cpu_library import status as kernel_status
+from .ops.schema import dequantize_blockwise, quantize_blockwise
 from .optim import CAME, CAME8bit, CAME32bit, PagedCAME, PagedCAME8bit, PagedCAME32bit
+from .step_in_backward import step_in_backward
 
 __all__ = [
     "CAME",

@@ -1,7 +1,7 @@
 """The optimizer classes.
 
 Groups, checks, lazily made state and the step loop; the arithmetic is behind two operators in
-:mod:`came8bit._ops`, and ``docs/internals/algorithm.md`` writes it out.
+:mod:`came8bit.ops`, and ``docs/internals/algorithm.md`` writes it out.
 """
 
 from __future__ import annotations
@@ -14,14 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import Work, check_finite, check_params, moved_error, unusable_error, usable
-from .loading import Group
-from .options import DEFAULT_SEED, FORMAT_VERSION, check_options, check_paging
-from .remarks import OUTSIDE, remark
+from .errors import OUTSIDE, remark
+from .ops.step import step_all, total
+from .paging.placement import check_paging
+from .paging.store import Pager
 from .state.layout import DEFAULT_MIN_8BIT_SIZE
-from .state.paged import Pager
 from .stateful import StatefulOptimizer
-from .stepping import step_all, total
+from .validation import (
+    DEFAULT_SEED,
+    FORMAT_VERSION,
+    Group,
+    Work,
+    check_finite,
+    check_options,
+    check_params,
+    moved_error,
+    unusable_error,
+    usable,
+)
 
 __all__ = ["CAME", "CAME8bit", "CAME32bit", "PagedCAME", "PagedCAME8bit", "PagedCAME32bit"]
 
@@ -362,9 +372,10 @@ class CAME8bit(_FixedCAME):
     """:class:`CAME` with momentum in 8 bits, about 1.02 bytes of state per parameter.
 
     Momentum is kept in signed square-root codes, scaled by the largest magnitude of a block of 256
-    values that never crosses a slice of the first dimension (:mod:`came8bit.quant`).  A zero stays
-    exactly zero, and the momentum of an element whose gradient has stopped decays to zero.  The
-    factored statistics stay fp32: they change by 0.1 % and 0.01 % a step, which 8 bits cannot hold.
+    values that never crosses a slice of the first dimension
+    (:mod:`came8bit.reference.quant`).  A zero stays exactly zero, and the momentum of an element
+    whose gradient has stopped decays to zero.  The factored statistics stay fp32: they change by
+    0.1 % and 0.01 % a step, which 8 bits cannot hold.
     The update of a step uses the momentum before it is coded.
 
     Arguments are those of :class:`CAME` without ``optim_bits``.  A parameter group may still set

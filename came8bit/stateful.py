@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .checks import Work
-from .loading import Group, Saved, plan_state, read_state_dict
-from .remarks import remark
-from .state import dense
-from .state.layout import Layout, possible_layouts
-from .state.paged import Pager
+from .errors import remark
+from .paging.store import Pager
+from .state import store
+from .state.layout import Layout, plan_state, possible_layouts
+from .state.store import Saved
+from .state_dict import read_state_dict
+from .validation import Group, Work
 
 _HALF_LOADED = "A part of the state has been replaced: load again before the next step"
 
@@ -45,7 +46,7 @@ class StatefulOptimizer(Optimizer):
     """
 
     _pager: Pager | None = None
-    # Set while came8bit.gradient_release steps in backward; a copy of the optimizer does not.
+    # Set while came8bit.step_in_backward steps in backward; a copy of the optimizer does not.
     _release: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -63,7 +64,7 @@ class StatefulOptimizer(Optimizer):
         if placement is not None:
             self._pager = Pager(placement)
             self.state = self._place(
-                Saved(param, dense.fit(saved, possible_layouts(param.shape)), saved)
+                Saved(param, store.fit(saved, possible_layouts(param.shape)), saved)
                 for param, saved in self.state.items()
                 if saved
             )
@@ -120,7 +121,7 @@ class StatefulOptimizer(Optimizer):
     def _allocate(self, param: Tensor, layout: Layout) -> dict[str, Tensor]:
         if self._pager is not None:
             return self._pager.allocate(param, layout)
-        return dense.allocate(layout, param.device)
+        return store.allocate(layout, param.device)
 
     def _missing_layouts(self) -> Iterator[tuple[Tensor, Layout]]:
         """All that have no state yet, not only those of this step: room is reserved once."""
@@ -186,7 +187,7 @@ class StatefulOptimizer(Optimizer):
         Where state is paged, the tensors are copied, and may be on any device.
         """
         if state and self._pager is not None:
-            layout = dense.fit(state, possible_layouts(param.shape))
+            layout = store.fit(state, possible_layouts(param.shape))
             if param not in self._pager:
                 self._pager.reserve(self._missing_layouts())
             self._pager.reserve([(param, layout)])
@@ -209,7 +210,7 @@ class StatefulOptimizer(Optimizer):
         state: defaultdict[Tensor, Any] = defaultdict(dict)
         if self._pager is None:
             for param, layout, tensors in saved:
-                state[param] = dense.copy(tensors, layout, param.device)
+                state[param] = store.copy(tensors, layout, param.device)
             return state
         saved = list(saved)
         pager = self._pager if self._pager.usable() else Pager(self._pager.placement)

@@ -1,4 +1,4 @@
-// What the operators of came8bit/_ops.py are given, checked before anything runs, as plain
+// What the operators of came8bit/ops/schema.py are given, checked before anything runs, as plain
 // pointers. The bindings of every device use it.
 #pragma once
 

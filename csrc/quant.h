@@ -1,4 +1,4 @@
-// The 8-bit code of the momentum: see came8bit/quant.py, which states its laws.
+// The 8-bit code of the momentum: see came8bit/reference/quant.py, which states its laws.
 #pragma once
 
 #include "update.h"

@@ -15,7 +15,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from strategies import kernel_isas
 
-from came8bit import _kernels, _libraries
+from came8bit.ops import cpu_library as _kernels
+from came8bit.ops import libraries as _libraries
 
 # No deadlines: shared machines stall. Other numbers of examples are for the command line:
 # HYPOTHESIS_PROFILE=thorough make test ARGS="-k kernels".

@@ -23,7 +23,7 @@ from came_pytorch import CAME as OfficialCAME
 from training import assert_same, gradients, run, snapshot, start
 
 from came8bit import CAME, CAME8bit, CAME32bit, kernel_status
-from came8bit.quant import dequantize_blockwise
+from came8bit.reference.quant import dequantize_blockwise
 from came8bit.state.layout import plan, state_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

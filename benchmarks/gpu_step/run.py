@@ -20,7 +20,7 @@ from benchmarks.gpu_step.measure import Device, DeviceLost
 from benchmarks.gpu_step.peers import Params
 from benchmarks.gpu_step.targets import judge
 from benchmarks.harness import append
-from came8bit.cli import environment
+from came8bit import environment
 
 LISTS = ("rows", "sweeps", "scans", "not_run")
 

@@ -14,8 +14,7 @@ from benchmarks.harness import quantiles
 from benchmarks.memory_cap.job import Job
 from benchmarks.memory_cap.model import SHAPES
 from benchmarks.memory_cap.optimizers import NONE, PLANNED, Choice
-from came8bit import planner
-from came8bit.cli import environment
+from came8bit import environment, planner
 
 ALL_OF_THEM = ("peak_allocated", "peak_reserved", "beside", "peak_address_space", "peak_resident")
 """Columns that a comparison leaves empty."""

@@ -23,9 +23,9 @@ from torch import Tensor
 from benchmarks.harness import append
 from benchmarks.quant.codes import Code, all_codes, kernel
 from benchmarks.quant.momenta import BETA1, Momenta, trainings
-from came8bit.cli import environment
-from came8bit.cli.errors import CliError
-from came8bit.quant import BLOCK_SIZE
+from came8bit import environment
+from came8bit.errors import CliError
+from came8bit.reference.quant import BLOCK_SIZE
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "quant.csv"
 RECURSIVE_STEPS = 60

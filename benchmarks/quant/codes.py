@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import came8bit
-from came8bit import quant
+from came8bit.reference import quant
 
 KERNEL = "square root (kernel)"
 NEAREST = "square root, no decay rule"
@@ -44,7 +44,7 @@ class Code:
 
 
 def blockwise(name: str, map_name: str, *, rule: bool = True) -> Code:
-    """A map of ``came8bit.quant`` in its blocks of 256."""
+    """A map of ``came8bit.reference.quant`` in its blocks of 256."""
 
     def encode(x: Tensor, decaying: Tensor | None) -> tuple[Tensor, Tensor]:
         return quant.quantize_blockwise(x, decaying=decaying if rule else None, code=map_name)
@@ -56,7 +56,7 @@ def blockwise(name: str, map_name: str, *, rule: bool = True) -> Code:
 
 
 def small_blocks(name: str, map_name: str, size: int) -> Code:
-    """A map of ``came8bit.quant`` in blocks of ``size`` consecutive values: each a slice."""
+    """A map of ``came8bit.reference.quant`` in blocks of ``size`` values: each a slice."""
 
     def cut(x: Tensor) -> Tensor:
         return pad(x.flatten(), (0, -x.numel() % size)).view(-1, size)

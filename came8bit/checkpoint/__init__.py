@@ -4,8 +4,8 @@
 ``_read_state`` and ``_write_state``, so it does not matter where the state lives.
 """
 
+from ..errors import CheckpointError
 from .convert import ConvertReport, convert_checkpoint, inspect_checkpoint
-from .error import CheckpointError
 from .load import LoadReport, load_checkpoint
 from .save import save_checkpoint
 

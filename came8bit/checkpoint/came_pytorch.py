@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..state.layout import Layout, plan
-from .error import CheckpointError
 from .format import Entry, Span, label, place
 
 MAGIC = b"PK\x03\x04"

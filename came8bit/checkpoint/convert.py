@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..optim import CAME
-from ..options import CHOICES, FORMAT_VERSION, check_options
 from ..state.layout import plan
-from .error import CheckpointError
+from ..validation import CHOICES, FORMAT_VERSION, check_options
 from .format import Entry, label
 from .load import FreedMemory, convert_momentum
 from .reader import open_source

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..errors import CheckpointError
 from ..state.layout import Buffer, Layout, possible_layouts
-from .error import CheckpointError
 
 FORMAT = "came8bit optimizer state"
 FILE_VERSION = 1

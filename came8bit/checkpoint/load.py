@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._ops import dequantize_blockwise, quantize_blockwise
+from ..errors import CheckpointError
+from ..ops.schema import dequantize_blockwise, quantize_blockwise
 from ..optim import CAME
-from ..quant import absmax_shape, slice_shape
-from .error import CheckpointError
+from ..reference.quant import absmax_shape, slice_shape
 from .format import label
 from .match import OWN_OPTIONS, Match, Pair, dtype_changes, listed, match, same_option
 from .reader import Source, open_source

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loading import plan_state
-from ..options import FORMAT_VERSION, check_options
-from ..state.layout import plan
-from .error import CheckpointError
+from ..errors import CheckpointError
+from ..state.layout import plan, plan_state
+from ..validation import FORMAT_VERSION, check_options
 from .format import Entry, dtype_name, label
 from .reader import Source
 

@@ -15,11 +15,10 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..checks import PARAM_DTYPES
-from ..options import FORMAT_VERSION
+from ..errors import CheckpointError
 from ..state.layout import possible_layouts
+from ..validation import FORMAT_VERSION, PARAM_DTYPES
 from .came_pytorch import MAGIC, CamePytorchFile
-from .error import CheckpointError
 from .format import (
     DTYPE_NAMES,
     FILE_VERSION,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..atomic_file import atomic_file
+from ..errors import CheckpointError
 from ..optim import CAME
-from .atomic import atomic_file
-from .error import CheckpointError
 from .format import (
     NO_DIGEST,
     Entry,

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 
 from came8bit.cli import convert, estimate, info, inspect, tradeoff
-from came8bit.cli.environment import package_version
-from came8bit.cli.errors import CliError
+from came8bit.environment import package_version
+from came8bit.errors import CliError
 
 _COMMANDS = (info, estimate, inspect, convert, tradeoff)
 

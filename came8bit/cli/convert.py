@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 import came8bit
-from came8bit.cli.errors import CliError
+from came8bit.errors import CliError
 
 
 def add_parser(subparsers: Any) -> None:

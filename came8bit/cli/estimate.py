@@ -10,7 +10,7 @@ from typing import Any
 
 from came8bit import planner
 from came8bit.cli import estimate_plot, estimate_transformers
-from came8bit.cli.errors import CliError
+from came8bit.errors import CliError
 from came8bit.planner import report
 
 _EPILOG = f"""\

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from came8bit import planner
-from came8bit.cli.errors import CliError
+from came8bit.errors import CliError
 from came8bit.planner.report import Plan, describe, label
 
 # Colours that stay apart for colour-blind readers (after Okabe and Ito).

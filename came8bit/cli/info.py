@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from came8bit.cli import environment
+from came8bit import environment
 
 
 def add_parser(subparsers: Any) -> None:

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import came8bit
-from came8bit.cli.errors import CliError
+from came8bit.errors import CliError
 
 _COLUMNS = ("", "name", "shape", "dtype", "group", "step", "skipped", "momentum", "view", "bytes")
 

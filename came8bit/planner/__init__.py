@@ -9,6 +9,7 @@ Parameters, gradients and state are exact.  Activations are an estimate, whose e
 ``benchmarks/planner.py``; ``docs/planner.md`` says what is counted and what is not.
 """
 
+from ..errors import UnknownModel
 from .advice import (
     CARDS,
     GIB,
@@ -27,7 +28,6 @@ from .model import Architecture, Model, Parameter, Stage, from_architecture
 from .named import CONFIGS, named
 from .optimizers import OPTIMIZERS, OptimizerKind, Options, State
 from .sources import from_path
-from .unknown import UnknownModel
 
 __all__ = [
     "CARDS",

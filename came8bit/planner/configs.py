@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import OTHER_WAY, UnknownModel
 from .decoders import Decoder
 from .gpt import GPT2, GPTNeoX
 from .heads import head_of
 from .model import Architecture, Model, from_architecture
 from .sana import Sana
-from .unknown import OTHER_WAY, UnknownModel
 
 Config = Mapping[str, Any]
 

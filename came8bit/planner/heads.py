@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..errors import OTHER_WAY, UnknownModel
 from .model import Parameter, weight_and_bias
-from .unknown import OTHER_WAY, UnknownModel
 
 #: ``model_type`` -> how the names of its classes begin.
 _STEMS: dict[str, tuple[str, ...]] = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import UnknownModel
 from .configs import architecture_of
 from .model import Model, from_architecture
-from .unknown import UnknownModel
 
 
 def _llama(

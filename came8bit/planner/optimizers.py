@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from ..paging.pages import page_layout
+from ..paging.placement import default_budget
 from ..state.layout import DEFAULT_MIN_8BIT_SIZE, plan
-from ..state.paged import default_budget
-from ..state.pages import page_layout
 from .model import Parameter
 
 #: bitsandbytes keeps the state of smaller parameters on the device in its paged optimizers.

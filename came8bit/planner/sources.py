@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import UnknownModel
 from .configs import from_config
 from .model import Model, Parameter
-from .unknown import UnknownModel
 
 INDEX = "model.safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # the format's own limit, in bytes

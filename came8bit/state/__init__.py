@@ -1,1 +1,1 @@
-"""Optimizer state: what it consists of (:mod:`.layout`) and where it lives (:mod:`.dense`)."""
+"""Optimizer state: what it consists of (:mod:`.layout`) and where it lives (:mod:`.store`)."""

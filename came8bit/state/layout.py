@@ -17,12 +17,14 @@ the first in the order above.  ``"last_two"`` always takes the first, as the off
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..quant import absmax_shape, slice_shape
+from ..reference.quant import absmax_shape, slice_shape
 
 FACTORED_VIEWS = ("smallest", "last_two")
 OPTIM_BITS = (8, 32)
@@ -139,6 +141,16 @@ def plan(
         factored=view is not None,
         momentum_bits=8 if len(momentum) == 2 else 32,
         buffers=(*momentum, *statistics[view], *_COUNTERS),
+    )
+
+
+def plan_state(param: Tensor, group: Mapping[str, Any]) -> Layout:
+    """The state that ``param`` gets under the options of ``group``."""
+    return plan(
+        param.shape,
+        optim_bits=group["optim_bits"],
+        min_8bit_size=group["min_8bit_size"],
+        factored_view=group["factored_view"],
     )
 
 

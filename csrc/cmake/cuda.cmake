@@ -10,7 +10,7 @@
 #
 # The library uses torch's stable ABI and, of libtorch_cuda, the C functions in torch_cuda_stub.cpp alone.
 # It is linked against that stub, so a CPU build of torch is enough to compile it; opening it there fails for
-# want of libtorch_cuda.so, and came8bit/_kernels.py does not even try.
+# want of libtorch_cuda.so, and came8bit/ops/libraries.py does not even try.
 include_guard()
 include("${CMAKE_CURRENT_LIST_DIR}/cuda_choice.cmake")
 
@@ -24,7 +24,7 @@ if(NOT CAME8BIT_CUDA MATCHES "^(AUTO|ON|OFF|compile-only|release)$")
   message(FATAL_ERROR "CAME8BIT_CUDA: got '${CAME8BIT_CUDA}', expected AUTO, ON, OFF, compile-only or release")
 endif()
 
-# What came8bit/_kernels.py tells about a library that is not there: a file in the wheel's metadata.
+# What came8bit/ops/libraries.py tells about a library that is not there: a file in the wheel's metadata.
 function(came8bit_note_cuda built reason)
   set(note "${CMAKE_CURRENT_BINARY_DIR}/came8bit-cuda.json")
   foreach(text reason CMAKE_CUDA_COMPILER_VERSION came8bit_cuda_names)

@@ -1,4 +1,4 @@
-// Registers the kernels for CPU tensors; the schemas are in came8bit/_ops.py. Everything is checked
+// Registers the kernels for CPU tensors; the schemas are in came8bit/ops/schema.py. Everything is checked
 // here, before the first thread starts and the first byte changes.
 #include <torch/csrc/stable/library.h>
 

@@ -83,7 +83,7 @@ const Kernels& kernels() {
 #define CAME8BIT_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// For came8bit/_kernels.py: 0 baseline, 1 avx2, 2 avx512.
+// For came8bit/ops/libraries.py: 0 baseline, 1 avx2, 2 avx512.
 CAME8BIT_EXPORT int came8bit_cpu_best_isa(void) {
   return came8bit::best_isa();
 }

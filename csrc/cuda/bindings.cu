@@ -1,4 +1,4 @@
-// Registers the kernels for CUDA tensors; the schemas are in came8bit/_ops.py. Everything is
+// Registers the kernels for CUDA tensors; the schemas are in came8bit/ops/schema.py. Everything is
 // checked here, before the first launch.
 #include "../op_arguments.h"
 #include "step.h"

@@ -1,4 +1,4 @@
-// What this library was built with, for came8bit/_kernels.py.
+// What this library was built with, for came8bit/ops/libraries.py.
 
 extern "C" {
 

@@ -15,7 +15,8 @@ from checkpoints import copies, trained
 from paths import ROOT
 
 from came8bit import CAME8bit, load_checkpoint, save_checkpoint
-from came8bit.checkpoint import atomic, save
+from came8bit import atomic_file as atomic
+from came8bit.checkpoint import save
 
 SHAPES = {"m": (256, 600), "v": (20,)}
 

@@ -10,7 +10,7 @@ from problems import HYPER, OPTIONS, assert_same_bits, make_problem
 from strategies import laid_out
 from torch import Tensor
 
-from came8bit import _ops
+from came8bit.ops import schema
 
 pytestmark = pytest.mark.kernels
 
@@ -107,7 +107,7 @@ def test_wrong_arguments_change_nothing(
         if isinstance(t, Tensor)
     }  # fmt: skip
     before = {name: t.clone() for name, t in tensors.items()}
-    operator = _ops.factored_step_ if factored else _ops.unfactored_step_
+    operator = schema.factored_step_ if factored else schema.unfactored_step_
     with pytest.raises(RuntimeError, match=message):
         operator(*named.values())
     assert_same_bits(tensors, before, "after a refused call")
@@ -117,7 +117,7 @@ def test_empty_lists_and_parameters() -> None:
     """Nothing to do is no error."""
     names = list(arguments(True))
     empty = {name: [] for name in names} | {k: arguments(True)[k] for k in ("hyper", "options")}
-    _ops.factored_step_(*{**empty, "lr_tensor": None}.values())
+    schema.factored_step_(*{**empty, "lr_tensor": None}.values())
     for shape in [(0, 5), (5, 0)]:
         problem = make_problem(shape, generator=generator())
         problem.run_op(torch.empty(shape))

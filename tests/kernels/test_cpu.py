@@ -26,7 +26,9 @@ from problems import (
 )
 from strategies import DTYPES, LAYOUTS, Case, cases, kernel_isas, laid_out
 
-from came8bit import _kernels, _ops, quant
+from came8bit.ops import cpu_library as _kernels
+from came8bit.ops import schema
+from came8bit.reference import quant
 
 pytestmark = pytest.mark.kernels
 
@@ -357,11 +359,11 @@ def test_codec_has_the_bits_of_the_reference(case: Case, special: str) -> None:
     expected = {"codes": codes, "absmax": absmax, "decoded": decoded}
     for isa in kernel_isas():
         _kernels.set_cpu_isa(isa)
-        codes, absmax = _ops.quantize_blockwise(x)
+        codes, absmax = schema.quantize_blockwise(x)
         got = {
             "codes": codes,
             "absmax": absmax,
-            "decoded": _ops.dequantize_blockwise(codes, absmax),
+            "decoded": schema.dequantize_blockwise(codes, absmax),
         }
         assert_same_bits(got, expected, f"{isa} {tuple(x.shape)} {x.stride()}")
 
@@ -375,7 +377,7 @@ def test_codec_at_the_edges_between_levels() -> None:
     assert 0.2 < (codes.abs() > level)[:, 1:].double().mean() < 0.8
     for isa in kernel_isas():
         _kernels.set_cpu_isa(isa)
-        got, _ = _ops.quantize_blockwise(x)
+        got, _ = schema.quantize_blockwise(x)
         assert_same_bits({"codes": got}, {"codes": codes}, isa)
 
 

@@ -27,7 +27,8 @@ from problems import assert_same_bits, make_problem, near_code_edges, random_gra
 from shim.cases import CASES, ListCase
 from strategies import DTYPES, Case, cases
 
-from came8bit import _ops, quant
+from came8bit.ops import schema
+from came8bit.reference import quant
 
 pytestmark = [pytest.mark.cuda, needs_gpu]
 
@@ -239,8 +240,8 @@ def test_codec_at_the_edges_between_levels() -> None:
 def check_codec(x: torch.Tensor) -> None:
     codes, absmax = quant.quantize_blockwise(x)
     with gpu_operators():
-        got_codes, got_absmax = _ops.quantize_blockwise(on_gpu(x))
-        got = _ops.dequantize_blockwise(on_gpu(codes), on_gpu(absmax))
+        got_codes, got_absmax = schema.quantize_blockwise(on_gpu(x))
+        got = schema.dequantize_blockwise(on_gpu(codes), on_gpu(absmax))
     assert_same_bits(
         {"codes": got_codes.cpu(), "absmax": got_absmax.cpu(), "values": got.cpu()},
         {"codes": codes, "absmax": absmax, "values": quant.dequantize_blockwise(codes, absmax)},

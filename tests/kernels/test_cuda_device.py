@@ -17,8 +17,9 @@ from on_gpu import check_kernels, check_step, needs_gpu, needs_real_gpu, to_gpu
 from problems import Problem, assert_same_bits, make_problem, random_grad, run_ops
 from shim.cases import run_reference
 
-from came8bit import CAME8bit, CAME32bit, quant
-from came8bit.reduction import CUDA_TREE
+from came8bit import CAME8bit, CAME32bit
+from came8bit.reference import quant
+from came8bit.reference.reduction import CUDA_TREE
 
 pytestmark = [pytest.mark.cuda, needs_gpu, needs_real_gpu]
 

@@ -15,8 +15,11 @@ import torch
 from fresh_modules import fresh_copy
 from problems import make_problem
 
-from came8bit import _kernels, _kernels_cuda, _libraries, _ops
 from came8bit.cli import info
+from came8bit.ops import cpu_library as _kernels
+from came8bit.ops import cuda_library as _kernels_cuda
+from came8bit.ops import libraries as _libraries
+from came8bit.ops import schema
 
 NO_NVCC = {"built": False, "reason": "no nvcc was found", "needs_nvcc": True}
 OFF = {"built": False, "reason": "CAME8BIT_CUDA=OFF was set", "needs_nvcc": False}
@@ -25,7 +28,7 @@ OFF = {"built": False, "reason": "CAME8BIT_CUDA=OFF was set", "needs_nvcc": Fals
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A second copy of the module that has not looked for the library yet."""
-    return fresh_copy("came8bit._kernels_cuda", monkeypatch)
+    return fresh_copy("came8bit.ops.cuda_library", monkeypatch)
 
 
 @pytest.fixture
@@ -188,7 +191,7 @@ def test_the_reference_step_asks_for_the_warning(
     said: list[None] = []
     monkeypatch.setattr(_kernels_cuda, "warn_once", lambda: said.append(None))
     problem = make_problem((8, 32), factored=factored, generator=torch.Generator().manual_seed(0))
-    step = _ops._factored_step if factored else _ops._unfactored_step
+    step = schema._factored_step if factored else schema._unfactored_step
     rest = [[t] for t in problem.state.values()]
     hyper, options = [0.9, 0.999, 0.9999, 1e-30, 1e-16, 1.0, 1e-3, 0.0], [0] * 6
     for param, count in ((problem.param, 0), (problem.param.as_subclass(OnGpu), 1)):
@@ -199,11 +202,11 @@ def test_the_reference_step_asks_for_the_warning(
 def test_the_reference_codec_asks_for_the_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[None] = []
     monkeypatch.setattr(_kernels_cuda, "warn_once", lambda: said.append(None))
-    codes, absmax = _ops._quantize(torch.ones(4, 32))
-    _ops._dequantize(codes, absmax)
+    codes, absmax = schema._quantize(torch.ones(4, 32))
+    schema._dequantize(codes, absmax)
     assert not said
-    _ops._quantize(torch.ones(4, 32).as_subclass(OnGpu))
-    _ops._dequantize(codes.as_subclass(OnGpu), absmax)
+    schema._quantize(torch.ones(4, 32).as_subclass(OnGpu))
+    schema._dequantize(codes.as_subclass(OnGpu), absmax)
     assert len(said) == 2
 
 

@@ -17,14 +17,15 @@ import pytest
 import torch
 from fresh_modules import fresh_copy
 
-from came8bit import _kernels, _libraries
+from came8bit.ops import cpu_library as _kernels
+from came8bit.ops import libraries as _libraries
 
 PROBE = """
 import json, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import came8bit
-    from came8bit import _kernels
+    from came8bit.ops import cpu_library as _kernels
     _kernels.load()  # once more: it must not warn again
 status = _kernels.status().cpu
 mine = [str(w.message) for w in caught if "compiled CPU kernels" in str(w.message)]
@@ -56,7 +57,7 @@ def probe(**variables: str) -> dict[str, Any]:
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A second copy of the module that has not looked for the kernels yet."""
-    return fresh_copy("came8bit._kernels", monkeypatch)
+    return fresh_copy("came8bit.ops.cpu_library", monkeypatch)
 
 
 def refusal(module: ModuleType) -> str:

@@ -10,8 +10,9 @@ from problems import HYPER, OPTIONS, Problem, assert_same_bits, make_problem, ra
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from came8bit import CAME8bit, _ops
-from came8bit.quant import absmax_shape
+from came8bit import CAME8bit
+from came8bit.ops import schema
+from came8bit.reference.quant import absmax_shape
 
 STEPS = {
     "factored, 8 bits": dict(shape=(40, 300)),
@@ -45,7 +46,7 @@ def arguments(problems: list[Problem], grads: list[Tensor], lr: Tensor | None) -
 
 def operator_of(problems: list[Problem]) -> Callable[..., None]:
     operator: Callable[..., None] = (
-        _ops.factored_step_ if problems[0].factored else _ops.unfactored_step_
+        schema.factored_step_ if problems[0].factored else schema.unfactored_step_
     )
     return operator
 
@@ -66,8 +67,8 @@ def test_opcheck_of_the_steps(kind: str, dtype: torch.dtype, tensor_lr: bool) ->
 @pytest.mark.parametrize("shape", [(), (300,), (3, 300), (2, 3, 5, 7), (0, 4)], ids=str)
 def test_opcheck_of_the_codec(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=generator())
-    torch.library.opcheck(_ops.quantize_blockwise, (x,))
-    torch.library.opcheck(_ops.dequantize_blockwise, _ops.quantize_blockwise(x))
+    torch.library.opcheck(schema.quantize_blockwise, (x,))
+    torch.library.opcheck(schema.dequantize_blockwise, schema.quantize_blockwise(x))
 
 
 # --- fake tensors ---------------------------------------------------------------------------------
@@ -77,8 +78,8 @@ def test_opcheck_of_the_codec(shape: tuple[int, ...]) -> None:
 def test_fake_codec_has_the_real_shapes(shape: tuple[int, ...]) -> None:
     with FakeTensorMode() as mode:
         x = mode.from_tensor(torch.randn(shape))
-        codes, absmax = _ops.quantize_blockwise(x)
-        back = _ops.dequantize_blockwise(codes, absmax)
+        codes, absmax = schema.quantize_blockwise(x)
+        back = schema.dequantize_blockwise(codes, absmax)
     assert (codes.dtype, codes.shape) == (torch.int8, shape)
     assert (absmax.dtype, absmax.shape) == (torch.float32, absmax_shape(shape))
     assert (back.dtype, back.shape) == (torch.float32, shape)
@@ -88,9 +89,9 @@ def test_fake_codec_has_the_real_shapes(shape: tuple[int, ...]) -> None:
 def test_codec_refuses_other_dtypes(fake: bool) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.no_grad():
         with pytest.raises((RuntimeError, TypeError), match=r"expected torch\.float32; cast first"):
-            _ops.quantize_blockwise(torch.ones(3, dtype=torch.float64))
+            schema.quantize_blockwise(torch.ones(3, dtype=torch.float64))
         with pytest.raises((RuntimeError, TypeError), match=r"expected .*torch\.int8"):
-            _ops.dequantize_blockwise(torch.ones(3), torch.ones(1, 1))
+            schema.dequantize_blockwise(torch.ones(3), torch.ones(1, 1))
 
 
 def test_fake_step_counts_the_gradients() -> None:
@@ -98,7 +99,7 @@ def test_fake_step_counts_the_gradients() -> None:
     named = arguments(problems, [torch.ones(40, 300)], None)
     message = "got 1 gradients for 2 parameters"
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match=message):
-        _ops.factored_step_(*named)
+        schema.factored_step_(*named)
 
 
 def test_fake_step_changes_nothing() -> None:
@@ -112,7 +113,7 @@ def test_fake_step_changes_nothing() -> None:
             else value
             for value in named
         ]
-        assert _ops.factored_step_(*fakes) is None
+        assert schema.factored_step_(*fakes) is None
     for got, expected in zip(problems, before, strict=True):
         assert_same_bits(got.tensors(), expected.tensors(), "after a fake step")
 

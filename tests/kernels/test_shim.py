@@ -39,7 +39,7 @@ from shim.control import ORDERS, Control
 from shim.library import kernels, load
 from strategies import DTYPES, LAYOUTS, Case, cases, laid_out
 
-from came8bit import _ops
+from came8bit.ops import schema
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shim is made for Linux")
 
@@ -327,7 +327,7 @@ def test_many_small_parameters_take_few_launches(shim: Control) -> None:
 
 def test_empty_lists_and_parameters(shim: Control) -> None:
     with kernels():
-        _ops.factored_step_([], [], [], [], [], [], [], [], [], [], [], [], torch.tensor(0.0),
+        schema.factored_step_([], [], [], [], [], [], [], [], [], [], [], [], torch.tensor(0.0),
                             [0.9, 0.999, 0.9999, 1e-30, 1e-16, 1.0, 1e-3, 0.0],
                             [1, 0, 0, 0, 0, 0])  # fmt: skip
     empty = make_problem((0, 8), generator=generator())
@@ -358,10 +358,10 @@ def test_codec_of_a_view(shim: Control) -> None:
     """Strides are the operator's business."""
     x = torch.randn(40, 30, generator=generator()).t()
     with kernels():
-        codes, absmax = _ops.quantize_blockwise(x)
-        expected = _ops.quantize_blockwise(x.contiguous())
-        back = _ops.dequantize_blockwise(codes, absmax)
-        strided = _ops.dequantize_blockwise(codes.t().contiguous().t(), absmax)
+        codes, absmax = schema.quantize_blockwise(x)
+        expected = schema.quantize_blockwise(x.contiguous())
+        back = schema.dequantize_blockwise(codes, absmax)
+        strided = schema.dequantize_blockwise(codes.t().contiguous().t(), absmax)
     assert torch.equal(codes, expected[0])
     assert torch.equal(absmax, expected[1])
     assert torch.equal(back, strided)

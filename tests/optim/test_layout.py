@@ -12,8 +12,8 @@ from paths import ROOT
 from tolerances import GPT2_BYTES, LLAMA_BYTES
 
 from benchmarks.state_bytes import table
-from came8bit.quant import absmax_shape
-from came8bit.state import dense
+from came8bit.reference.quant import absmax_shape
+from came8bit.state import store as dense
 from came8bit.state.layout import FACTORED_VIEWS, plan, possible_layouts, state_bytes
 
 # shape, view with "smallest" (None: unfactored), view with "last_two", bits of the momentum

@@ -14,7 +14,7 @@ from training import assert_same, gradients, run, same_bits, snapshot, start
 
 import came8bit
 from came8bit import CAME, CAME8bit, CAME32bit, PagedCAME, PagedCAME8bit, PagedCAME32bit
-from came8bit.checks import check_finite
+from came8bit.validation import check_finite
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DENSE = [CAME, CAME8bit, CAME32bit]

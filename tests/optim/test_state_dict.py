@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from training import assert_same, gradients, same_bits, snapshot, start
 
 from came8bit import CAME, CAME8bit, CAME32bit
-from came8bit.options import FORMAT_VERSION
+from came8bit.validation import FORMAT_VERSION
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 96), (7,), (), (4096, 1), (16, 8, 3, 3), (4, 32, 40), (5, 6)]

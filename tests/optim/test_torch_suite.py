@@ -31,7 +31,7 @@ from torch.testing._internal.common_optimizers import (
 from torch.testing._internal.common_utils import TestCase, parametrize
 
 from came8bit import CAME, CAME8bit, CAME32bit, PagedCAME8bit
-from came8bit.state import pages
+from came8bit.paging import pages
 
 
 def inputs(device, dtype=None):

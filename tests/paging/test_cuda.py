@@ -10,8 +10,8 @@ from paged_training import SHAPES, complete, make, train
 from training import assert_same, gradients
 
 from came8bit import CAME8bit, PagedCAME8bit
-from came8bit.state import transfer
-from came8bit.state.pages import page_layout
+from came8bit.paging import transfer
+from came8bit.paging.pages import page_layout
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

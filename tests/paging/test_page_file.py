@@ -23,11 +23,13 @@ import torch
 from paged_training import complete, fresh, make, train
 from training import assert_same
 
-from came8bit import CAME8bit, PagedCAME8bit, load_checkpoint, save_checkpoint, stepping
-from came8bit.state import pagefile, pinned
-from came8bit.state.pagefile import GRANULE, PageFile, default_directory
-from came8bit.state.pages import both_in_words, in_words
-from came8bit.state.pinned import PinnedMemory
+from came8bit import CAME8bit, PagedCAME8bit, load_checkpoint, save_checkpoint
+from came8bit.ops import step as stepping
+from came8bit.paging import page_file as pagefile
+from came8bit.paging import pinned
+from came8bit.paging.page_file import GRANULE, PageFile, default_directory
+from came8bit.paging.pages import both_in_words, in_words
+from came8bit.paging.pinned import PinnedMemory
 
 
 @contextmanager
@@ -341,7 +343,7 @@ def test_windows_that_cannot_be_had_during_a_step(tmp_path, monkeypatch):
 HOLDER = """
     import sys
     from pathlib import Path
-    from came8bit.state.pagefile import PageFile
+    from came8bit.paging.page_file import PageFile
     file = PageFile(Path(sys.argv[1]))
     file.reserve([5000])
     print("ready", flush=True)

@@ -18,9 +18,13 @@ from training import assert_same, same_bits, start
 
 import came8bit
 from came8bit import CAME, CAME8bit, CAME32bit, PagedCAME, PagedCAME8bit, PagedCAME32bit
-from came8bit.state import pagefile, pages
+from came8bit.paging import page_file as pagefile
+from came8bit.paging import pages
+from came8bit.paging.page_file import PageFile
+from came8bit.paging.pinned import PinnedMemory
+from came8bit.paging.placement import Placement, default_budget
+from came8bit.paging.store import Pager
 from came8bit.state.layout import plan
-from came8bit.state.paged import PageFile, Pager, PinnedMemory, Placement, default_budget
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PAIRS = [(CAME8bit, PagedCAME8bit), (CAME, PagedCAME), (CAME32bit, PagedCAME32bit)]
@@ -146,13 +150,13 @@ def test_only_what_is_small_stays(tmp_path):
 
 def test_windows_are_open_while_they_are_used_only(tmp_path, monkeypatch):
     seen = []
-    real = came8bit.stepping._step_dense
+    real = came8bit.ops.step._step_dense
 
     def watched(group, members):
         seen.append((mapped(tmp_path), sum("exp_avg_sq_row" in item.state for item in members)))
         real(group, members)
 
-    monkeypatch.setattr(came8bit.stepping, "_step_dense", watched)
+    monkeypatch.setattr(came8bit.ops.step, "_step_dense", watched)
     train(make(PagedCAME8bit, page_dir=tmp_path, page_budget=400_000), 2)
     assert max(windows for windows, _ in seen) == 1
     assert mapped(tmp_path) == 0

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from came8bit.state.schedule import (
+from came8bit.paging.schedule import (
     FREE,
     GROUPS_IN_RING,
     STAGE,

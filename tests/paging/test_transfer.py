@@ -11,10 +11,11 @@ from fake_queues import QUEUES, FakeQueues, operators_on
 from training import assert_same, gradients, snapshot, start
 
 from came8bit import CAME8bit, CAME32bit, PagedCAME8bit, PagedCAME32bit
-from came8bit.state import paged, pages
-from came8bit.state.pagefile import PageFile
-from came8bit.state.pinned import PinnedMemory
-from came8bit.state.transfer import Copies
+from came8bit.paging import pages
+from came8bit.paging import store as paged
+from came8bit.paging.page_file import PageFile
+from came8bit.paging.pinned import PinnedMemory
+from came8bit.paging.transfer import Copies
 
 SHAPES = [(64, 64)] * 5  # pages of one size: a ring of three holds exactly three
 MIXED = [(64, 64), (96, 130), (7,), (40, 300), (), (64, 64), (5000,), (2, 64, 96), (30, 30)]

@@ -139,7 +139,7 @@ def test_the_budget_of_pages():
 
 def test_a_large_model_on_the_meta_device():
     # What the optimizer would allocate for Llama 7B, without memory for it.
-    from came8bit.state import dense
+    from came8bit.state import store as dense
     from came8bit.state.layout import plan
 
     model = planner.named("llama-7b")

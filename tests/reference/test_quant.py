@@ -32,8 +32,9 @@ from hypothesis import strategies as st
 from problems import make_problem, random_grad
 
 import came8bit
-from came8bit import _kernels, quant
-from came8bit.quant import (
+from came8bit.ops import cpu_library as _kernels
+from came8bit.reference import quant
+from came8bit.reference.quant import (
     BLOCK_SIZE,
     CODE_MAPS,
     NAN_CODE,

@@ -16,8 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from problems import make_problem
 
-from came8bit import _kernels
-from came8bit.rounding import philox, random_bits, round_stochastic, square_root
+from came8bit.ops import cpu_library as _kernels
+from came8bit.reference.rounding import philox, random_bits, round_stochastic, square_root
 
 ISAS = _kernels.supported_cpu_isas()
 CPU = torch.device("cpu")

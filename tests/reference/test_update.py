@@ -18,9 +18,9 @@ from paths import ROOT
 from training import gradients, run, start
 
 from came8bit import CAME, CAME8bit, CAME32bit, reference
-from came8bit.quant import dequantize_blockwise
-from came8bit.reduction import CPU_TREE, CUDA_TREE
-from came8bit.rounding import philox, random_bits, round_stochastic
+from came8bit.reference.quant import dequantize_blockwise
+from came8bit.reference.reduction import CPU_TREE, CUDA_TREE
+from came8bit.reference.rounding import philox, random_bits, round_stochastic
 from came8bit.state.layout import plan
 
 STATISTICS = (

@@ -17,8 +17,10 @@ from problems import HYPER, OPTIONS, Problem, assert_same_bits, make_problem, ra
 from strategies import laid_out
 from torch import Tensor
 
-from came8bit import _ops, quant, reference
-from came8bit.reduction import CUDA_TREE, CudaTree, Tree
+from came8bit import reference
+from came8bit.ops import schema
+from came8bit.reference import quant
+from came8bit.reference.reduction import CUDA_TREE, CudaTree, Tree
 
 from .library import kernels
 
@@ -157,8 +159,8 @@ def check_codec_of(x: Tensor) -> None:
     """The same for given values."""
     codes, absmax = quant.quantize_blockwise(x)
     with kernels(), uninitialised_memory_is_nan():
-        got_codes, got_absmax = _ops.quantize_blockwise(x)
-        got = _ops.dequantize_blockwise(codes, absmax)
+        got_codes, got_absmax = schema.quantize_blockwise(x)
+        got = schema.dequantize_blockwise(codes, absmax)
     assert_same_bits(
         {"codes": got_codes, "absmax": got_absmax, "values": got},
         {"codes": codes, "absmax": absmax, "values": quant.dequantize_blockwise(codes, absmax)},

@@ -18,7 +18,8 @@ import torch
 from problems import Problem, make_problem, run_ops
 from torch import Tensor
 
-from came8bit import _ops, reference
+from came8bit import reference
+from came8bit.ops import schema
 
 from .cases import assert_same_bits, run_shim_reference
 from .control import Control
@@ -148,12 +149,12 @@ def check_codec(control: Control) -> None:
     x[-tail:] = torch.randn(tail, generator=torch.Generator().manual_seed(0))
     control.configure(tail=1)
     with kernels():
-        codes, absmax = _ops.quantize_blockwise(x)
-        small_codes, small_absmax = _ops.quantize_blockwise(x[-tail:].clone())
+        codes, absmax = schema.quantize_blockwise(x)
+        small_codes, small_absmax = schema.quantize_blockwise(x[-tail:].clone())
         assert torch.equal(codes[-tail:], small_codes)
         assert torch.equal(absmax[0, -2:], small_absmax[0])
-        values = _ops.dequantize_blockwise(codes, absmax)
-        assert torch.equal(values[-tail:], _ops.dequantize_blockwise(small_codes, small_absmax))
+        values = schema.dequantize_blockwise(codes, absmax)
+        assert torch.equal(values[-tail:], schema.dequantize_blockwise(small_codes, small_absmax))
 
 
 def check_strides(control: Control) -> None:

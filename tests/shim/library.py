@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from came8bit import _ops
+from came8bit.ops import schema as _ops
 
 from .control import Control
 

@@ -16,7 +16,7 @@ from small_nets import loss_of, make_net
 from torch import nn
 
 import came8bit
-from came8bit.gradient_release import ReleasedGradient
+from came8bit.step_in_backward import ReleasedGradient
 
 
 def live_bytes(params):

@@ -17,8 +17,8 @@ from torch import nn
 from training import assert_same
 
 import came8bit
-from came8bit.state import pagefile
-from came8bit.state.pagefile import PageFile
+from came8bit.paging import page_file as pagefile
+from came8bit.paging.page_file import PageFile
 
 BIAS = 5  # position of the parameter whose gradient comes first
 

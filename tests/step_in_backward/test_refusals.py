@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from training import assert_same, snapshot
 
 import came8bit
-from came8bit.gradient_release import ReleasedGradient
+from came8bit.step_in_backward import ReleasedGradient
 
 
 def made(net=None, **options):

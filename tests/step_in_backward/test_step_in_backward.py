@@ -16,7 +16,7 @@ from torch import nn
 from training import assert_same, snapshot
 
 import came8bit
-from came8bit.gradient_release import ReleasedGradient
+from came8bit.step_in_backward import ReleasedGradient
 
 
 def both(loop, *, net=None, make=came8bit.CAME8bit, **options):

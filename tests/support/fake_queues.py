@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from came8bit import stepping
+from came8bit.ops import step as stepping
 
 QUEUES = ("compute", "in", "out")
 
@@ -27,7 +27,7 @@ class Event:
 
 
 class FakeQueues:
-    """:class:`came8bit.state.transfer.Queues` over CPU memory.
+    """:class:`came8bit.paging.transfer.Queues` over CPU memory.
 
     Args:
         policy: names of queues, the preferred one first, or a number to seed a random choice.

@@ -26,7 +26,7 @@ Save = Callable[[int, Path], object]
 
 
 def load_atomic():
-    source = Path(__file__).resolve().parents[2] / "came8bit" / "checkpoint" / "atomic.py"
+    source = Path(__file__).resolve().parents[2] / "came8bit" / "atomic_file.py"
     spec = importlib.util.spec_from_file_location("atomic", source)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -136,7 +136,7 @@ def at_every_line(folder: Path) -> dict[str, object]:
 
             def trace(frame, event, argument):
                 nonlocal left
-                if not frame.f_code.co_filename.endswith("atomic.py"):
+                if not frame.f_code.co_filename.endswith("atomic_file.py"):
                     return None
                 if event == "line":
                     left -= 1

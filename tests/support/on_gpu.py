@@ -19,8 +19,8 @@ from shim.cases import SHIM_TREE, run_reference
 from shim.library import is_loaded, kernels, load
 from torch import Tensor
 
-from came8bit import _kernels
-from came8bit.reduction import CUDA_TREE
+from came8bit.ops import cpu_library as _kernels
+from came8bit.reference.reduction import CUDA_TREE
 
 ON_SHIM = bool(os.environ.get("CAME8BIT_CUDA_TESTS_ON_SHIM"))
 DEVICE = "cpu" if ON_SHIM else "cuda"

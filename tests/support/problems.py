@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from came8bit import _ops, quant, reference
+from came8bit import reference
+from came8bit.ops import schema
+from came8bit.reference import quant
 
 HYPER = dict(
     beta1=0.9,
@@ -69,7 +71,7 @@ def run_ops(problems: list[Problem], grads: list[Tensor], **changes: object) -> 
     columns = {name: [p.state[name] for p in problems] for name in problems[0].state}
     exp_avg, absmax = columns.pop("exp_avg"), columns.pop("absmax", [])
     views = [x for p in problems for x in (*p.view.shape, p.view.index, p.view.offset)]
-    op = _ops.factored_step_ if problems[0].factored else _ops.unfactored_step_
+    op = schema.factored_step_ if problems[0].factored else schema.unfactored_step_
     params = [p.param for p in problems]
     lr = values.get("lr_tensor")
     op(params, grads, exp_avg, absmax, *columns.values(), views, lr, hyper, options)

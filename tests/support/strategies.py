@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from problems import Problem, make_problem, random_grad
 from torch import Tensor
 
-from came8bit import _kernels
+from came8bit.ops import cpu_library as _kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "reversed", "channels_last", "sliced"]

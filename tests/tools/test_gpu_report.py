@@ -22,7 +22,7 @@ import pytest
 import torch
 from paths import ROOT
 
-from came8bit import _ops
+from came8bit.ops import schema as _ops
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from came8bit.cli import environment
-from came8bit.cli.errors import CliError
+from came8bit import environment
 from came8bit.cli.tradeoff import plot, report, store
 from came8bit.cli.tradeoff.config import ALL_OPTIMIZERS, PRESETS, StudyConfig, preset_config
 from came8bit.cli.tradeoff.data import (
@@ -32,6 +31,7 @@ from came8bit.cli.tradeoff.optimizers import check_names
 from came8bit.cli.tradeoff.progress import ProgressBars
 from came8bit.cli.tradeoff.study import Study, available, run_study
 from came8bit.cli.tradeoff.worker import distributed, run_here, run_isolated
+from came8bit.errors import CliError
 
 # Arguments that change the field of the same name in every task.
 _CHANGES = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from came8bit.cli.errors import CliError
+from came8bit.errors import CliError
 
 Parameters = Iterable[torch.nn.Parameter]
 

@@ -14,14 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .pagefile import PageFile
+from .page_file import PageFile
 from .pages import Home, Page, in_words
 from .pinned import pinned_bounce
 from .schedule import PAGES_IN_GROUP
 
 
 class Mover(Protocol):
-    """Carries out events; for the meaning of each see :mod:`came8bit.state.schedule`.
+    """Carries out events; for the meaning of each see :mod:`came8bit.paging.schedule`.
 
     Attributes:
         patient: :meth:`free` may let the host wait.

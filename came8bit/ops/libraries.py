@@ -81,7 +81,7 @@ def package_folders() -> list[str]:
 
     An editable installation keeps the Python files and the libraries in different places.
     """
-    spec = importlib.util.find_spec(__package__)
+    spec = importlib.util.find_spec(__package__.partition(".")[0])
     return list(spec.submodule_search_locations or []) if spec is not None else []
 
 

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _kernels, _kernels_cuda, quant, reference
+from .. import reference
+from ..reference import quant
+from . import cpu_library, cuda_library
 
 _library = torch.library.Library("came8bit", "DEF")
 
@@ -70,7 +72,7 @@ def _view(views: Sequence[int], i: int) -> reference.View:
 def _warn_of_reference(tensors: Sequence[Tensor]) -> None:
     """Say once that tensors on a GPU are not where they could be computed faster."""
     if tensors and tensors[0].is_cuda:
-        _kernels_cuda.warn_once()
+        cuda_library.warn_once()
 
 
 def _factored_step(
@@ -184,7 +186,7 @@ def _dequantize_fake(codes: Tensor, absmax: Tensor) -> Tensor:
     return absmax.new_empty(codes.shape)
 
 
-_kernels.load()
+cpu_library.load()
 
 factored_step_ = torch.ops.came8bit.factored_step_.default
 unfactored_step_ = torch.ops.came8bit.unfactored_step_.default

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .layout import Buffer, Layout
+
+
+class Saved(NamedTuple):
+    """The saved state of one parameter, checked: its buffers are those of ``layout``."""
+
+    param: Tensor
+    layout: Layout
+    state: Mapping[str, Any]
 
 
 def allocate(layout: Layout, device: torch.device) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """Finds and opens the compiled kernels, and says why they are not there when they are not.
 
-Opening a library registers its implementations of the ``came8bit`` operators, so ``_ops`` defines
+Opening a library registers its implementations of the ``came8bit`` operators, so ``schema`` defines
 their schemas first and then calls :func:`load`. Without the library the operators run the reference
 implementation: the same numbers, many times slower, which is worth one warning. This module is
-about the CPU library; ``_kernels_cuda`` about the other one.
+about the CPU library; ``cuda_library`` about the other one.
 
 Environment variables, read when the package is imported:
 
@@ -22,8 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _kernels_cuda, _libraries
-from ._libraries import REINSTALL, KernelStatus, NotLoadedError, flag
+from . import cuda_library, libraries
+from .libraries import REINSTALL, KernelStatus, NotLoadedError, flag
 
 #: Names of the instruction sets, in the order of their numbers in ``csrc/cpu/dispatch.cpp``.
 CPU_ISAS = ("baseline", "avx2", "avx512")
@@ -71,7 +71,7 @@ def load() -> KernelsStatus:
                 f"available: {missing.reason}. To get them, {missing.cure}."
             ) from missing.__cause__
         _missing = KernelStatus(loaded=False, reason=missing.reason, cure=missing.cure)
-        if not _libraries.reference_wanted():
+        if not libraries.reference_wanted():
             warnings.warn(
                 "came8bit runs without its compiled CPU kernels, many times slower: "
                 f"{missing.reason}. To get them, {missing.cure}. "
@@ -83,7 +83,7 @@ def load() -> KernelsStatus:
         if wanted_isa:
             _set_isa(library, wanted_isa, source="CAME8BIT_CPU_ISA")
         _library, _path = library, path
-    _kernels_cuda.load()
+    cuda_library.load()
     return status()
 
 
@@ -93,7 +93,7 @@ def status() -> KernelsStatus:
         cpu = KernelStatus(loaded=True, path=_path, isa=cpu_isa())
     else:
         cpu = _missing or KernelStatus(loaded=False, reason="they have not been looked for yet")
-    return KernelsStatus(cpu=cpu, cuda=_kernels_cuda.status())
+    return KernelsStatus(cpu=cpu, cuda=cuda_library.status())
 
 
 def supported_cpu_isas() -> list[str]:
@@ -126,10 +126,10 @@ def set_cpu_isa(name: str) -> None:
 
 def _find_cpu_library() -> str:
     """Return the path of the CPU library; raise NotLoadedError if there is none to use."""
-    _libraries.check_wanted()
-    path = _libraries.find(_CPU_FILES)
+    libraries.check_wanted()
+    path = libraries.find(_CPU_FILES)
     if path is None:
-        raise _libraries.absent()
+        raise libraries.absent()
     return path
 
 

@@ -13,8 +13,8 @@ import warnings
 
 import torch
 
-from . import _libraries
-from ._libraries import REINSTALL, KernelStatus, NotLoadedError
+from . import libraries
+from .libraries import REINSTALL, KernelStatus, NotLoadedError
 
 _FILES = ("_C_cuda.so", "_C_cuda.dll")
 
@@ -52,7 +52,7 @@ def status() -> KernelStatus:
 def warn_once() -> None:
     """Warn that a CUDA tensor takes the reference, unless that was asked for or said before."""
     global _warned
-    if _warned or _libraries.reference_wanted():
+    if _warned or libraries.reference_wanted():
         return
     _warned = True
     warnings.warn(
@@ -71,11 +71,11 @@ def _find() -> str:
         raise NotLoadedError(
             f"this torch is built {built}", "install a CUDA build of torch and " + REINSTALL
         )
-    _libraries.check_wanted()
-    path = _libraries.find(_FILES)
+    libraries.check_wanted()
+    path = libraries.find(_FILES)
     if path is not None:
         return path
-    note = _libraries.build_info()
+    note = libraries.build_info()
     if note and note.get("kernels") and not note["cuda"]["built"]:
         needs = "change that"
         if note["cuda"].get("needs_nvcc"):
@@ -83,7 +83,7 @@ def _find() -> str:
         raise NotLoadedError(
             f"it was built without them ({note['cuda']['reason']})", f"{needs} and {REINSTALL}"
         )
-    raise _libraries.absent()
+    raise libraries.absent()
 
 
 def how_to_get_nvcc(cuda: str) -> str:

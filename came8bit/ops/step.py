@@ -9,11 +9,10 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from . import _ops
-from .checks import Work
-from .loading import Group
-from .quant import slice_shape
-from .state.paged import Pager
+from ..paging.store import Pager
+from ..reference.quant import slice_shape
+from ..validation import Group, Work
+from . import schema
 
 _FACTORED = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "rms_ratio")
 _UNFACTORED = ("exp_avg_sq",)
@@ -129,7 +128,7 @@ def _step_dense(group: Group, members: Sequence[Work]) -> None:
             columns.insert(1, [])
         if tensor_lr is not None:
             tensor_lr = tensor_lr.to(device, torch.float32, non_blocking=True)
-        operator = _ops.factored_step_ if factored else _ops.unfactored_step_
+        operator = schema.factored_step_ if factored else schema.unfactored_step_
         operator(bucket.params, bucket.grads, *columns, bucket.views, tensor_lr, hyper, options)
         # A kernel writes past autograd: a graph that still needs the old values has to notice.
         torch.autograd.graph.increment_version(bucket.params)

@@ -1,4 +1,4 @@
-"""What an error has left behind, said at the end of its message.
+"""The exceptions of this package, and what an error has left behind, said at its end.
 
 Whoever refuses something knows what is wrong, but not what else the call has done by then: the same
 full disk stops a step, a part of a step in backward, or a load.  So it says what is wrong and what
@@ -47,3 +47,37 @@ def remark(text: str, kinds: tuple[type[BaseException], ...] = REFUSALS) -> Iter
     except kinds as error:
         add_remark(error, text)
         raise
+
+
+class CheckpointError(ValueError):
+    """A file is damaged, foreign, newer or for other parameters; the message says which."""
+
+
+OTHER_WAY = (
+    "Give the model's .safetensors file, its model.safetensors.index.json or the folder they are "
+    "in: the shapes are read from their headers, whatever the architecture."
+)
+
+
+class UnknownModel(ValueError):
+    """The model is not one that the planner knows; the message says which it knows.
+
+    Attributes:
+        what: the model in a few words, such as ``"a model of type 'mamba'"``.
+    """
+
+    def __init__(self, message: str, what: str = "this model") -> None:
+        super().__init__(message)
+        self.what = what
+
+
+class CliError(Exception):
+    """Something the user can mend: a path, a name, a package that is not there.
+
+    Attributes:
+        exit_code: What the process returns.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

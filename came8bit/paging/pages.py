@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .layout import Buffer, Layout
+from ..state.layout import Buffer, Layout
 
 MIN_PAGE_BYTES = 1 << 16
 """State with smaller pages stays with its parameter: moving it would cost more than it saves."""

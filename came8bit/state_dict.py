@@ -4,33 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor
-
-from .options import FORMAT_VERSION, check_options
-from .state import dense
-from .state.layout import Layout, plan, possible_layouts
-
-Group = Mapping[str, Any]
-
-
-class Saved(NamedTuple):
-    """The saved state of one parameter, checked: its buffers are those of ``layout``."""
-
-    param: Tensor
-    layout: Layout
-    state: Mapping[str, Any]
-
-
-def plan_state(param: Tensor, group: Group) -> Layout:
-    """The state that ``param`` gets under the options of ``group``."""
-    return plan(
-        param.shape,
-        optim_bits=group["optim_bits"],
-        min_8bit_size=group["min_8bit_size"],
-        factored_view=group["factored_view"],
-    )
+from .state import store
+from .state.layout import plan_state, possible_layouts
+from .state.store import Saved
+from .validation import FORMAT_VERSION, Group, check_options
 
 
 def read_state_dict(
@@ -114,7 +93,7 @@ def _check_state(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> list
             # Options that decide the layout may have been changed after the state was made.
             layouts = [plan_state(param, group), *possible_layouts(param.shape)]
             try:
-                found.append(Saved(param, dense.fit(saved, layouts), saved))
+                found.append(Saved(param, store.fit(saved, layouts), saved))
             except ValueError as error:
                 raise ValueError(
                     f"the state of parameter {position} (shape {tuple(param.shape)}) does not "

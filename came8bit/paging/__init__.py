@@ -1,0 +1,1 @@
+"""State outside its device: pages that are brought in for a step and written back."""
