@@ -3,7 +3,7 @@
     compute-sanitizer --tool memcheck python tools/sanitizer_cases.py
 
 Says nothing about results: ``tests/kernels/test_cuda.py`` compares those. ``--device cpu`` shows
-that the cases themselves run, and ``tests/tools/test_gpu_report.py`` that they reach every kernel.
+that the cases themselves run, ``tests/tools/test_sanitizer_cases.py`` that they reach every kernel.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from problems import Problem, run_ops
 from shim.cases import ListCase, Shape
 
 import came8bit
+from came8bit.ops import schema as _ops
 
 SMALL = "CAME8BIT_CUDA_SMALL_ELEMENTS"
 FP32, BF16, FP16 = TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,8 +109,8 @@ def run_optimizer(device: str) -> None:
 def run_codec(device: str) -> None:
     """Quantize and back."""
     for shape in ((3, 300), (2, 256), (1, 1), (5,)):
-        codes, absmax = came8bit.quantize_blockwise(torch.randn(shape).to(device))
-        came8bit.dequantize_blockwise(codes, absmax)
+        codes, absmax = _ops.quantize_blockwise(torch.randn(shape).to(device))
+        _ops.dequantize_blockwise(codes, absmax)
 
 
 def main(arguments: list[str] | None = None) -> None:

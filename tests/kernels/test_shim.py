@@ -26,7 +26,7 @@ from problems import (
     run_ops,
 )
 from shim import large
-from shim.build import ADDRESS, HERE, PLAIN, THREAD, Build, run_python
+from shim.build import ADDRESS, HERE, THREAD, Build, run_python
 from shim.cases import (
     CASES,
     ListCase,
@@ -36,7 +36,7 @@ from shim.cases import (
     uninitialised_memory_is_nan,
 )
 from shim.control import ORDERS, Control
-from shim.library import kernels, load
+from shim.library import kernels, plain
 from strategies import DTYPES, LAYOUTS, Case, cases, laid_out
 
 from came8bit.ops import schema
@@ -51,7 +51,7 @@ PATHS = ["sweeps", "small"]
 
 @pytest.fixture(scope="session")
 def library() -> Control:
-    return load(PLAIN.make("_C_shim"))
+    return plain()
 
 
 @pytest.fixture

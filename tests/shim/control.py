@@ -30,11 +30,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Launch:
-    """One grid that was run; ``at_once`` is how many blocks were under way together at most."""
+    """One grid that was run.
+
+    ``at_once`` is how many blocks were under way together at most, ``kernel`` the kernel's offset
+    in the library.
+    """
 
     blocks: int
     threads: int
     at_once: int
+    kernel: int
 
 
 class Control:
@@ -57,6 +62,6 @@ class Control:
     def launches(self) -> list[Launch]:
         """Grids since the last call, the first 1000."""
         capacity = 1000
-        buffer = (ctypes.c_int64 * (3 * capacity))()
+        buffer = (ctypes.c_int64 * (4 * capacity))()
         count = min(self._launches(buffer, capacity), capacity)
-        return [Launch(*buffer[3 * i : 3 * i + 3]) for i in range(count)]
+        return [Launch(*buffer[4 * i : 4 * i + 4]) for i in range(count)]

@@ -63,13 +63,14 @@ int lane();
 int64_t l2_bytes();
 
 // Calls body(closure) once for each thread of the grid; throws std::runtime_error for a launch that
-// a GPU would refuse and for threads that wait for each other in vain.
-void run(unsigned blocks, unsigned threads, void (*body)(void*), void* closure);
+// a GPU would refuse and for threads that wait for each other in vain. `kernel` is only recorded.
+void run(const void* kernel, unsigned blocks, unsigned threads, void (*body)(void*), void* closure);
 
 template <class... P>
 void run_grid(void (*kernel)(P...), unsigned blocks, unsigned threads, const P&... arguments) {
   auto body = [&] { kernel(arguments...); };  // each thread has its own copies
-  run(blocks, threads, [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body);
+  run(reinterpret_cast<const void*>(kernel), blocks, threads,
+      [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body);
 }
 
 template <class T>

@@ -28,6 +28,7 @@ Settings settings;
 
 struct Launch {
   int64_t blocks, threads, at_once;
+  int64_t kernel;  // its offset in the library
 };
 std::vector<Launch> launches;
 
@@ -138,7 +139,8 @@ int64_t l2_bytes() {
   return settings.l2_bytes;
 }
 
-void run(unsigned blocks, unsigned threads, void (*body)(void*), void* closure) {
+void run(const void* kernel, unsigned blocks, unsigned threads, void (*body)(void*),
+         void* closure) {
   if (blocks == 0 || blocks > INT32_MAX || threads == 0 || threads > kMaxThreads) {
     throw std::runtime_error("came8bit shim: a GPU refuses a launch of " + std::to_string(blocks) +
                              " blocks of " + std::to_string(threads) + " threads");
@@ -169,7 +171,10 @@ void run(unsigned blocks, unsigned threads, void (*body)(void*), void* closure) 
     workers.emplace_back([&grid, i] { work(grid, slots[i]); });
   }
   for (std::thread& worker : workers) worker.join();
-  launches.push_back({blocks, threads, grid.most_running.load()});
+  Dl_info library;
+  dladdr(kernel, &library);
+  launches.push_back({blocks, threads, grid.most_running.load(),
+                      static_cast<const char*>(kernel) - static_cast<char*>(library.dli_fbase)});
   if (!grid.error.empty()) throw std::runtime_error("came8bit shim: " + grid.error);
 }
 
@@ -198,13 +203,13 @@ CAME8BIT_EXPORT int came8bit_shim_configure(const int64_t* values, int count) {
   return 0;
 }
 
-// Writes blocks, threads and most blocks at once of up to `capacity` launches since the last call,
-// and forgets them; returns how many there were.
+// Writes the members of up to `capacity` launches since the last call and forgets them; returns how
+// many there were.
 CAME8BIT_EXPORT int64_t came8bit_shim_launches(int64_t* out, int64_t capacity) {
   using namespace came8bit_shim;
   const std::lock_guard<std::mutex> lock(one_grid_at_a_time);
   const int64_t count = static_cast<int64_t>(launches.size());
-  for (int64_t i = 0; i < std::min(count, capacity); ++i) memcpy(out + 3 * i, &launches[i], 24);
+  for (int64_t i = 0; i < std::min(count, capacity); ++i) memcpy(out + 4 * i, &launches[i], sizeof(Launch));
   launches.clear();
   return count;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from came8bit.ops import schema as _ops
 
+from .build import PLAIN
 from .control import Control
 
 NAMESPACE = "came8bit_shim"
@@ -30,9 +32,10 @@ def load(path: Path | str) -> Control:
     return Control(ctypes.CDLL(str(path)))
 
 
-def is_loaded() -> bool:
-    """Whether this process has opened a library."""
-    return bool(_definitions)
+@functools.cache
+def plain() -> Control:
+    """Build and open the library without a sanitizer."""
+    return load(PLAIN.make("_C_shim"))
 
 
 @contextmanager

@@ -7,16 +7,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from problems import Problem, assert_same_bits, run_ops
-from shim.build import PLAIN
 from shim.cases import SHIM_TREE, run_reference
-from shim.library import is_loaded, kernels, load
+from shim.library import kernels, plain
 from torch import Tensor
 
 from came8bit.ops import cpu_library as _kernels
@@ -61,15 +59,9 @@ def gpu_operators() -> Iterator[None]:
     if not ON_SHIM:
         yield
         return
-    _open_shim()
+    plain()
     with kernels():
         yield
-
-
-@functools.cache
-def _open_shim() -> None:
-    if not is_loaded():
-        load(PLAIN.make("_C_shim"))
 
 
 def step(problems: list[Problem], grads: list[Tensor], **options: object) -> None:

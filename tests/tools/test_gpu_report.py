@@ -19,10 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from paths import ROOT
-
-from came8bit.ops import schema as _ops
 
 
 @pytest.fixture
@@ -721,94 +718,6 @@ def test_sanitizer(
     gpu_report.sanitizer("memcheck")(report, part)
     assert part.status == expected
     assert line in "\n".join(part.lines)
-
-
-# --- cases of the sanitizer -----------------------------------------------------------------------
-
-TYPES = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Half"}
-NEVER = {
-    # For builds that have no kernels for float16; groups of known types have kernels of their own.
-    "second_moment_kernel<Any, true>",
-    "instability_kernel<Any, float, true>",
-    "instability_kernel<Any, signed char, true>",
-}
-
-
-def strided(x: torch.Tensor) -> bool:
-    return not x.is_contiguous()
-
-
-def kernels_of(factored: bool, arguments: tuple[Any, ...]) -> set[str]:
-    """Kernels that a call reaches, by the rules of csrc/cuda/groups.h and step.cu."""
-    params, grads, exp_avg, absmax, *rest = arguments
-    views, options = rest[-4], rest[-1]
-    small_elements = int(os.environ.get("CAME8BIT_CUDA_SMALL_ELEMENTS") or 1 << 16)
-    cautious, found = bool(options[1]), {"describe"}
-    for i, (param, grad, momentum) in enumerate(zip(params, grads, exp_avg, strict=True)):
-        if not param.numel():
-            continue
-        k, offset = views[5 * i + 2], views[5 * i + 4]
-        coded = bool(absmax)
-        m = "signed char" if coded else "float"
-        slice_len = param.numel() // (param.shape[0] if param.dim() > 1 else 1)
-        access = 2
-        if strided(param) or strided(grad):
-            found.add("describe_strides")
-            access = 0
-        elif (
-            any(x.data_ptr() % 16 for x in (param, grad, momentum))
-            or offset % 8
-            or (factored and k % 8)
-        ):
-            access = 0
-        elif factored and coded and slice_len != k and k % 256:
-            access = 1
-        elif not factored and coded and slice_len % 8:
-            access = 0
-        small = access == 2 and (factored or not coded) and param.numel() <= small_elements
-        fast = str(access > 0).lower()
-        if small:
-            found.add(f"small_factored_kernel<{m}>" if factored else "small_flat_kernel")
-        elif not factored:
-            found |= {f"flat_sum_kernel<{fast}, {of_u}>" for of_u in ("false", "true")}
-            found |= {f"flat_agreeing_kernel<{m}, {fast}>"} if cautious else set()
-            found.add(f"flat_apply_kernel<{m}, {fast}>")
-        else:
-            g = TYPES[grad.dtype] if access else "Any"
-            t = TYPES[param.dtype] if access == 2 and param.dtype == grad.dtype else "Any"
-            found |= {f"second_moment_kernel<{g}, {fast}>", f"instability_kernel<{g}, {m}, {fast}>"}
-            found |= {f"agreeing_kernel<{m}, Access({access})>"} if cautious else set()
-            found.add(f"apply_kernel<{t}, {t}, {m}, Access({access})>")
-            found |= {"second_moment_combine_kernel", "second_moment_scalars_kernel"}
-            found |= {"instability_combine_kernel", "update_rows_kernel"}
-    return found
-
-
-def test_the_sanitizer_sees_every_kernel(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import sanitizer_cases as gpu_cases
-
-    found: set[str] = set()
-
-    def recorded(name: str, factored: bool) -> None:
-        operator = getattr(_ops, name)
-
-        def call(*arguments: Any) -> None:
-            found.update(kernels_of(factored, arguments))
-            operator(*arguments)
-
-        monkeypatch.setattr(_ops, name, call)
-
-    recorded("factored_step_", True)
-    recorded("unfactored_step_", False)
-    monkeypatch.setenv("CAME8BIT_CUDA_SMALL_ELEMENTS", "")
-    gpu_cases.main(["--device", "cpu"])
-    assert "is done, on cpu" in capsys.readouterr().out.splitlines()[-1]
-    budget = json.loads((ROOT / "csrc" / "cuda" / "registers.json").read_text())
-    every = set(budget["registers"]) - NEVER - {"quantize_kernel", "dequantize_kernel"}
-    assert sorted(every - found) == []
-    assert sorted(found - every) == []  # or the rules above are not those of the sources
 
 
 # --- all of it ------------------------------------------------------------------------------------
