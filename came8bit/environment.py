@@ -84,7 +84,8 @@ def total_memory() -> int | None:
 
 def kernels() -> dict[str, dict[str, Any]]:
     """Return per compiled library whether it is loaded, whence, for what and, if not, why."""
-    return dataclasses.asdict(came8bit.kernel_status())
+    status = came8bit.kernel_status()
+    return {name: dataclasses.asdict(getattr(status, name)) for name in ("cpu", "cuda")}
 
 
 def git_revision() -> str | None:

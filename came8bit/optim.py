@@ -21,6 +21,7 @@ from .paging.store import Pager
 from .state.layout import DEFAULT_MIN_8BIT_SIZE
 from .stateful import StatefulOptimizer
 from .validation import (
+    ADDED_OPTIONS,
     DEFAULT_SEED,
     FORMAT_VERSION,
     Group,
@@ -113,6 +114,7 @@ class CAME(StatefulOptimizer):
             ``"propagate"`` computes with what is there.
         maximize: ascend instead of descend.
         bias_correction: divide the moments by ``1 - beta**step``.
+        nesterov: move by ``beta1*M + (1-beta1)*U`` in place of ``M`` (Dozat, 2016).
         factored_view: ``"smallest"`` or ``"last_two"``.
         seed: of the stochastic rounding.  The bits depend on it, the parameter's position, its
             step and the element only: equal on every device and replica, and after resuming.
@@ -140,6 +142,7 @@ class CAME(StatefulOptimizer):
         nonfinite: str = "skip",
         maximize: bool = False,
         bias_correction: bool = False,
+        nesterov: bool = False,
         factored_view: str = "smallest",
         seed: int = DEFAULT_SEED,
     ) -> None:
@@ -156,6 +159,7 @@ class CAME(StatefulOptimizer):
             "nonfinite": nonfinite,
             "maximize": maximize,
             "bias_correction": bias_correction,
+            "nesterov": nesterov,
             "factored_view": factored_view,
             "seed": seed,
             "format_version": FORMAT_VERSION,
@@ -168,6 +172,9 @@ class CAME(StatefulOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in ADDED_OPTIONS.items():
+                group.setdefault(name, value)
         self._reset_warnings()
 
     def _reset_warnings(self) -> None:
@@ -332,6 +339,7 @@ class _FixedCAME(CAME):
         nonfinite: str = "skip",
         maximize: bool = False,
         bias_correction: bool = False,
+        nesterov: bool = False,
         factored_view: str = "smallest",
         seed: int = DEFAULT_SEED,
     ) -> None:
@@ -357,6 +365,7 @@ class _FixedCAME(CAME):
             nonfinite=nonfinite,
             maximize=maximize,
             bias_correction=bias_correction,
+            nesterov=nesterov,
             factored_view=factored_view,
             seed=seed,
         )

@@ -9,7 +9,7 @@ from typing import Any
 from .state import store
 from .state.layout import plan_state, possible_layouts
 from .state.store import Saved
-from .validation import FORMAT_VERSION, Group, check_options
+from .validation import ADDED_OPTIONS, FORMAT_VERSION, Group, check_options
 
 
 def read_state_dict(
@@ -46,6 +46,7 @@ def _merge_groups(
         _check_version(saved, index, has_state=bool(state_dict["state"]))
         group = {
             **own,
+            **(ADDED_OPTIONS if "format_version" in saved else {}),
             **{key: deepcopy(value) for key, value in saved.items() if key != "params"},
             "format_version": FORMAT_VERSION,
         }

@@ -30,7 +30,10 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "nonfinite": ("skip", "raise", "propagate"),
     "factored_view": FACTORED_VIEWS,
 }
-_FLAGS = ("cautious", "maximize", "bias_correction")
+_FLAGS = ("cautious", "maximize", "bias_correction", "nesterov")
+
+ADDED_OPTIONS: dict[str, object] = {"nesterov": False}
+"""Options that older versions did not save, with the values that describe what they did."""
 
 _LARGEST = 3.4028235677973366e38  # rounds to infinity in fp32 from here on
 _SMALLEST = 2.0**-150  # rounds to 0 in fp32 up to here

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..optim import CAME
 from ..state.layout import plan
-from ..validation import CHOICES, FORMAT_VERSION, check_options
+from ..validation import ADDED_OPTIONS, CHOICES, FORMAT_VERSION, check_options
 from .format import Entry, label
 from .load import FreedMemory, convert_momentum
 from .reader import open_source
@@ -68,7 +68,7 @@ def convert_checkpoint(
         defaults = CAME([torch.empty(0)]).defaults if opened.kind == "came-pytorch" else {}
         groups: list[dict[str, Any]] = []
         for index, saved in enumerate(opened.groups):
-            group = {**defaults, **saved, "format_version": FORMAT_VERSION}
+            group = {**defaults, **ADDED_OPTIONS, **saved, "format_version": FORMAT_VERSION}
             group["optim_bits"] = optim_bits or group.get("optim_bits")
             try:
                 check_options(group)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..state.layout import plan, plan_state
-from ..validation import FORMAT_VERSION, check_options
+from ..validation import ADDED_OPTIONS, FORMAT_VERSION, check_options
 from .format import Entry, dtype_name, label
 from .reader import Source
 
@@ -173,7 +173,8 @@ def _compare_shapes(
 def _merge(own: Group, saved: Group, index: int, kept: Set[str]) -> dict[str, Any]:
     """Saved options win; those that are not saved, and the ``kept`` ones, stay."""
     merged = {**own, "format_version": FORMAT_VERSION}
-    for key, value in saved.items():
+    added = ADDED_OPTIONS if "format_version" in saved else {}
+    for key, value in {**added, **saved}.items():
         if key not in kept:
             here = own.get(key)
             if isinstance(value, Tensor):

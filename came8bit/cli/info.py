@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+import came8bit
 from came8bit import environment
 
 
@@ -26,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
         "versions": environment.versions(),
         "git": environment.git_revision(),
         "kernels": environment.kernels(),
+        "reference_only": came8bit.kernel_status().reference_only,
         "hardware": environment.hardware(),
     }
     print(json.dumps(facts, indent=2) if args.json else describe(facts))
@@ -42,6 +44,7 @@ def describe(facts: dict[str, Any]) -> str:
     ]
     for library, kernel in facts["kernels"].items():
         rows.extend(_kernel_rows(library, kernel, needed=library == "cpu" or versions["cuda"]))
+    rows.append(("reference only", ", ".join(facts["reference_only"]) or "nothing"))
     rows.append(("processor", f"{hardware['cpu']}, {hardware['cores']} cores"))
     memory = hardware["memory"]
     rows.append(("memory", f"{memory / 2**30:.1f} GiB" if memory else "unknown"))

@@ -33,10 +33,11 @@ _CPU_FILES = ("_C_cpu.so", "_C_cpu.dll")  # CMake's MODULE libraries end in .so 
 
 @dataclass(frozen=True)
 class KernelsStatus:
-    """What is known about all compiled libraries."""
+    """What is known about all compiled libraries, and the options that none of them has."""
 
     cpu: KernelStatus
     cuda: KernelStatus
+    reference_only: tuple[str, ...] = libraries.REFERENCE_ONLY
 
 
 _library: ctypes.CDLL | None = None

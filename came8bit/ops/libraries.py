@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+#: Options that no kernel has yet: with them the reference runs, whatever library is loaded.
+REFERENCE_ONLY = ("nesterov=True",)
+
 #: The stable ABI that the libraries are built for.
 OLDEST_TORCH = (2, 10)
 

@@ -13,6 +13,7 @@ from ..paging.store import Pager
 from ..reference.quant import slice_shape
 from ..validation import Group, Work
 from . import schema
+from .reference_step import needs_reference, reference_step
 
 _FACTORED = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "rms_ratio")
 _UNFACTORED = ("exp_avg_sq",)
@@ -93,6 +94,10 @@ def _step_paged(group: Group, members: Sequence[Work], pager: Pager) -> None:
 
 def _step_dense(group: Group, members: Sequence[Work]) -> None:
     """One operator call per kind of parameter and device."""
+    option = needs_reference(group)
+    if option is not None:
+        reference_step(group, members, option)
+        return
     buckets: defaultdict[tuple[torch.device, bool, bool], _Bucket] = defaultdict(_Bucket)
     for param, grad, state, position in members:
         row = state.get("exp_avg_sq_row")

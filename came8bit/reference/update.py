@@ -41,6 +41,7 @@ class Hyper:
     propagate: bool = False
     maximize: bool = False
     bias_correction: bool = False
+    nesterov: bool = False
     seed: int = 0
 
     def lr_and_shrink(self) -> tuple[float, float]:
@@ -57,6 +58,10 @@ class Hyper:
     def correction(self, beta: float, step: int) -> float:
         """``1 - beta**step`` (1 without bias correction), formed in float64, rounded once."""
         return fp32(1.0 - beta**step) if self.bias_correction else 1.0
+
+    def direction_correction(self, step: int) -> float:
+        """Sum of the weights of all gradients so far in the direction of the update."""
+        return self.correction(self.beta1, step + 1 if self.nesterov else step)
 
 
 # --- the rule, pass by pass -----------------------------------------------------------------------
@@ -145,6 +150,11 @@ def momentum(decayed: Tensor, w: Tensor) -> Tensor:
     return decayed + w
 
 
+def look_ahead(m: Tensor, w: Tensor, beta1: float) -> Tensor:
+    """Nesterov's direction ``beta1*m_t + w`` (Dozat, 2016): one decay ahead of the momentum."""
+    return m * fp32(beta1) + w
+
+
 def agrees(m: Tensor, w: Tensor) -> Tensor:
     """Cautious mask (arXiv 2411.16085): momentum and gradient have the same strict sign."""
     return ((m > 0) & (w > 0)) | ((m < 0) & (w < 0))
@@ -229,17 +239,18 @@ def _finish(
     step: int,
     hyper: Hyper,
 ) -> None:
-    """Scale the momentum by learning rate, bias correction, confidence and mask, and apply it."""
+    """Scale the direction by learning rate, bias correction, confidence and mask, and apply it."""
     lr, shrink = hyper.lr_and_shrink()
-    scale: Tensor = torch.tensor(lr) / torch.tensor(hyper.correction(hyper.beta1, step))
+    scale: Tensor = torch.tensor(lr) / torch.tensor(hyper.direction_correction(step))
     scale = scale.to(m_t.device)
     if hyper.cautious:
         mask = agrees(m_t, w)
         scale = scale * cautious_scale(mask)
+    direction = look_ahead(m_t, w, hyper.beta1) if hyper.nesterov else m_t
     if row is None or col is None:
-        update = m_t * scale
+        update = direction * scale
     else:
-        update = (m_t * (row * scale).unsqueeze(-1)) * col.unsqueeze(-2)
+        update = (direction * (row * scale).unsqueeze(-1)) * col.unsqueeze(-2)
     if hyper.cautious:
         update = torch.where(mask, update, 0.0)
     apply_(param, update, shrink, view, step, hyper)
