@@ -81,3 +81,8 @@ class CliError(Exception):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def printable(text: str) -> str:
+    """Return ``text``, which came from a file, with control characters escaped for printing."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -10,6 +10,7 @@ import torch
 
 import came8bit
 from came8bit.cli import main
+from came8bit.errors import printable
 
 
 def _python(*arguments, **variables):
@@ -129,3 +130,21 @@ def test_the_command_line_imports_nothing_heavy():
     done = _python("-c", program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("evil\x1b[2J", "evil\\x1b[2J"),
+        ("two\nlines\r", "two\\nlines\\r"),
+        ("\u202etxet \udc80", "\\u202etxet \\udc80"),
+        ("größe 模型 / a-b_c.d", "größe 模型 / a-b_c.d"),
+    ],
+)
+def test_control_characters_are_escaped(text, shown):
+    assert printable(text) == shown
+
+
+def test_errors_escape_what_came_from_outside(capsys):
+    assert main(["estimate", "missing\x1b[2J\nfile.json"]) == 2
+    assert "missing\\x1b[2J\\nfile.json" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from came8bit.cli import convert, estimate, info, inspect, tradeoff
 from came8bit.environment import package_version
-from came8bit.errors import CliError
+from came8bit.errors import CliError, printable
 
 _COMMANDS = (info, estimate, inspect, convert, tradeoff)
 
@@ -57,7 +57,7 @@ def _run(words: list[str]) -> int:
     try:
         return int(args.run(args))
     except CliError as error:
-        print(f"came8bit {args.command}: error: {error}", file=sys.stderr)
+        print(f"came8bit {args.command}: error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"came8bit {args.command}: interrupted", file=sys.stderr)
