@@ -36,7 +36,6 @@ NOT_COPIED = shutil.ignore_patterns(
     "dist",
     "data",
     "results",
-    "shared",
     "__pycache__",
     ".*_cache",
     "*.so",

@@ -263,7 +263,7 @@ def test_wrong_arguments_are_named(arguments, message, capsys, tmp_path, monkeyp
 def test_what_is_missing_for_the_command_itself_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert main(["tradeoff"]) == 2
-    assert "needs accelerate: pip install 'came8bit[demo]'" in capsys.readouterr().err
+    assert "needs accelerate: pip install 'came8bit[cli]'" in capsys.readouterr().err
 
 
 def test_a_missing_baseline_is_named_as_skipped(small, monkeypatch, capsys):

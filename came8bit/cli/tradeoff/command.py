@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the study; returns 0, 1 if a run failed, or 130 if it was interrupted."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise CliError(f"needs {', '.join(missing)}: pip install 'came8bit[demo]'")
+        raise CliError(f"needs {', '.join(missing)}: pip install 'came8bit[cli]'")
     config = study_config(args)
     on_cpu = config.cpu or not torch.cuda.is_available()
     main_process = int(os.environ.get("RANK", "0")) == 0
