@@ -31,7 +31,7 @@ from benchmarks.memory_cap.optimizers import (
     managed_bytes,
     paged_bytes,
 )
-from came8bit.cli.tradeoff.data import Text
+from came8bit.tradeoff.data import Text
 
 DIGEST_LIMIT = 1 << 30  # bytes of parameters up to which they are hashed at the end
 

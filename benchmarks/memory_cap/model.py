@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from came8bit.cli.tradeoff.data import Text, load_text
 from came8bit.planner import CONFIGS
+from came8bit.tradeoff.data import Text, load_text
 
 HEAD = 64  # width of an attention head in the scaled shapes
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.memory_cap import job, model
-from came8bit.cli.tradeoff.data import Text
+from came8bit.tradeoff.data import Text
 
 
 def answer(channel: int, what: dict[str, Any]) -> None:

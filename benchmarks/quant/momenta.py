@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from came8bit import CAME
-from came8bit.cli.tradeoff.config import TaskConfig
-from came8bit.cli.tradeoff.data import load_images, load_text, train_items
-from came8bit.cli.tradeoff.models import build_model
+from came8bit.tradeoff.config import TaskConfig
+from came8bit.tradeoff.data import load_images, load_text, train_items
+from came8bit.tradeoff.models import build_model
 
 BETA1 = 0.9
 SMALLEST = 4096  # elements; what CAME8bit keeps in 8 bits

@@ -12,9 +12,11 @@ import torch
 from small_images import write_fashion_mnist
 
 import came8bit
-from came8bit.cli.tradeoff import noise, stats, store
-from came8bit.cli.tradeoff.config import ALL_OPTIMIZERS, PRESETS, RunSpec, preset_config
-from came8bit.cli.tradeoff.data import (
+from came8bit.tradeoff import report as noise
+from came8bit.tradeoff import report as stats
+from came8bit.tradeoff import results as store
+from came8bit.tradeoff.config import ALL_OPTIMIZERS, PRESETS, RunSpec, preset_config
+from came8bit.tradeoff.data import (
     Images,
     Windows,
     eval_items,
@@ -23,10 +25,10 @@ from came8bit.cli.tradeoff.data import (
     split_text,
     train_items,
 )
-from came8bit.cli.tradeoff.measure import PeakMemory, state_bytes, wide_fraction
-from came8bit.cli.tradeoff.models import build_model
-from came8bit.cli.tradeoff.study import Study
-from came8bit.cli.tradeoff.train import RunResult, failed_run
+from came8bit.tradeoff.measure import PeakMemory, state_bytes, wide_fraction
+from came8bit.tradeoff.models import build_model
+from came8bit.tradeoff.study import Study
+from came8bit.tradeoff.train import RunResult, failed_run
 
 # ---- presets ----
 

@@ -17,10 +17,11 @@ from small_images import write_fashion_mnist
 
 import came8bit
 from came8bit.cli import main
-from came8bit.cli.tradeoff import command, plot, store
-from came8bit.cli.tradeoff.config import ALL_OPTIMIZERS, PRESETS, TUNE_SEEDS, RunSpec
-from came8bit.cli.tradeoff.train import schedule
-from came8bit.cli.tradeoff.worker import run_isolated
+from came8bit.cli import tradeoff as command
+from came8bit.tradeoff import plot
+from came8bit.tradeoff import results as store
+from came8bit.tradeoff.config import ALL_OPTIMIZERS, PRESETS, TUNE_SEEDS, RunSpec
+from came8bit.tradeoff.train import run_isolated, schedule
 
 SMALL = ["--steps", "4", "--layers", "1", "--width", "64", "--heads", "2", "--context", "16"]
 SMALL += ["--batch-size", "2", "--eval-items", "16", "--seeds", "2"]

@@ -6,12 +6,10 @@ import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from came8bit.cli.tradeoff.config import TaskConfig
-from came8bit.cli.tradeoff.models import describe
-from came8bit.cli.tradeoff.noise import UNITS, comparisons, losses_by_seed
-from came8bit.cli.tradeoff.optimizers import label
-from came8bit.cli.tradeoff.stats import deviation, mean, paired
-from came8bit.cli.tradeoff.study import Study
+from .config import TaskConfig, label
+from .models import describe
+from .report import UNITS, comparisons, deviation, losses_by_seed, mean, paired
+from .study import Study
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito), and markers that stay apart in
 # print.

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from came8bit.cli.tradeoff.config import TaskConfig
-from came8bit.errors import CliError
+from ..errors import CliError
+from .config import TaskConfig
 
 #: Text that ``tools/fetch_data.py`` can fetch; ``stdlib`` needs no fetching.
 CORPORA = ("stdlib", "gcide", "austen", "wordnet", "linux-docs", "python-docs", "shakespeare")

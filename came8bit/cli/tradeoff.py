@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from came8bit import environment
-from came8bit.cli.tradeoff import plot, report, store
-from came8bit.cli.tradeoff.config import ALL_OPTIMIZERS, PRESETS, StudyConfig, preset_config
-from came8bit.cli.tradeoff.data import (
+from .. import environment
+from ..errors import CliError
+from ..tradeoff import plot, report, results
+from ..tradeoff.config import ALL_OPTIMIZERS, PRESETS, StudyConfig, check_names, preset_config
+from ..tradeoff.data import (
     CORPORA,
     Data,
     eval_items,
@@ -27,11 +28,8 @@ from came8bit.cli.tradeoff.data import (
     load_text,
     train_items,
 )
-from came8bit.cli.tradeoff.optimizers import check_names
-from came8bit.cli.tradeoff.progress import ProgressBars
-from came8bit.cli.tradeoff.study import Study, available, run_study
-from came8bit.cli.tradeoff.worker import distributed, run_here, run_isolated
-from came8bit.errors import CliError
+from ..tradeoff.study import ProgressBars, Study, available, run_study
+from ..tradeoff.train import distributed, run_here, run_isolated
 
 # Arguments that change the field of the same name in every task.
 _CHANGES = (
@@ -160,12 +158,12 @@ def run(args: argparse.Namespace) -> int:
     }
     folder = args.out or _default_folder(config.preset)
     if main_process:
-        earlier = store.prepare_folder(folder)
+        earlier = results.prepare_folder(folder)
         _announce(study, folder, earlier)
 
     def save(current: Study) -> None:
         if main_process:
-            store.save(current, folder)
+            results.save(current, folder)
 
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill keeps results, too
@@ -294,11 +292,11 @@ def _announce(study: Study, folder: Path, earlier: Path | None) -> None:
 def _conclude(study: Study, folder: Path, command_line: list[str]) -> None:
     """Write and print the report, and draw the picture."""
     text = report.write_report(study, "came8bit " + shlex.join(command_line))
-    store.write_atomically(folder / "report.md", text)
+    results.write_atomically(folder / "report.md", text)
     print("\n" + text)
     files = ["report.md", "results.json", "runs.csv"]
     if any(run.purpose == "final" and run.status == "ok" for run in study.runs):
-        store.write_atomically(folder / "tradeoff.png", plot.draw(study))
+        results.write_atomically(folder / "tradeoff.png", plot.draw(study))
         files.insert(0, "tradeoff.png")
     print(f"in {folder}: {', '.join(files)}  ({study.seconds / 60:.1f} minutes)")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from came8bit.cli.tradeoff.config import TaskConfig
+from .config import TaskConfig
 
 
 def build_model(task: TaskConfig) -> torch.nn.Module:

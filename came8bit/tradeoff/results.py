@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from came8bit.cli.tradeoff.study import Study
-from came8bit.cli.tradeoff.train import RunResult
-from came8bit.errors import CliError
+from ..errors import CliError
+from .study import Study
+from .train import RunResult
 
 #: Raised when the meaning of results.json changes.
 SCHEMA = 1
