@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from strategies import kernel_isas
 
 from came8bit.ops import cpu_library as _kernels
@@ -26,6 +26,14 @@ settings.register_profile(
     "ci", deadline=None, suppress_health_check=_SLOW, derandomize=True, print_blob=True
 )
 settings.register_profile("thorough", deadline=None, suppress_health_check=_SLOW, max_examples=1000)
+# Of the GPU report: no search for smaller examples, which may take minutes.
+settings.register_profile(
+    "gpu",
+    deadline=None,
+    suppress_health_check=_SLOW,
+    derandomize=True,
+    phases=(Phase.explicit, Phase.generate),
+)
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
 )

@@ -1,9 +1,9 @@
-"""Download the optimizers that the GPU report compares with, for a machine without a network.
+"""Download what the GPU report needs besides torch, for a machine without a network.
 
     python tools/fetch_gpu_wheels.py --out wheels --python 3.12
 
-Only what a machine with torch is likely not to have, without dependencies, for Linux on x86-64. The
-sizes are printed: whatever carries the folder there may have a limit.
+The other optimizers and the tests' plugins, without dependencies, for Linux on x86-64. Sizes are
+printed, since whatever carries the folder there may have a limit.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ WHEELS = (
     "came-pytorch==0.1.3",
     "adafactor8bit==0.4.6",
     "torchao",
-    # For the tests, where they are missing.
+    # For the tests.
+    "execnet",
     "expecttest",
     "hypothesis",
+    "pytest-reportlog",
+    "pytest-timeout",
+    "pytest-xdist",
     "sortedcontainers",
 )
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(17, 40)] + ["manylinux2014_x86_64"]

@@ -1,151 +1,132 @@
-"""The tests as a part of the GPU report: all results that there are, whatever happens."""
+"""The tests as a part of the GPU report: all results that there are, whatever happens.
+
+pytest-xdist replaces a worker that dies, pytest-timeout ends one that hangs, the plugin
+``gpu_worker`` one that has lost the device, and pytest-reportlog writes each result at once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_report_build import wait_for_wheels
 from gpu_report_run import FAILED, NOT_RUN, OK, ROOT, Part, Report
 
-TESTS = ROOT / "tests"
 SHARED = "kernels/test_cuda.py"
 """Compares bits, so several processes may share the GPU; most of its time is the reference's."""
-MOST_SHARDS = 4
-MOST_STARTS = 12
-"""Of one process, after crashes and hangs."""
+MOST_WORKERS = 4
+HANG_SECONDS = 45
 TOLD, SHOWN = 60, 12
 """Tests that the report names, and of these, how many with what they say."""
 
-KINDS = ("failed", "broken", "hung", "crashed", "skipped")
+KINDS = ("failed", "error", "crashed", "skipped", "not reached")
 
 
 @dataclass
-class Job:
-    """Tests that run in one process, and what became of them."""
+class Session:
+    """A run of pytest and what became of its tests."""
 
     name: str
-    files: list[str]
-    shard: str = "0/1"
-    status: int | None = 0
-    starts: int = 0
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    collected: int = 0
+    status: int | None = None
     finished: bool = False
+    """Whether pytest came to its end."""
+    kinds: dict[str, str] = field(default_factory=dict)
+    """``passed`` or one of KINDS, by test; the first phase that went wrong counts."""
+    messages: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
+    """Why the device was lost."""
 
-    def read(self, path: Path) -> int:
-        """Take in what the plugin has written; the number of lines."""
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.results, self.lost = {}, []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the process died while it wrote
-                continue
-            self.collected = entry.get("collected", self.collected)
-            self.finished = self.finished or "finished" in entry
-            self.lost += [entry["lost"]] if "lost" in entry else []
-            if "test" in entry and "outcome" not in self.results.get(entry["test"], {}):
-                self.results[entry["test"]] = entry
-        return len(lines)
-
-
-def jobs(shards: int) -> tuple[list[Job], Job]:
-    """Those that run side by side, and the one that has the GPU for itself."""
-    files = sorted(
-        str(path.relative_to(ROOT))
-        for path in TESTS.rglob("test_*.py")
-        if "mark.cuda" in path.read_text(encoding="utf-8")
-    )
-    shared = [name for name in files if name.endswith(SHARED)]
-    alone = [name for name in files if name not in shared]
-    side_by_side = [Job(f"tests-{i}", shared, f"{i}/{shards}") for i in range(shards)]
-    return side_by_side, Job("tests-device", alone)
+    def take(self, entry: dict[str, Any]) -> None:
+        """Take in a line of the report log."""
+        self.finished = self.finished or entry.get("exitstatus") in (0, 1, 5)
+        test, when, outcome = entry.get("nodeid"), entry.get("when"), entry.get("outcome")
+        if test is None or (entry["$report_type"] == "CollectReport" and outcome == "passed"):
+            return
+        self.seconds[test] = self.seconds.get(test, 0.0) + entry.get("duration", 0.0)
+        self.lost += [why for title, why in entry.get("sections", ()) if title == "device lost"]
+        if outcome == "failed":
+            kind = {"call": "failed", "???": "crashed"}.get(when, "error")
+        else:
+            kind = outcome if outcome == "skipped" or when == "teardown" else "not reached"
+        if self.kinds.get(test, "not reached") == "not reached":
+            self.kinds[test] = kind
+            self.messages[test] = message(entry["longrepr"])
 
 
-def run_job(report: Report, part: Part, job: Job, within: float) -> None:
-    """Run the tests of ``job``, and again without those that ended the process."""
-    results = report.work / f"{job.name}.jsonl"
-    results.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-p", "gpu_report_pytest", "-m", "cuda", "-q"]
-    command += ["--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
-    command += job.files
-    until, before = time.monotonic() + within, 0
-    while job.starts < MOST_STARTS and not job.finished:
-        job.starts += 1
-        job.status = report.run(
-            part,
-            command,
-            f"{job.name}.log",
-            within=until - time.monotonic(),
-            GPU_REPORT_RESULTS=str(results),
-            GPU_REPORT_SHARD=job.shard,
-        )
-        now = job.read(results)
-        ended = "out of time" if job.status is None else f"the process ended with {job.status}"
-        for name, entry in job.results.items():
-            if "outcome" not in entry:
-                entry.update(test=name, outcome="crashed", message=ended)
-                with results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
-        if job.status is None or now == before:
-            break
-        before = now
+def message(longrepr: Any) -> str:
+    """Return what a failing or skipped test says, of a line of the report log."""
+    if isinstance(longrepr, dict):
+        crash = longrepr["reprcrash"]
+        return f"{crash['path']}:{crash['lineno']}: {crash['message']}" if crash else str(longrepr)
+    return str(longrepr[-1] if isinstance(longrepr, list) else longrepr or "")
+
+
+def run_pytest(
+    report: Report, part: Part, name: str, files: list[Path], workers: int, seconds: float
+) -> Session:
+    """Run the tests of ``files`` that are marked cuda."""
+    log, collected = report.work / f"{name}.jsonl", report.work / f"{name}.collected"
+    for path in (log, collected):
+        path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "--tb=short", "-n", workers]
+    command += ["--continue-on-collection-errors", "-p", "no:cacheprovider", "-p", "gpu_worker"]
+    command += ["--max-worker-restart", 12, "--timeout-method", "thread", "--report-log", log]
+    # Where a hanging test was is for the log; a moment later its worker ends.
+    command += ["--timeout", HANG_SECONDS, "-o", f"faulthandler_timeout={HANG_SECONDS - 1}"]
+    variables = {"HYPOTHESIS_PROFILE": "gpu", "GPU_REPORT_COLLECTED": str(collected)}
+    session = Session(name)
+    session.status = report.run(part, *command, *files, seconds=seconds, **variables)
+    for test in collected.read_text(encoding="utf-8").splitlines() if collected.exists() else ():
+        session.kinds[test] = "not reached"
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
+        with contextlib.suppress(ValueError):  # it may have been stopped while it wrote
+            session.take(json.loads(line))
+    return session
 
 
 def tests(report: Report, part: Part) -> None:
     """All tests marked cuda; one that is skipped fails, because it could have run here."""
-    wait_for_wheels(report, part)
-    # A shard is two threads of the reference, and what torch does besides.
-    shards = 1 if report.dry else max(1, min(MOST_SHARDS, len(os.sched_getaffinity(0)) // 3))
-    shared, alone = jobs(shards)
-    time_of_shared = 0.6 * report.left(part)
-    with ThreadPoolExecutor(shards) as pool:
-        for done in [pool.submit(run_job, report, part, job, time_of_shared) for job in shared]:
-            done.result()
-    run_job(report, part, alone, report.left(part))
-    judge(report, part, [*shared, alone])
+    if report.peers.is_alive():
+        report.peers.unpacked.wait(min(60.0, part.left()))  # pytest's plugins are among the wheels
+    files = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.cuda" in p.read_text()]
+    shared = [path for path in files if path.as_posix().endswith(SHARED)]
+    # A worker is two threads of the reference, and what torch does besides.
+    workers = max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // 3))
+    first = run_pytest(report, part, "shared", shared, workers, 0.6 * part.left())
+    # What looks at the memory or the time of the device has it for itself.
+    alone = [path for path in files if path not in shared]
+    judge(report, part, [first, run_pytest(report, part, "alone", alone, 1, part.left())])
 
 
-def judge(report: Report, part: Part, all_jobs: list[Job]) -> None:
+def judge(report: Report, part: Part, sessions: list[Session]) -> None:
     """Say how the tests ended."""
-    found = {name: entry for job in all_jobs for name, entry in job.results.items()}
-    bad = {k: [n for n, e in found.items() if e["outcome"] == k] for k in KINDS}
-    passed = sum(entry["outcome"] == "passed" for entry in found.values())
-    missing = sum(job.collected for job in all_jobs) - len(found)
-    silent = [job for job in all_jobs if not job.finished]
-    good = passed == len(found) > 0 and missing <= 0 and not silent
+    kinds = {test: kind for session in sessions for test, kind in session.kinds.items()}
+    messages = {test: text for session in sessions for test, text in session.messages.items()}
+    bad = {kind: [test for test, found in kinds.items() if found == kind] for kind in KINDS}
+    unfinished = [session for session in sessions if not session.finished]
+    passed = sum(kind == "passed" for kind in kinds.values())
     if report.dry:
-        broken = any(bad[kind] for kind in KINDS if kind != "skipped") or silent
+        bad["skipped"] = []
+        broken = unfinished or any(bad.values())
         part.end(FAILED if broken else NOT_RUN, "no GPU")
     else:
-        part.end(OK if good else FAILED)
-    counts = ", ".join(f"{len(names)} {kind}" for kind, names in bad.items())
-    part.lines.append(f"{passed} passed, {counts}, {max(0, missing)} not reached")
-    for job in silent:
-        part.lines.append(f"{job.name} did not come to its end: status {job.status}, see its log")
-        part.lines += [report.tail(f"{job.name}.log")] if not job.results else []
-    part.lines += [f"the device was lost: {text}" for job in all_jobs for text in job.lost[:3]]
-    told = [name for kind in KINDS for name in bad[kind] if not (report.dry and kind == "skipped")]
-    for number, name in enumerate(told[:TOLD]):
-        message = found[name].get("message", "").strip().splitlines()
-        part.lines.append(f"{found[name]['outcome']}: {name}")
-        part.lines += [f"    {line}" for line in message[-10 if number < SHOWN else -1 :]]
+        part.end(OK if passed == len(kinds) > 0 and not unfinished else FAILED)
+    counts = ", ".join(f"{len(tests)} {kind}" for kind, tests in bad.items())
+    part.lines.append(f"{passed} passed, {counts}")
+    for session in unfinished:
+        ended = "ran out of time" if session.status is None else f"ended with {session.status}"
+        part.lines += [f"pytest ({session.name}) {ended}:", report.tail(part)]
+    part.lines += [f"the device was lost: {why}" for session in sessions for why in session.lost]
+    told = [(kind, test) for kind, tests in bad.items() for test in tests]
+    for number, (kind, test) in enumerate(told[:TOLD]):
+        said = messages.get(test, "").strip().splitlines()
+        part.lines.append(f"{kind}: {test}")
+        part.lines += [f"    {line}" for line in said[-10 if number < SHOWN else -1 :]]
     part.lines += [f"and {len(told) - TOLD} more"] if len(told) > TOLD else []
-    slow = sorted(found.items(), key=lambda item: -item[1].get("seconds", 0.0))[:5]
-    part.lines += [f"{entry.get('seconds', 0):6.1f} s {name}" for name, entry in slow]
-    failures(report, told, found)
-
-
-def failures(report: Report, told: list[str], found: dict[str, dict[str, Any]]) -> None:
-    """All that they say, into a log of its own: those of pytest are cut where they are long."""
-    texts = [f"{found[n]['outcome']}: {n}\n{found[n].get('message', '')}\n" for n in told]
-    if texts:
-        (report.work / "failures.log").write_text("\n".join(texts), encoding="utf-8")
+    seconds = [(time, test) for session in sessions for test, time in session.seconds.items()]
+    part.lines += [f"{time:6.1f} s {test}" for time, test in sorted(seconds, reverse=True)[:5]]

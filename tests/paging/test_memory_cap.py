@@ -6,11 +6,8 @@ It runs what ``make bench-memory-cap`` runs. The limit follows from measured and
 
 from __future__ import annotations
 
-import importlib
 import json
-import time
 import types
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -266,35 +263,6 @@ def test_pieces_that_have_no_time_are_named(worker):
     assert plan.not_run[0]["what"] == "fit llama-7b, PagedCAME8bit, in backward, 1024"
     assert len(plan.not_run) > 10
     assert all("out of time" in one["why"] for one in plan.not_run)
-
-
-@pytest.mark.parametrize(("status", "expected"), [(0, "ok"), (1, "FAILED"), (None, "FAILED")])
-def test_part_of_the_gpu_report(monkeypatch, tmp_path, status, expected):
-    report_module = importlib.import_module("gpu_report")
-    targets = [{"text": "holds  target: it fits"}]
-    found = {"rows": [{"a": 1}], "targets": targets, "not_run": [{"what": "x", "why": "no time"}]}
-
-    def run(report, part, command, log, **variables):
-        folder = Path(command[command.index("--out") + 1])
-        seconds = float(command[command.index("--seconds") + 1])
-        assert 20 <= seconds <= 85
-        (report.out / log).write_text("log")
-        if status is not None:
-            folder.mkdir()
-            (folder / "memory_cap.json").write_text(json.dumps(found))
-        return status
-
-    monkeypatch.setattr(report_module.Report, "run", run)
-    deadline = time.monotonic() + 100
-    report = report_module.Report(tmp_path, False, deadline, tmp_path, tmp_path / "work")
-    report.work.mkdir()
-    (tmp_path / "gpu.json").write_text('{"rows": []}')
-    part = report_module.Part("capped", 30)
-    report_module.capped(report, part)
-    assert part.status == expected
-    if status is not None:
-        assert json.loads((tmp_path / "gpu.json").read_text()) == {"rows": [], "capped": found}
-        assert part.lines == ["holds  target: it fits", "not run: x: no time"]
 
 
 def test_rows_go_to_a_csv_once_more(proof, tmp_path):

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -692,43 +691,3 @@ def test_everything_as_on_a_gpu(
     assert profiles[0]["kernels"][0]["kernel"] == "instability_kernel<Bf16>"
     assert any("extra MB" in target["what"] for target in result["targets"])
     assert "x ours" in capsys.readouterr().out
-
-
-# --- as parts of the report -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("status", "expected"), [(0, "ok"), (1, "FAILED"), (3, "FAILED"), (None, "FAILED")]
-)
-def test_part_of_the_report(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int | None, expected: str
-) -> None:
-    import gpu_report
-
-    deadline = time.monotonic() + 100
-    report = gpu_report.Report(tmp_path, False, deadline, tmp_path, tmp_path / "work")
-    report.work.mkdir()
-    report.reserved = 55.0
-    said = (
-        "tiny float32 CAME8bit 1.0 ms 1.00 x ours\nholds  target: it fits\n"
-        "MISSED goal: x\nnot run: y: no time\n    X=1: 3 ms\nsomething else\n"
-    )
-    commands = []
-
-    def run(self: Any, part: Any, command: list[str], log: str, **variables: str) -> int | None:
-        commands.append(command)
-        (report.work / log).write_text(said)
-        (report.out / "gpu.json").write_text("{}")
-        return status
-
-    monkeypatch.setattr(gpu_report.Report, "run", run)
-    part = gpu_report.Part("benchmarks", 20, 60)
-    gpu_report.bench("benchmarks")(report, part)
-    (command,) = commands
-    assert command[command.index("--pieces") + 1] == "benchmarks"
-    assert "--add" in command
-    assert 25 <= float(command[command.index("--seconds") + 1]) <= 30  # 100 - 55 - 5 - 10
-    assert part.status == expected
-    lines = said.splitlines()[:-1]
-    assert part.lines[-len(lines) :] == lines
-    assert ("what was measured before is kept" in "\n".join(part.lines)) == (status != 0)
