@@ -27,7 +27,7 @@ OUTSIDE = (OSError, MemoryError, torch.OutOfMemoryError)
 """Those that may still come when everything has been checked."""
 
 
-def add_remark(error: BaseException, text: str) -> None:
+def explain(error: BaseException, text: str) -> None:
     """Let the message of ``error`` end with ``text``, a sentence without its full stop.
 
     The error stays the same object, with its traceback: one error has one message.
@@ -40,12 +40,12 @@ def add_remark(error: BaseException, text: str) -> None:
 
 
 @contextmanager
-def remark(text: str, kinds: tuple[type[BaseException], ...] = REFUSALS) -> Iterator[None]:
-    """Add ``text`` to errors of ``kinds`` that leave the block."""
+def explaining(note: str, kinds: tuple[type[BaseException], ...] = REFUSALS) -> Iterator[None]:
+    """Append ``note`` to the message of errors of ``kinds`` that leave the block."""
     try:
         yield
     except kinds as error:
-        add_remark(error, text)
+        explain(error, note)
         raise
 
 

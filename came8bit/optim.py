@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
-from .errors import OUTSIDE, remark
-from .ops.step import step_all, total
-from .paging.placement import check_paging
-from .paging.store import Pager
-from .state.layout import DEFAULT_MIN_8BIT_SIZE
-from .stateful import StatefulOptimizer
+from .errors import OUTSIDE, explaining
+from .ops.step import step_group, total
+from .paging.store import store_for
+from .state.layout import DEFAULT_MIN_8BIT_SIZE, Group
+from .state.store import StateStore, StepItem
+from .state_dict import read_state_dict
 from .validation import (
     ADDED_OPTIONS,
     DEFAULT_SEED,
     FORMAT_VERSION,
-    Group,
-    Work,
     check_finite,
     check_options,
     check_params,
@@ -37,9 +38,25 @@ from .validation import (
 __all__ = ["CAME", "CAME8bit", "CAME32bit", "PagedCAME", "PagedCAME8bit", "PagedCAME32bit"]
 
 _LOOK_EVERY = 16  # steps between two looks at the skip counters
+_UNCHANGED = "Nothing has been changed"
+
+Self = TypeVar("Self", bound="CAME")
 
 
-class CAME(StatefulOptimizer):
+class Release(Protocol):
+    """What the optimizer needs of :mod:`came8bit.step_in_backward` while that is on."""
+
+    def attach(self, optimizer: CAME) -> None:
+        """Hook the parameters that are new."""
+
+    def finish_step(self, closure: Callable[[], Any] | None) -> None:
+        """Update what still has a gradient and end the step."""
+
+    def abandon_step(self) -> None:
+        """End the step without another update, because the state has been replaced."""
+
+
+class CAME(Optimizer):
     r"""CAME: confidence-guided adaptive memory-efficient optimization (arXiv 2307.02047).
 
     A parameter is seen as a batch of :math:`n \times k` matrices with gradient :math:`G`; all state
@@ -91,7 +108,8 @@ class CAME(StatefulOptimizer):
         clip_threshold: largest RMS :math:`d` of the preconditioned gradient of a parameter;
             ``math.inf`` turns clipping off.
         weight_decay: decoupled weight decay :math:`\lambda`.
-        optim_bits: 32, or 8 for momentum in blockwise 8-bit codes (see :class:`CAME8bit`).
+        optim_bits: 32, or 8 for momentum in blockwise 8-bit codes (see :class:`CAME8bit`). The
+            default is the class's: 32 for ``CAME``.
         is_paged: keep momentum (and other state of a parameter's size) outside the device, in pages
             that come for a step and leave behind it; see ``docs/paging.md``.  Same bits.
             ``state_dict()`` then copies; ``optimizer.state`` has only what stays on the device.
@@ -123,6 +141,14 @@ class CAME(StatefulOptimizer):
         ValueError, TypeError: an option or parameter is not usable; the message names it.
     """
 
+    # Settled by the subclass; None leaves the choice to the argument.
+    _optim_bits: int | None = None
+    _is_paged: bool | None = None
+
+    # A copy of the optimizer does not step in backward.
+    _release: Release | None = None
+    _store: StateStore
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -132,8 +158,8 @@ class CAME(StatefulOptimizer):
         clip_threshold: float = 1.0,
         weight_decay: float = 0.0,
         *,
-        optim_bits: int = 32,
-        is_paged: bool = False,
+        optim_bits: int | None = None,
+        is_paged: bool | None = None,
         page_dir: str | os.PathLike[str] | None = None,
         page_budget: int | None = None,
         min_8bit_size: int = DEFAULT_MIN_8BIT_SIZE,
@@ -152,7 +178,7 @@ class CAME(StatefulOptimizer):
             "eps": eps,
             "clip_threshold": clip_threshold,
             "weight_decay": weight_decay,
-            "optim_bits": optim_bits,
+            "optim_bits": self._settled("optim_bits", optim_bits, self._optim_bits, 32),
             "min_8bit_size": min_8bit_size,
             "rounding": rounding,
             "cautious": cautious,
@@ -165,21 +191,119 @@ class CAME(StatefulOptimizer):
             "format_version": FORMAT_VERSION,
         }
         check_options(defaults)
-        placement = check_paging(is_paged, page_dir, page_budget)
-        self._pager = None if placement is None else Pager(placement)
+        paged = self._settled("is_paged", is_paged, self._is_paged, False)
+        self._store = store_for(paged, page_dir, page_budget)
         self._reset_warnings()
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in ADDED_OPTIONS.items():
-                group.setdefault(name, value)
-        self._reset_warnings()
+    def _settled(self, name: str, got: Any, fixed: Any, default: Any) -> Any:
+        """Return an option that the class may have settled already."""
+        if fixed is None:
+            return default if got is None else got
+        if got is not None and got != fixed:
+            raise ValueError(
+                f"{type(self).__name__}: got {name}={got!r}, expected {fixed!r}; "
+                "use CAME, which takes any optim_bits and is_paged"
+            )
+        return fixed
 
     def _reset_warnings(self) -> None:
         self._steps_until_look = _LOOK_EVERY
         self._warn_from = 1
+
+    # --- state ------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> Any:
+        """State by parameter; of paged state, what stays on the device."""
+        return self._store.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._store.state = state
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._store.complete():
+            return {**super().__getstate__(), "store": self._store}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        store, saved = state.pop("store", None), state.pop("state", None)
+        if store is not None:
+            self._store = store
+        super().__setstate__(state)
+        # The base class adds an option that this optimizer does not have.
+        self.defaults.pop("differentiable", None)
+        for group in self.param_groups:
+            for name, value in ADDED_OPTIONS.items():
+                group.setdefault(name, value)
+        self._reset_warnings()
+        if saved is not None:
+            self._store.adopt(saved)
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        """Return a copy with state of its own, which is copied parameter by parameter."""
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        parts = {"defaults": self.defaults, "param_groups": self.param_groups}
+        other.__setstate__(deepcopy({**parts, "store": self._store}, memo))
+        other._store.reserve(other.param_groups)
+        for param, state in self.state.items():
+            if isinstance(param, Tensor):
+                state = self._store.read(param)
+                copied = {name: tensor.clone() for name, tensor in state.items()}
+                other._store.write(deepcopy(param, memo), copied)
+            else:
+                other.state[param] = deepcopy(state, memo)
+        return other
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return groups and complete state, as :class:`torch.optim.Optimizer` does.
+
+        State that is paged is copied into ordinary CPU tensors; :func:`came8bit.save_checkpoint`
+        needs no such copy.
+        """
+        hooks = self._optimizer_state_dict_pre_hooks
+        for hook in hooks.values():
+            hook(self)
+        try:
+            # They have run: what they change has to be seen by complete().
+            self._optimizer_state_dict_pre_hooks = OrderedDict()
+            with self._store.complete():
+                return super().state_dict()
+        finally:
+            self._optimizer_state_dict_pre_hooks = hooks
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned; nothing is shared with ``state_dict``.
+
+        Tensors keep their dtype and move to their parameter's device, or to its page: whether
+        state is paged, and where, is this optimizer's own affair. The options come from
+        ``state_dict``; those that it lacks stay as they are. A step in backward that is under way
+        is over, without another update. Hooks run as in :class:`torch.optim.Optimizer`.
+
+        Raises:
+            ValueError: the state belongs to another optimizer, a newer version or other
+                parameters. The optimizer is then as it was.
+            OSError, MemoryError: no room for pages. The optimizer is then as it was.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        groups, saved = read_state_dict(state_dict, self.param_groups)
+        self._store.replace_all(saved)
+        self.__setstate__({"param_groups": groups})
+        self._state_replaced()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _state_replaced(self) -> None:
+        """End a step in backward that is under way, and count skips anew."""
+        self._reset_warnings()
+        if self._release is not None:
+            self._release.abandon_step()
 
     # --- groups -----------------------------------------------------------------------------------
 
@@ -195,7 +319,7 @@ class CAME(StatefulOptimizer):
             check_options({**self.defaults, **param_group})
             if not isinstance(params, (Tensor, set)):
                 params = param_group["params"] = list(params)
-            present = {id(param) for group in self.param_groups for param in group["params"]}
+            present = {id(param) for param in self._params()}
             check_params([params] if isinstance(params, Tensor) else params, present)
         super().add_param_group(param_group)
         if self._release is not None:
@@ -224,63 +348,65 @@ class CAME(StatefulOptimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            with torch.no_grad():
-                self._run_all("Nothing has been changed")
-            self._flush()
+            self._update_all(_UNCHANGED)
         self._warn_if_skipped()
         return loss
 
-    def _run_all(self, untouched: str) -> None:
+    @torch.no_grad()
+    def _update_all(self, untouched: str) -> None:
         """Update every parameter that has a gradient.
 
         Args:
             untouched: what has been changed when a check refuses the step, for the error.
         """
-        with remark(untouched):
-            self._free_pages()
-            work = self._collect()
-            self._make_ready(work)
-        with remark("Parameters that came before this one have been updated", OUTSIDE):
-            step_all(work, self._pager)
+        with explaining(untouched):
+            self._store.drop_others(self._params())
+            work: list[tuple[Group, list[StepItem]]] = []
+            first = 0
+            for group in self.param_groups:
+                check_options(group)
+                items = (self._collect_one(p, i) for i, p in enumerate(group["params"], first))
+                work.append((group, [item for item in items if item is not None]))
+                first += len(group["params"])
+            self._prepare(work)
+        with explaining("Parameters that came before this one have been updated", OUTSIDE):
+            for options, members in work:
+                step_group(options, members, self._store.visit)
+        self._store.flush()
 
-    def _collect(self) -> list[tuple[Group, list[Work]]]:
-        """Everything there is to do, checked before anything changes."""
-        work: list[tuple[Group, list[Work]]] = []
-        first = 0
-        for group in self.param_groups:
-            check_options(group)
-            items = (self._work_item(p, i) for i, p in enumerate(group["params"], first))
-            work.append((group, [item for item in items if item is not None]))
-            first += len(group["params"])
-        return work
+    @torch.no_grad()
+    def _update_one(self, group: Group, param: Tensor, position: int) -> None:
+        """Update ``param``, a member of ``group``; errors do not say what has been changed."""
+        item = self._collect_one(param, position)
+        if item is not None:
+            self._prepare([(group, [item])])
+            step_group(group, [item], self._store.visit)
 
-    def _work_item(self, param: Tensor, position: int) -> Work | None:
-        """What a step needs of one parameter, checked; ``None`` where there is nothing to do."""
+    def _collect_one(self, param: Tensor, position: int) -> StepItem | None:
+        """Check and return what a step needs of ``param``, ``None`` if there is nothing to do."""
         grad = param.grad
         if grad is None:
             return None
         if not usable(param, grad):
             raise unusable_error(param, grad, position)
         state = self.state.get(param) or {}
-        if state and not self._fits(param, state):
-            raise moved_error(param, state, self._state_shape(param, state), position)
+        if state and not self._store.fits(param):
+            raise moved_error(param, state, self._store.shape_of(param), position)
         if not param.numel():
             return None
         if grad.dtype == torch.float64:
             grad = grad.to(torch.float32)
-        return Work(param, grad, state, position)
+        return StepItem(param, grad, state, position)
 
-    def _run(self, work: list[tuple[Group, list[Work]]]) -> None:
-        """Update the parameters in ``work``; errors do not say what has been changed."""
-        self._make_ready(work)
-        step_all(work, self._pager)
-
-    def _make_ready(self, work: list[tuple[Group, list[Work]]]) -> None:
-        """Check what can be checked beforehand, and make missing state; update nothing."""
+    def _prepare(self, work: list[tuple[Group, list[StepItem]]]) -> None:
+        """Check what can be checked before the first update, and make missing state."""
         for group, members in work:
             if group["nonfinite"] == "raise":
                 check_finite(members)
-        self._make_missing_state(work)
+        self._store.prepare(work, self.param_groups)
+
+    def _params(self) -> Iterator[Tensor]:
+        return (param for group in self.param_groups for param in group["params"])
 
     # --- what was skipped -------------------------------------------------------------------------
 
@@ -315,69 +441,13 @@ class CAME(StatefulOptimizer):
         )
 
 
-class _FixedCAME(CAME):
-    """CAME with ``optim_bits`` settled by the class, and ``is_paged`` by the paged ones."""
-
-    _optim_bits: int
-    _is_paged = False
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 2e-4,
-        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
-        eps: tuple[float, float] = (1e-30, 1e-16),
-        clip_threshold: float = 1.0,
-        weight_decay: float = 0.0,
-        *,
-        is_paged: bool | None = None,
-        page_dir: str | os.PathLike[str] | None = None,
-        page_budget: int | None = None,
-        min_8bit_size: int = DEFAULT_MIN_8BIT_SIZE,
-        rounding: str = "stochastic",
-        cautious: bool = False,
-        nonfinite: str = "skip",
-        maximize: bool = False,
-        bias_correction: bool = False,
-        nesterov: bool = False,
-        factored_view: str = "smallest",
-        seed: int = DEFAULT_SEED,
-    ) -> None:
-        if self._is_paged and is_paged is False:
-            raise ValueError(
-                f"{type(self).__name__}: got is_paged=False; CAME{self._optim_bits}bit is the one "
-                "that is not paged"
-            )
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            clip_threshold,
-            weight_decay,
-            optim_bits=self._optim_bits,
-            is_paged=self._is_paged if is_paged is None else is_paged,
-            page_dir=page_dir,
-            page_budget=page_budget,
-            min_8bit_size=min_8bit_size,
-            rounding=rounding,
-            cautious=cautious,
-            nonfinite=nonfinite,
-            maximize=maximize,
-            bias_correction=bias_correction,
-            nesterov=nesterov,
-            factored_view=factored_view,
-            seed=seed,
-        )
-
-
-class CAME32bit(_FixedCAME):
+class CAME32bit(CAME):
     """:class:`CAME` with fp32 momentum, about 4.01 bytes of state per parameter."""
 
     _optim_bits = 32
 
 
-class CAME8bit(_FixedCAME):
+class CAME8bit(CAME):
     """:class:`CAME` with momentum in 8 bits, about 1.02 bytes of state per parameter.
 
     Momentum is kept in signed square-root codes, scaled by the largest magnitude of a block of 256
@@ -387,14 +457,14 @@ class CAME8bit(_FixedCAME):
     0.1 % and 0.01 % a step, which 8 bits cannot hold.
     The update of a step uses the momentum before it is coded.
 
-    Arguments are those of :class:`CAME` without ``optim_bits``.  A parameter group may still set
-    ``optim_bits`` to 32, for instance for embeddings.
+    Arguments are those of :class:`CAME`; ``optim_bits`` is 8. A parameter group may still set it to
+    32, for instance for embeddings.
     """
 
     _optim_bits = 8
 
 
-class PagedCAME(_FixedCAME):
+class PagedCAME(CAME):
     """:class:`CAME32bit` with paged state: ``is_paged=True``."""
 
     _optim_bits = 32
@@ -405,7 +475,7 @@ class PagedCAME32bit(PagedCAME):
     """The same as :class:`PagedCAME`."""
 
 
-class PagedCAME8bit(_FixedCAME):
+class PagedCAME8bit(CAME):
     """:class:`CAME8bit` with paged state: ``is_paged=True``."""
 
     _optim_bits = 8

@@ -7,9 +7,9 @@ from copy import deepcopy
 from typing import Any
 
 from .state import store
-from .state.layout import plan_state, possible_layouts
+from .state.layout import Group, plan_state, possible_layouts
 from .state.store import Saved
-from .validation import ADDED_OPTIONS, FORMAT_VERSION, Group, check_options
+from .validation import ADDED_OPTIONS, FORMAT_VERSION, check_options
 
 
 def read_state_dict(

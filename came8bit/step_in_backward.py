@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .errors import REFUSALS, add_remark
+from .errors import REFUSALS, explain
 from .optim import CAME
 from .validation import check_options
 
@@ -211,8 +211,8 @@ class GradientRelease:
         if optimizer is not None and optimizer._release is self:
             optimizer._release = None
             _drop_placeholders(optimizer)
-            optimizer._flush()
-            optimizer._expect_order([])
+            optimizer._store.flush()
+            optimizer._store.set_prefetch_order([])
         self._forget_step()
 
     @contextmanager
@@ -251,17 +251,15 @@ class GradientRelease:
             )
         _drop_placeholders(optimizer)
         count = len(self._updated)
-        with torch.no_grad():
-            optimizer._run_all(
-                f"backward() has updated {count} of {len(self._places)} parameters, the others "
-                "have not been changed. zero_grad() and step() end this step"
-                if count
-                else "Nothing has been changed"
-            )
+        optimizer._update_all(
+            f"backward() has updated {count} of {len(self._places)} parameters, the others "
+            "have not been changed. zero_grad() and step() end this step"
+            if count
+            else "Nothing has been changed"
+        )
         _drop_gradients(optimizer)
-        optimizer._flush()
         if self._updated:
-            optimizer._expect_order(list(self._updated.values()))
+            optimizer._store.set_prefetch_order(list(self._updated.values()))
         self._forget_step()
         self.attach(optimizer)
 
@@ -340,7 +338,7 @@ class GradientRelease:
                     "differentiated later, but step_in_backward frees them; use "
                     "torch.autograd.grad, or remove() the handle of step_in_backward first"
                 )
-            with torch.no_grad(), self._saying_how_far():
+            with self._saying_how_far():
                 self._update(optimizer, index, param, position)
             if grad.is_cuda:
                 grad.record_stream(torch.cuda.current_stream(grad.device))
@@ -351,11 +349,9 @@ class GradientRelease:
         if not self._checked:
             for group in optimizer.param_groups:
                 check_options(group)
-            optimizer._check_pages()
+            optimizer._store.check(optimizer.param_groups)
             self._checked = True
-        item = optimizer._work_item(param, position)
-        if item is not None:
-            optimizer._run([(optimizer.param_groups[index], [item])])
+        optimizer._update_one(optimizer.param_groups[index], param, position)
 
     @contextmanager
     def _saying_how_far(self) -> Iterator[None]:
@@ -364,7 +360,7 @@ class GradientRelease:
             yield
         except REFUSALS as error:
             count = len(self._updated)
-            add_remark(
+            explain(
                 error,
                 f"This happened in backward(), after {count} of {len(self._places)} parameters had "
                 "been updated; the others have not been. zero_grad() and step() end this step; "

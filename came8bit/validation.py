@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .state.layout import FACTORED_VIEWS, OPTIM_BITS
-
-Group = Mapping[str, Any]
+from .state.store import StepItem
 
 FORMAT_VERSION = 1
 """Version of the state; in every group, where tools that rewrite state dicts leave it alone."""
@@ -104,15 +103,6 @@ PARAM_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 GRAD_DTYPES = PARAM_DTYPES | {torch.float64}
 
 
-class Work(NamedTuple):
-    """A parameter that has a gradient, its state, and its position in ``state_dict()``."""
-
-    param: Tensor
-    grad: Tensor
-    state: dict[str, Tensor]
-    position: int
-
-
 def check_params(params: Iterable[object], present: Collection[int]) -> None:
     """Check the parameters of a new group.
 
@@ -194,16 +184,16 @@ def moved_error(
     )
 
 
-def check_finite(work: Iterable[Work]) -> None:
+def check_finite(work: Iterable[StepItem]) -> None:
     """Look at the norm of every gradient; waits for each device once.
 
     Raises:
         FloatingPointError: some are not finite; the message lists them.
     """
-    by_device: defaultdict[torch.device, list[Work]] = defaultdict(list)
+    by_device: defaultdict[torch.device, list[StepItem]] = defaultdict(list)
     for item in work:
         by_device[item.grad.device].append(item)
-    bad: list[Work] = []
+    bad: list[StepItem] = []
     for items in by_device.values():
         norms = torch._foreach_norm([item.grad for item in items], 2, torch.float32)
         finite = torch.stack(list(norms)).isfinite().tolist()

@@ -163,7 +163,7 @@ def managed_bytes() -> int:
 
 def paged_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of all pages of one of ours, of those that move in each step, and of the device's."""
-    pager = getattr(optimizer, "_pager", None)
+    pager = getattr(optimizer._store, "pager", None)
     lanes = [] if pager is None else list(pager._lanes.values())
     found = {"pages": 0, "moved": 0, "staging": 0}
     for lane in lanes:

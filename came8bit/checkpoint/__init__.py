@@ -1,7 +1,7 @@
 """Optimizer state in a file: written whole or not at all, read whole or not at all.
 
 ``docs/checkpoints.md`` describes the file.  Everything here goes through the optimizer's
-``_read_state`` and ``_write_state``, so it does not matter where the state lives.
+store, so it does not matter where the state lives.
 """
 
 from ..errors import CheckpointError

@@ -146,6 +146,7 @@ def _replace(optimizer: CAME, source: Source, found: Match, path: str) -> None:
         group.update(merged)
     done, freed = 0, FreedMemory()
     try:
+        optimizer._store.reserve(optimizer.param_groups)
         for pair in found.pairs:
             _replace_one(optimizer, source, pair)
             freed.add(4 * pair.param.numel())
@@ -163,7 +164,6 @@ def _replace(optimizer: CAME, source: Source, found: Match, path: str) -> None:
         raise RuntimeError(
             f"{path}: loading failed ({type(error).__name__}: {error}); {state}"
         ) from error
-    optimizer._reset_warnings()
     optimizer._state_replaced()
 
 
@@ -173,9 +173,9 @@ def _replace_one(optimizer: CAME, source: Source, pair: Pair) -> None:
         state = convert_momentum(state, pair.bits)
         device = pair.param.device
         state = {name: tensor.to(device) for name, tensor in state.items()}
-    elif not optimizer._read_state(pair.param):
+    elif not optimizer._store.read(pair.param):
         return
-    optimizer._write_state(pair.param, state)
+    optimizer._store.write(pair.param, state)
 
 
 def _report(optimizer: CAME, path: str, source: Source, found: Match) -> LoadReport:

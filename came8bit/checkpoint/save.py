@@ -68,7 +68,7 @@ def save_checkpoint(
     ]
 
     def read(position: int) -> dict[str, Tensor]:
-        return optimizer._read_state(params[position])
+        return optimizer._store.read(params[position])
 
     return write_checkpoint(path, groups, entries, read, metadata or {})
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.quant import slice_shape
-from ..validation import Group, Work
+from ..state.layout import Group
+from ..state.store import StepItem
 
 _warned: set[str] = set()
 
@@ -23,7 +24,7 @@ def needs_reference(group: Group) -> str | None:
     return "nesterov=True" if group["nesterov"] else None
 
 
-def reference_step(group: Group, members: Iterable[Work], option: str) -> None:
+def reference_step(group: Group, members: Iterable[StepItem], option: str) -> None:
     """Update ``members``, whose state is complete, by the reference; ``option`` is why."""
     if option not in _warned:
         _warned.add(option)

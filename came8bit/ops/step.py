@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from ..paging.store import Pager
 from ..reference.quant import slice_shape
-from ..validation import Group, Work
+from ..state.layout import Group
+from ..state.store import Run, StepItem
 from . import schema
 from .reference_step import needs_reference, reference_step
 
@@ -39,31 +40,30 @@ class _Bucket:
         self.views: list[int] = []
 
 
-def step_all(work: Iterable[tuple[Group, Sequence[Work]]], pager: Pager | None) -> None:
-    """Update the parameters in ``work``, whose state is there.
+def step_group(
+    group: Group, items: Sequence[StepItem], visit: Callable[[Sequence[StepItem], Run], None]
+) -> None:
+    """Update the parameters of one group.
 
     Args:
-        work: groups with what to do.  State without momentum is completed by ``pager``.
-        pager: prepared for the parameters in ``work``.
+        group: the options.
+        items: what to do, prepared by the store.
+        visit: of the store; calls back with complete state.
 
     Raises:
         FloatingPointError: ``nonfinite="raise"`` and an update is not finite.
     """
-    for group, members in work:
-        strict = group["nonfinite"] == "raise"
-        before = _skipped(members) if strict else []
-        _step_dense(group, [item for item in members if "exp_avg" in item.state])
-        paged = [item for item in members if "exp_avg" not in item.state]
-        if paged and pager is not None:
-            _step_paged(group, paged, pager)
-        after = _skipped(members) if strict else []
-        if any(int(new - old) for new, old in zip(after, before, strict=True)):
-            others = ", others have been updated" if len(members) > 1 else ""
-            raise FloatingPointError(
-                "the preconditioned gradient of a parameter is not finite although its "
-                f"gradient is; that parameter was left alone{others}. Lower the loss scale or clip "
-                "gradients"
-            )
+    strict = group["nonfinite"] == "raise"
+    before = _skipped(items) if strict else []
+    visit(items, partial(_call_operators, group))
+    after = _skipped(items) if strict else []
+    if any(int(new - old) for new, old in zip(after, before, strict=True)):
+        others = ", others have been updated" if len(items) > 1 else ""
+        raise FloatingPointError(
+            "the preconditioned gradient of a parameter is not finite although its "
+            f"gradient is; that parameter was left alone{others}. Lower the loss scale or clip "
+            "gradients"
+        )
 
 
 def total(counters: Sequence[Tensor]) -> Tensor:
@@ -71,7 +71,7 @@ def total(counters: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(counters)).sum()
 
 
-def _skipped(members: Iterable[Work]) -> list[Tensor]:
+def _skipped(members: Iterable[StepItem]) -> list[Tensor]:
     """Skips counted so far, by device."""
     counters: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
     for item in members:
@@ -79,20 +79,7 @@ def _skipped(members: Iterable[Work]) -> list[Tensor]:
     return [total(column) for column in counters.values()]
 
 
-def _step_paged(group: Group, members: Sequence[Work], pager: Pager) -> None:
-    """One round of operator calls for each lot of pages that are there together."""
-
-    def run(lot: Sequence[tuple[int, dict[str, Tensor]]]) -> None:
-        complete = []
-        for number, buffers in lot:
-            item = members[number]
-            complete.append(item._replace(state={**item.state, **buffers}))
-        _step_dense(group, complete)
-
-    pager.visit([item.param for item in members], run)
-
-
-def _step_dense(group: Group, members: Sequence[Work]) -> None:
+def _call_operators(group: Group, members: Sequence[StepItem]) -> None:
     """One operator call per kind of parameter and device."""
     option = needs_reference(group)
     if option is not None:

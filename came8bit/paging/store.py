@@ -1,226 +1,181 @@
-"""State that is not on its device: pages of many parameters, brought in for a step and back.
-
-:class:`Pager` joins the parts: homes (:mod:`.pages`) and, per device, a planner with what carries
-out its plans (:mod:`.device_pages`).
-"""
+"""The store of paged state: what a parameter's page holds is elsewhere, the rest is at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..state import store
-from ..state.layout import Layout
-from .device_pages import Lane, Run
-from .page_file import PageFile
-from .pages import Home, Page, PageLayout, page_layout
-from .pages import resident_buffers as resident
-from .pinned import PinnedMemory
-from .placement import Placement
-from .transfer import mover_for
+from ..errors import explaining
+from ..state.layout import Group, Layout, possible_layouts
+from ..state.store import (
+    DenseStore,
+    Run,
+    Saved,
+    StateStore,
+    StepItem,
+    Work,
+    fit,
+    fresh_items,
+    may_train,
+    missing_layouts,
+)
+from .pager import Pager
+from .placement import Placement, check_paging
+
+_UNCHANGED = "Nothing has been changed"
+_HALF_LOADED = "A part of the state has been replaced: load again before the next step"
 
 
-class Pager:
-    """The pages of an optimizer.
+class PagedStore:
+    """Keeps large buffers in pages outside the device, and brings them in for a step.
 
-    What is not paged, small states and statistics, never comes here: the methods that return
-    *resident* state return what belongs into ``optimizer.state``.
+    Methods are those of :class:`~came8bit.state.store.StateStore`. ``state`` has what stays on the
+    device: statistics, counters, and parameters too small for a page.
     """
 
     def __init__(self, placement: Placement) -> None:
-        self.placement = placement
-        self._pages: dict[Tensor, Page] = {}
-        self._lanes: dict[torch.device, Lane] = {}
-        self._file: PageFile | None = None
-        self._pinned: PinnedMemory | None = None
-        self._order: list[Tensor] = []  # set by set_order()
-        self._count = 0
+        self.state: defaultdict[Any, Any] = defaultdict(dict)
+        self.pager = Pager(placement)
 
-    def __contains__(self, param: Tensor) -> bool:
-        return param in self._pages
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.pager.placement,)
 
-    # --- making and removing pages ----------------------------------------------------------------
+    def fits(self, param: Tensor) -> bool:
+        """Return whether ``param`` has the shape that its state was made for; pages follow it."""
+        return self.shape_of(param) == param.shape
 
-    def reserve(self, wanted: Iterable[tuple[Tensor, Layout]]) -> None:
-        """Make the pages that parameters need, zero; those that have the right one keep it.
-
-        Raises:
-            OSError, MemoryError: no room; then nothing has been made.
-            NotImplementedError: neither CPU nor CUDA.
-        """
-        missing: dict[torch.device, list[tuple[Tensor, PageLayout]]] = {}
-        superfluous = []
-        for param, layout in wanted:
-            page, needed = self._pages.get(param), page_layout(layout)
-            if page is not None and page.layout != needed:
-                superfluous.append(param)
-            if needed is not None and (page is None or page.layout != needed):
-                missing.setdefault(param.device, []).append((param, needed))
-        fresh: list[tuple[Lane, list[tuple[Tensor, Page]]]] = []
-        for device, members in missing.items():
-            try:
-                lane = self._lane(device)
-                addresses = lane.home.reserve([needed.nbytes for _, needed in members])
-            except BaseException:
-                for other, new in fresh:
-                    for _, page in new:
-                        other.home.release(page.address, page.nbytes)
-                raise
-            new = []
-            for (param, needed), address in zip(members, addresses, strict=True):
-                self._count += 1
-                new.append((param, Page(self._count, device, needed, address)))
-            fresh.append((lane, new))
-        for param in superfluous:
-            self.drop(param)
-        for lane, new in fresh:
-            lane.add(page for _, page in new)
-            self._pages.update(new)
-
-    def drop(self, param: Tensor) -> None:
-        """Forget the page of ``param``, if it has one."""
-        page = self._pages.get(param)
-        if page is not None:
-            self._lanes[page.device].remove(page)
-            del self._pages[param]
+    def shape_of(self, param: Tensor) -> torch.Size | None:
+        """Return the shape that the state of ``param`` was made for, None if it is incomplete."""
+        momentum = (self.state.get(param) or {}).get("exp_avg")
+        return self.pager.shape(param) if momentum is None else momentum.shape
 
     def drop_others(self, params: Iterable[Tensor]) -> None:
-        """Forget the pages of all parameters but ``params``."""
-        wanted = set(params)
-        for param in [param for param in self._pages if param not in wanted]:
-            self.drop(param)
+        """Free the pages of parameters that are neither in ``params`` nor in ``state``."""
+        self.pager.drop_others(chain(self.state, params))
 
-    def shape(self, param: Tensor) -> torch.Size | None:
-        """Shape of the parameter that the page of ``param`` was made for, if there is one."""
-        page = self._pages.get(param)
-        return None if page is None else torch.Size(page.layout.buffers[0].shape)
+    def reserve(self, groups: Sequence[Group]) -> None:
+        """Make the pages of every parameter of ``groups`` that has no state, all or none."""
+        self.pager.reserve(missing_layouts(groups, self.state))
 
-    def _lane(self, device: torch.device) -> Lane:
-        if device not in self._lanes:
-            home = self._home(device)
-            self._lanes[device] = Lane(device, home, mover_for(device, home), self.placement.budget)
-        return self._lanes[device]
-
-    def _home(self, device: torch.device) -> Home:
-        if device.type not in ("cpu", "cuda"):
-            raise NotImplementedError(
-                f"paged state is for parameters on the CPU and on CUDA devices, got {device}; "
-                "use the optimizer that is not paged"
-            )
-        if device.type == "cpu" or self.placement.directory is not None:
-            self._file = self._file or PageFile(self.placement.directory)
-            return self._file
-        self._pinned = self._pinned or PinnedMemory()
-        return self._pinned
-
-    # --- state of one parameter -------------------------------------------------------------------
-
-    def allocate(self, param: Tensor, layout: Layout) -> dict[str, Tensor]:
-        """New state of ``param``, whose page has been reserved; the resident part."""
-        page = self._pages.get(param)
-        if page is not None:
-            self._lanes[page.device].clear(page)
-        return store.allocate(resident(layout, page.layout if page else None), param.device)
-
-    def read(self, param: Tensor) -> dict[str, Tensor]:
-        """The paged buffers of ``param``: in the file or in pinned memory, until the next step."""
-        page = self._pages.get(param)
-        return self._lanes[page.device].read(page) if page is not None else {}
-
-    def write(self, param: Tensor, layout: Layout, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Replace the state of ``param``, whose page has been reserved; the resident part.
-
-        ``state`` is not aliased; tensors may be on any device, counters may be integers.
-        """
-        page = self._pages.get(param)
-        if page is not None:
-            self._lanes[page.device].write(page, state)
-        return store.copy(state, resident(layout, page.layout if page else None), param.device)
-
-    # --- a step -----------------------------------------------------------------------------------
-
-    def usable(self) -> bool:
-        """Whether all pages are where they were."""
-        try:
-            for lane in self._lanes.values():
-                lane.home.check()
-        except OSError:
-            return False
-        return True
-
-    def set_order(self, params: Iterable[Tensor]) -> None:
-        """From now on prefetch in this order; with an empty one, in that of each step."""
-        self._order = list(params)
-        self._expect(self._order, again=False)
-
-    def check(self, params: Iterable[Tensor]) -> None:
-        """Refuse everything that can be refused before ``params`` are visited.
-
-        That includes pages of other parameters that are lost.  Pages of those that have moved to
-        another device follow them.
+    def check(self, groups: Sequence[Group]) -> None:
+        """Make and check the pages of all parameters that a step may reach, before it reaches any.
 
         Raises:
-            OSError, MemoryError, ValueError: pages are gone, or the budget is too small.
+            OSError, MemoryError, ValueError, NotImplementedError: as an ordinary step.
         """
-        for lane in self._lanes.values():
-            if lane.pages:
-                lane.home.check()
-        pages = {param: self._pages[param] for param in params if param in self._pages}
-        for param, page in pages.items():
-            if page.device != param.device:
-                self._move(param, page)
-        for device in {param.device for param in pages}:
-            self._lanes[device].plan()
+        members = [param for group in groups for param in group["params"]]
+        self.drop_others(members)
+        self.reserve(groups)
+        self.pager.check(filter(may_train, members))
 
-    def prepare(self, params: Sequence[Tensor]) -> None:
-        """Be ready to visit ``params``, after a :meth:`check` of them.
+    def prepare(self, work: Work, groups: Sequence[Group]) -> None:
+        """Make missing state, check all pages, and start to bring in those of ``work``."""
+        fresh = fresh_items(work)
+        if fresh:
+            self.reserve(groups)
+        for item, layout in fresh:
+            item.state.update(self.pager.allocate(item.param, layout))
+        items = [item for _, members in work for item in members]
+        if items:
+            self.pager.prepare([item.param for item in items if "exp_avg" not in item.state])
+            for item in items:
+                if item.state["step"].device != item.param.device:
+                    for name, tensor in item.state.items():
+                        item.state[name] = tensor.to(item.param.device)
+        for item, _ in fresh:
+            self.state[item.param] = item.state
 
-        Raises:
-            OSError, MemoryError, ValueError: as :meth:`check`.
-        """
-        self.check(params)
-        if self._order and len(params) < 2:
-            # A step in backward comes here for every parameter: look at all pages only if needed.
-            if any(lane.order is not self._order for lane in self._lanes.values()):
-                self._expect(self._order, again=False)
-        elif params:
-            self._expect(params, again=True)
+    def visit(self, items: Sequence[StepItem], run: Run) -> None:
+        """Call ``run`` with what is at hand, then with each lot of pages that are in together."""
+        run([item for item in items if "exp_avg" in item.state])
+        paged = [item for item in items if "exp_avg" not in item.state]
 
-    def visit(self, params: Sequence[Tensor], run: Run) -> None:
-        """Call ``run`` with the paged buffers of ``params``, as many at a time as may be.
+        def run_lot(lot: Sequence[tuple[int, dict[str, Tensor]]]) -> None:
+            complete = []
+            for number, buffers in lot:
+                item = paged[number]
+                complete.append(item._replace(state={**item.state, **buffers}))
+            run(complete)
 
-        Args:
-            params: prepared ones that have pages.
-            run: gets a list of positions in ``params`` and their buffers, changes the latter in
-                place, and keeps no reference to them.
-        """
-        by_lane: dict[torch.device, list[tuple[int, Page]]] = {}
-        for number, param in enumerate(params):
-            page = self._pages[param]
-            by_lane.setdefault(page.device, []).append((number, page))
-        for device, members in by_lane.items():
-            self._lanes[device].use(members, run)
+        if paged:
+            self.pager.visit([item.param for item in paged], run_lot)
+
+    def set_prefetch_order(self, params: Iterable[Tensor]) -> None:
+        """Prefetch in this order in every step; with an empty one, in each step's own."""
+        self.pager.set_order(params)
 
     def flush(self) -> None:
         """Finish what the last step has left under way and can be finished without waiting."""
-        for lane in self._lanes.values():
-            lane.mover.flush()
+        self.pager.flush()
 
-    def _expect(self, params: Sequence[Tensor], again: bool) -> None:
-        for device, lane in self._lanes.items():
-            pages = [self._pages[param] for param in params if param in self._pages]
-            lane.expect(params, [page.key for page in pages if page.device == device], again)
+    def read(self, param: Tensor) -> dict[str, Tensor]:
+        """Return the complete state of ``param``, empty before its first step.
 
-    def _move(self, param: Tensor, page: Page) -> None:
-        lane = self._lane(param.device)
-        (address,) = lane.home.reserve([page.nbytes])
-        self._count += 1
-        new = Page(self._count, param.device, page.layout, address)
-        old = self._lanes[page.device]
-        lane.write(new, old.read(page))
-        old.remove(page)
-        lane.add([new])
-        self._pages[param] = new
+        Paged buffers are a window of the page file or in pinned memory, whatever device ``param``
+        is on, and good until the next step or the next :meth:`write` of ``param``.
+        """
+        state: dict[str, Tensor] = self.state.get(param) or {}
+        if not state or "exp_avg" in state:
+            return state
+        return {**self.pager.read(param), **state}
+
+    def write(self, param: Tensor, state: dict[str, Tensor]) -> None:
+        """Replace the state of ``param`` by a copy of ``state``, which may be on any device."""
+        if state:
+            layout = fit(state, possible_layouts(param.shape))
+            self.pager.reserve([(param, layout)])
+            state = self.pager.write(param, layout, state)
+        self.state[param] = state
+
+    def replace_all(self, saved: Iterable[Saved]) -> None:
+        """Replace all state by copies of ``saved``, in new pages if the old ones are lost."""
+        saved = list(saved)
+        pager = self.pager if self.pager.usable() else Pager(self.pager.placement)
+        wanted: list[tuple[Tensor, Layout]] = [(param, layout) for param, layout, _ in saved]
+        with explaining(_UNCHANGED):
+            pager.reserve(wanted)
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        with explaining(_HALF_LOADED if pager is self.pager else _UNCHANGED):
+            for param, layout, tensors in saved:
+                state[param] = pager.write(param, layout, tensors)
+        pager.drop_others(state)
+        self.pager, self.state = pager, state
+
+    def adopt(self, state: Mapping[Any, Any]) -> None:
+        """Replace all state by copies of ``state``, complete."""
+        self.replace_all(
+            Saved(param, fit(saved, possible_layouts(param.shape)), saved)
+            for param, saved in state.items()
+            if saved
+        )
+
+    @contextmanager
+    def complete(self) -> Iterator[None]:
+        """Let ``state`` have copies of everything, pages included, inside the block."""
+        complete: defaultdict[Any, Any] = defaultdict(dict)
+        for param, state in self.state.items():
+            complete[param] = state
+            if isinstance(param, Tensor):
+                # The small tensors are copied, too, or later steps would change part of the whole.
+                complete[param] = {name: t.clone() for name, t in self.read(param).items()}
+        resident, self.state = self.state, complete
+        try:
+            yield
+        finally:
+            self.state = resident
+
+
+def store_for(is_paged: object, page_dir: object, page_budget: object) -> StateStore:
+    """Return the store that these options of an optimizer ask for.
+
+    Raises:
+        ValueError: one of the three is wrong, or has no effect.
+    """
+    placement = check_paging(is_paged, page_dir, page_budget)
+    return DenseStore() if placement is None else PagedStore(placement)

@@ -26,6 +26,9 @@ from torch import Tensor
 
 from ..reference.quant import absmax_shape, slice_shape
 
+Group = Mapping[str, Any]
+"""A parameter group: its options by name, and ``params``."""
+
 FACTORED_VIEWS = ("smallest", "last_two")
 OPTIM_BITS = (8, 32)
 DEFAULT_MIN_8BIT_SIZE = 4096
@@ -144,8 +147,8 @@ def plan(
     )
 
 
-def plan_state(param: Tensor, group: Mapping[str, Any]) -> Layout:
-    """The state that ``param`` gets under the options of ``group``."""
+def plan_state(param: Tensor, group: Group) -> Layout:
+    """Return the layout that ``param`` gets under the options of ``group``."""
     return plan(
         param.shape,
         optim_bits=group["optim_bits"],

@@ -1,14 +1,21 @@
-"""State that lives as ordinary tensors beside its parameter: made, and taken from a checkpoint."""
+"""Where state lives: the interface of every store, and the store of ordinary tensors.
+
+An optimizer hands :class:`StepItem` to its store and gets complete state back, wherever that is
+kept; :class:`DenseStore` keeps it beside the parameters, :class:`came8bit.paging.store.PagedStore`
+outside their device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .layout import Buffer, Layout
+from .layout import Buffer, Group, Layout, plan_state
 
 
 class Saved(NamedTuple):
@@ -17,6 +24,213 @@ class Saved(NamedTuple):
     param: Tensor
     layout: Layout
     state: Mapping[str, Any]
+
+
+class StepItem(NamedTuple):
+    """A parameter that has a gradient, its state, and its position in ``state_dict()``."""
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    position: int
+
+
+Work = Sequence[tuple[Group, Sequence[StepItem]]]
+"""What a step has to do, by group."""
+
+Run = Callable[[Sequence[StepItem]], None]
+"""Update parameters whose state is complete; keeps no reference to it."""
+
+
+class StateStore(Protocol):
+    """Keeps the state of an optimizer's parameters.
+
+    Copied or pickled, a store is an empty one of the same kind: the optimizer that it belongs to
+    carries the state.
+
+    Attributes:
+        state: of each parameter the tensors that are at hand without moving anything; an empty or
+            missing entry has no state yet. This is what ``optimizer.state`` shows.
+    """
+
+    state: defaultdict[Any, Any]
+
+    def fits(self, param: Tensor) -> bool:
+        """Return whether ``param`` still has the shape and device that its state was made for."""
+
+    def shape_of(self, param: Tensor) -> torch.Size | None:
+        """Return the shape that the state of ``param`` was made for, None if it is incomplete."""
+
+    def drop_others(self, params: Iterable[Tensor]) -> None:
+        """Free what is kept for parameters that are neither in ``params`` nor in ``state``."""
+
+    def reserve(self, groups: Sequence[Group]) -> None:
+        """Make room for the state of every parameter of ``groups`` that has none, or raise.
+
+        Raises:
+            OSError, MemoryError: there is no room; nothing has changed.
+        """
+
+    def check(self, groups: Sequence[Group]) -> None:
+        """Check everything that a step over ``groups`` needs, before it begins.
+
+        Raises:
+            OSError, MemoryError, ValueError, NotImplementedError: as :meth:`prepare`.
+        """
+
+    def prepare(self, work: Work, groups: Sequence[Group]) -> None:
+        """Make missing state and be ready to visit ``work``; no parameter changes.
+
+        Args:
+            work: items of one step, whose empty states are filled.
+            groups: all groups of the optimizer.
+
+        Raises:
+            OSError, MemoryError, ValueError, NotImplementedError: no room, or state is lost.
+        """
+
+    def visit(self, items: Sequence[StepItem], run: Run) -> None:
+        """Call ``run`` with prepared ``items`` and their complete state, in one or several lots."""
+
+    def set_prefetch_order(self, params: Iterable[Tensor]) -> None:
+        """Expect visits in this order in every step; with an empty one, in each step's own."""
+
+    def flush(self) -> None:
+        """Finish what a step has left under way."""
+
+    def read(self, param: Tensor) -> dict[str, Tensor]:
+        """Return the complete state of ``param``, empty before its first step; do not write to it.
+
+        It is good until the next step or the next :meth:`write` of ``param``.
+        """
+
+    def write(self, param: Tensor, state: dict[str, Tensor]) -> None:
+        """Replace the state of ``param`` by tensors on its device that nothing else uses."""
+
+    def replace_all(self, saved: Iterable[Saved]) -> None:
+        """Replace all state by copies of ``saved``.
+
+        Raises:
+            OSError, MemoryError: there is no room; the message says what has changed.
+        """
+
+    def adopt(self, state: Mapping[Any, Any]) -> None:
+        """Replace all state by ``state``, complete, whose tensors nothing else uses."""
+
+    def complete(self) -> AbstractContextManager[None]:
+        """Let ``state`` be complete inside the block, for saving."""
+
+
+class DenseStore:
+    """State as ordinary tensors, each on the device of its parameter."""
+
+    def __init__(self) -> None:
+        self.state: defaultdict[Any, Any] = defaultdict(dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def fits(self, param: Tensor) -> bool:
+        """As :meth:`StateStore.fits`."""
+        return (
+            self.state[param]["step"].device == param.device and self.shape_of(param) == param.shape
+        )
+
+    def shape_of(self, param: Tensor) -> torch.Size | None:
+        """As :meth:`StateStore.shape_of`."""
+        momentum = (self.state.get(param) or {}).get("exp_avg")
+        return None if momentum is None else momentum.shape
+
+    def drop_others(self, params: Iterable[Tensor]) -> None:
+        """Keep everything: state waits for its parameter to come back."""
+
+    def reserve(self, groups: Sequence[Group]) -> None:
+        """Do nothing: memory is taken when state is made."""
+
+    def check(self, groups: Sequence[Group]) -> None:
+        """Do nothing: there is nothing to lose between two steps."""
+
+    def prepare(self, work: Work, groups: Sequence[Group]) -> None:
+        """As :meth:`StateStore.prepare`."""
+        fresh = fresh_items(work)
+        for item, layout in fresh:
+            item.state.update(allocate(layout, item.param.device))
+        for item, _ in fresh:
+            self.state[item.param] = item.state
+
+    def visit(self, items: Sequence[StepItem], run: Run) -> None:
+        """As :meth:`StateStore.visit`: all at once."""
+        run(items)
+
+    def set_prefetch_order(self, params: Iterable[Tensor]) -> None:
+        """Do nothing: everything is at hand."""
+
+    def flush(self) -> None:
+        """Do nothing: nothing is under way."""
+
+    def read(self, param: Tensor) -> dict[str, Tensor]:
+        """As :meth:`StateStore.read`."""
+        state: dict[str, Tensor] = self.state.get(param) or {}
+        return state
+
+    def write(self, param: Tensor, state: dict[str, Tensor]) -> None:
+        """As :meth:`StateStore.write`."""
+        self.state[param] = state
+
+    def replace_all(self, saved: Iterable[Saved]) -> None:
+        """As :meth:`StateStore.replace_all`."""
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for param, layout, tensors in saved:
+            state[param] = copy(tensors, layout, param.device)
+        self.state = state
+
+    def adopt(self, state: Mapping[Any, Any]) -> None:
+        """As :meth:`StateStore.adopt`."""
+        self.state = defaultdict(dict, state)
+
+    def complete(self) -> AbstractContextManager[None]:
+        """As :meth:`StateStore.complete`: it always is."""
+        return nullcontext()
+
+
+def fresh_items(work: Work) -> list[tuple[StepItem, Layout]]:
+    """Return the items in ``work`` that have no state, with the layout that each will get.
+
+    Raises:
+        NotImplementedError: a parameter is on the meta device, or sharded.
+    """
+    fresh = []
+    for group, items in work:
+        for item in items:
+            if item.state:
+                continue
+            if not is_ordinary(item.param):
+                raise NotImplementedError(
+                    f"parameter {item.position} is a {type(item.param).__name__} on "
+                    f"{item.param.device}; meta and sharded (DTensor) parameters are not supported"
+                )
+            fresh.append((item, plan_state(item.param, group)))
+    return fresh
+
+
+def missing_layouts(
+    groups: Sequence[Group], state: Mapping[Any, Any]
+) -> Iterator[tuple[Tensor, Layout]]:
+    """Yield the parameters that a step may reach and that have no state yet, with its layout."""
+    for group in groups:
+        for param in filter(may_train, group["params"]):
+            if not state.get(param) and is_ordinary(param) and param.numel():
+                yield param, plan_state(param, group)
+
+
+def is_ordinary(param: Tensor) -> bool:
+    """Return whether ``param`` is neither on the meta device nor sharded."""
+    return not (param.is_meta or hasattr(param, "placements"))
+
+
+def may_train(param: Tensor) -> bool:
+    """Return whether a step may reach ``param``."""
+    return param.requires_grad or param.grad is not None
 
 
 def allocate(layout: Layout, device: torch.device) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ def test_training_goes_on_as_it_would_have(path, named):
     assert {name: group[name] for name in OPTIONS} == OPTIONS
     assert group["clip_threshold"] == 0.5
     for name, param in params.items():
-        state, saved = ours._read_state(again[name]), theirs.state[param]
+        state, saved = ours._store.read(again[name]), theirs.state[param]
         assert int(state["step"]) == 3
         for buffer in set(saved) - {"step", "RMS"}:
             assert same_bits(state[buffer].flatten(), saved[buffer].flatten()), (name, buffer)
@@ -85,7 +85,7 @@ def test_momentum_is_converted_for_an_8_bit_optimizer(path):
     assert report.converted == {"32 to 8 bits": ["embed", "experts"]}
     assert ours.param_groups[0]["factored_view"] == "smallest"  # makes no difference here
     codes, absmax = quantize_blockwise(theirs.state[params["embed"]]["exp_avg"])
-    got = ours._read_state(again["embed"])
+    got = ours._store.read(again["embed"])
     assert same_bits(got["exp_avg"], codes)
     assert same_bits(got["absmax"], absmax)
     train(again, ours, 1)
@@ -111,7 +111,7 @@ def test_bf16_training_and_a_state_that_torch_has_cast(path):
     again = copies(params)
     ours = CAME32bit(again.items())
     load_checkpoint(ours, path)
-    got = ours._read_state(again["embed"])["exp_avg"]
+    got = ours._store.read(again["embed"])["exp_avg"]
     assert same_bits(got, theirs.state[params["embed"]]["exp_avg"].float())
     train(again, ours, 1)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import weakref
 
 import numpy as np
 import pytest
 import safetensors
 import torch
+from bytes_store import BytesStore
 from checkpoints import SHAPES, by_name, copies, parameters, train, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +25,7 @@ from came8bit import (
     quantize_blockwise,
     save_checkpoint,
 )
+from came8bit.state.store import DenseStore
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -111,7 +112,7 @@ def test_parameters_without_state_have_none_afterwards(path):
     _, other = trained()
     report = load_checkpoint(other, path)
     assert (report.loaded, report.without_state) == (1, len(SHAPES) - 1)
-    assert sum(bool(other._read_state(p)) for p in other.param_groups[0]["params"]) == 1
+    assert sum(bool(other._store.read(p)) for p in other.param_groups[0]["params"]) == 1
     before = snapshot(other)
     save_checkpoint(other, path)
     load_checkpoint(other, path)
@@ -130,7 +131,7 @@ def test_counts_of_single_parameters_are_kept(path):
     load_checkpoint(other, path)
     assert other.skipped_steps() == 1
     counts = {
-        name: tuple(int(other._read_state(p)[k]) for k in ("step", "skipped"))
+        name: tuple(int(other._store.read(p)[k]) for k in ("step", "skipped"))
         for name, p in again.items()
     }
     assert counts == {**dict.fromkeys(SHAPES, (4, 0)), "bias": (3, 1), "scale": (3, 0)}
@@ -391,29 +392,11 @@ def test_the_safetensors_library_reads_it(path, cls):
 
 
 class Elsewhere(CAME8bit):
-    """Keeps its state as bytes; whoever reaches past the two methods finds nothing."""
+    """Keeps its state as bytes; code that reaches past the store finds nothing."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.kept = {}
-        self.lent = []
-
-    def _read_state(self, param):
-        assert all(tensor() is None for tensor in self.lent), "still holds another parameter"
-        made = {
-            name: torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)
-            for name, (raw, dtype, shape) in self.kept.get(param, {}).items()
-        }
-        self.lent = [weakref.ref(tensor) for tensor in made.values()]
-        return made
-
-    def _write_state(self, param, state):
-        assert all(tensor() is None for tensor in self.lent), "still holds another parameter"
-        self.lent = [weakref.ref(tensor) for tensor in state.values()]
-        self.kept[param] = {
-            name: (tensor.numpy().tobytes(), tensor.dtype, tensor.shape)
-            for name, tensor in state.items()
-        }
+        self._store = BytesStore()
 
 
 def test_everything_goes_through_one_parameter_at_a_time(path, tmp_path):
@@ -421,8 +404,7 @@ def test_everything_goes_through_one_parameter_at_a_time(path, tmp_path):
     save_checkpoint(dense, path)
     elsewhere = Elsewhere(copies(params).items())
     load_checkpoint(elsewhere, path)
-    assert not elsewhere.state
-    assert len(elsewhere.kept) == len(SHAPES)
+    assert len(elsewhere._store.kept) == len(SHAPES)
     save_checkpoint(elsewhere, tmp_path / "again")
     assert path.read_bytes() == (tmp_path / "again").read_bytes()
     back = CAME8bit(copies(params).items())
@@ -463,7 +445,7 @@ def test_paged_state_is_replaced_and_converted(path, is_paged):
     with pytest.warns(UserWarning, match="4 parameters converted from 32 to 8 bits"):
         load_checkpoint(other, path)
     got = by_name(other_params, other)
-    codes, absmax = quantize_blockwise(optimizer._read_state(params["wide"])["exp_avg"])
+    codes, absmax = quantize_blockwise(optimizer._store.read(params["wide"])["exp_avg"])
     assert same_bits(got["wide", "exp_avg"], codes)
     assert same_bits(got["wide", "absmax"], absmax)
     empty = CAME8bit(copies(params).items())
@@ -477,7 +459,7 @@ def test_a_failure_in_the_middle_says_what_has_changed(path, monkeypatch):
     params, optimizer = trained()
     save_checkpoint(optimizer, path)
     other = CAME8bit(copies(params).items(), lr=0.125)
-    write = type(other)._write_state
+    write = DenseStore.write
 
     def failing(limit):
         def write_some(self, param, state):
@@ -488,14 +470,14 @@ def test_a_failure_in_the_middle_says_what_has_changed(path, monkeypatch):
         return write_some
 
     before = snapshot(other)
-    monkeypatch.setattr(type(other), "_write_state", failing(0))
+    monkeypatch.setattr(DenseStore, "write", failing(0))
     with pytest.raises(RuntimeError, match=r"no more.*nothing has been changed"):
         load_checkpoint(other, path)
     assert_same(before, snapshot(other))
-    monkeypatch.setattr(type(other), "_write_state", failing(2))
+    monkeypatch.setattr(DenseStore, "write", failing(2))
     with pytest.raises(RuntimeError, match="state of 2 of 7 parameters has been replaced"):
         load_checkpoint(other, path)
     assert other.param_groups[0]["lr"] == 0.125
-    monkeypatch.setattr(type(other), "_write_state", write)
+    monkeypatch.setattr(DenseStore, "write", write)
     load_checkpoint(other, path)
     assert_same(snapshot(optimizer), snapshot(other))

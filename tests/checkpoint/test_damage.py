@@ -25,7 +25,11 @@ OPTIONS = {"min_8bit_size": 0, "lr": 0.125}
 class Untouchable(CAME8bit):
     """Its state must not be written."""
 
-    def _write_state(self, param, state):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._store.write = self._refuse
+
+    def _refuse(self, param, state):
         raise AssertionError("the state has been written")
 
 

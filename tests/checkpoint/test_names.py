@@ -36,7 +36,7 @@ def same(first, second):
     for one, other in zip(
         first.param_groups[0]["params"], second.param_groups[0]["params"], strict=True
     ):
-        a, b = first._read_state(one), second._read_state(other)
+        a, b = first._store.read(one), second._read_state(other)
         assert a.keys() == b.keys()
         assert all(same_bits(a[key], b[key]) for key in a)
 
@@ -112,7 +112,7 @@ def test_wrapped_names_may_come_in_another_order(path):
     saved_params = optimizer.param_groups[0]["params"]
     for param, twin in zip(saved_params, model.parameters(), strict=True):
         assert same_bits(
-            optimizer._read_state(param)["exp_avg"], other._read_state(twin)["exp_avg"]
+            optimizer._store.read(param)["exp_avg"], other._store.read(twin)["exp_avg"]
         )
 
 

@@ -65,7 +65,7 @@ TRAIN = """
                 backward(model, t)
             optimizer.step()
             if whole:  # what a run would need that maps all of its file at once
-                file = optimizer._pager._file
+                file = optimizer._store.pager._file
                 mmap.mmap(file._fd, file._end)
         peak, address_space = status("VmHWM"), status("VmPeak")
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))

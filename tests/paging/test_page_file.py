@@ -295,7 +295,7 @@ def test_a_cut_that_rounding_would_hide_is_given_in_bytes(tmp_path):
 
 def test_a_file_that_is_cut_short_during_a_step(tmp_path, monkeypatch):
     optimizer = train(make(PagedCAME8bit, page_dir=tmp_path, page_budget=400_000), 2)
-    saved, real, calls = optimizer.state_dict(), stepping._step_dense, []
+    saved, real, calls = optimizer.state_dict(), stepping._call_operators, []
 
     def step_and_cut(group, members):
         real(group, members)
@@ -304,7 +304,7 @@ def test_a_file_that_is_cut_short_during_a_step(tmp_path, monkeypatch):
             os.truncate(page_file(tmp_path), 0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stepping, "_step_dense", step_and_cut)
+        patch.setattr(stepping, "_call_operators", step_and_cut)
         message = "Parameters that came before this one have been updated"
         with pytest.raises(OSError, match=message) as caught:
             train(optimizer, 1, first=2)
@@ -525,7 +525,7 @@ def test_nothing_is_left_of_an_unnamed_file(tmp_path, monkeypatch):
     assert default_directory() == tmp_path
     optimizer = train(make(PagedCAME8bit), 2)
     assert not list(tmp_path.iterdir())
-    assert f"{tmp_path}/" in os.readlink(f"/proc/self/fd/{optimizer._pager._file._fd}")
+    assert f"{tmp_path}/" in os.readlink(f"/proc/self/fd/{optimizer._store.pager._file._fd}")
     monkeypatch.delenv("TMPDIR")
     assert default_directory() == Path("/var/tmp")
     pagefile.tempfile.tempdir = None

@@ -21,9 +21,9 @@ from came8bit import CAME, CAME8bit, CAME32bit, PagedCAME, PagedCAME8bit, PagedC
 from came8bit.paging import page_file as pagefile
 from came8bit.paging import pages
 from came8bit.paging.page_file import PageFile
+from came8bit.paging.pager import Pager
 from came8bit.paging.pinned import PinnedMemory
 from came8bit.paging.placement import Placement, default_budget
-from came8bit.paging.store import Pager
 from came8bit.state.layout import plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -150,13 +150,13 @@ def test_only_what_is_small_stays(tmp_path):
 
 def test_windows_are_open_while_they_are_used_only(tmp_path, monkeypatch):
     seen = []
-    real = came8bit.ops.step._step_dense
+    real = came8bit.ops.step._call_operators
 
     def watched(group, members):
         seen.append((mapped(tmp_path), sum("exp_avg_sq_row" in item.state for item in members)))
         real(group, members)
 
-    monkeypatch.setattr(came8bit.ops.step, "_step_dense", watched)
+    monkeypatch.setattr(came8bit.ops.step, "_call_operators", watched)
     train(make(PagedCAME8bit, page_dir=tmp_path, page_budget=400_000), 2)
     assert max(windows for windows, _ in seen) == 1
     assert mapped(tmp_path) == 0
@@ -198,7 +198,7 @@ def test_state_that_is_not_complete_is_refused():
 def test_read_state_is_a_window(tmp_path):
     optimizer = train(make(PagedCAME8bit, page_dir=tmp_path), 2)
     p = optimizer.param_groups[0]["params"][0]
-    state = optimizer._read_state(p)
+    state = optimizer._store.read(p)
     assert mapped(tmp_path) == 1
     assert list(state)[:2] == ["exp_avg", "absmax"]
     del state
@@ -208,7 +208,7 @@ def test_read_state_is_a_window(tmp_path):
 def test_a_window_that_is_held_outlives_the_optimizer(tmp_path):
     optimizer = train(make(PagedCAME8bit, page_dir=tmp_path), 2)
     p = optimizer.param_groups[0]["params"][0]
-    codes = optimizer._read_state(p)["exp_avg"]
+    codes = optimizer._store.read(p)["exp_avg"]
     copied = codes.clone()
     del optimizer
     assert torch.equal(codes, copied)
@@ -279,7 +279,7 @@ def test_loading_into_itself_and_shrinking():
     assert_same(before, complete(optimizer))
     state_dict["state"] = {0: state_dict["state"][0]}
     optimizer.load_state_dict(state_dict)
-    assert len(optimizer.state) == len(optimizer._pager._pages) == 1
+    assert len(optimizer.state) == len(optimizer._store.pager._pages) == 1
     train(optimizer, 1)
     state_dict["state"] = {}
     optimizer.load_state_dict(state_dict)
@@ -384,7 +384,7 @@ def test_pages_of_a_group_that_has_gone_are_given_back(tmp_path):
     shapes = [(256, 300), (128, 64, 3, 3), (7,)]
     optimizer, expected = make(PagedCAME8bit, page_dir=tmp_path), make(CAME8bit)
     extra = [[start(shape, seed=50 + i) for i, shape in enumerate(shapes)] for _ in range(2)]
-    pages_of = optimizer._pager._pages
+    pages_of = optimizer._store.pager._pages
     for o, params in ((optimizer, extra[0]), (expected, extra[1])):
         o.add_param_group({"params": params})
         train(o, 1)

@@ -11,11 +11,12 @@ from fake_queues import QUEUES, FakeQueues, operators_on
 from training import assert_same, gradients, snapshot, start
 
 from came8bit import CAME8bit, CAME32bit, PagedCAME8bit, PagedCAME32bit
+from came8bit.paging import pager as pagers
 from came8bit.paging import pages
-from came8bit.paging import store as paged
 from came8bit.paging.page_file import PageFile
 from came8bit.paging.pinned import PinnedMemory
 from came8bit.paging.transfer import Copies
+from came8bit.state.store import missing_layouts
 
 SHAPES = [(64, 64)] * 5  # pages of one size: a ring of three holds exactly three
 MIXED = [(64, 64), (96, 130), (7,), (40, 300), (), (64, 64), (5000,), (2, 64, 96), (30, 30)]
@@ -35,8 +36,8 @@ def device(monkeypatch):
         monkeypatch.setattr(pages, "MIN_PAGE_BYTES", 1 << 12)
         homes = {"pinned": lambda: PinnedMemory(host_memory, slab), "file": lambda: PageFile(None)}
         bounce = host_memory if home == "file" else None
-        monkeypatch.setattr(paged.Pager, "_home", lambda self, device: homes[home]())
-        monkeypatch.setattr(paged, "mover_for", lambda _, home: Copies(queues, home, bounce))
+        monkeypatch.setattr(pagers.Pager, "_home", lambda self, device: homes[home]())
+        monkeypatch.setattr(pagers, "mover_for", lambda _, home: Copies(queues, home, bounce))
         return queues
 
     return set_up
@@ -61,13 +62,16 @@ def complete(optimizer):
     state = {
         (i, name): tensor.clone()
         for i, p in enumerate(optimizer.param_groups[0]["params"])
-        for name, tensor in optimizer._read_state(p).items()
+        for name, tensor in optimizer._store.read(p).items()
     }
     return params, state, options
 
 
 def largest_page(optimizer):
-    layouts = [pages.page_layout(layout) for _, layout in optimizer._missing_layouts()]
+    layouts = [
+        pages.page_layout(layout)
+        for _, layout in missing_layouts(optimizer.param_groups, optimizer.state)
+    ]
     return max(layout.nbytes for layout in layouts if layout)
 
 
@@ -228,13 +232,13 @@ def test_the_end_of_a_step_writes_to_the_file_what_has_arrived(device):
     optimizer = make(PagedCAME8bit, SHAPES, page_budget=budget_for(PagedCAME8bit, SHAPES, 3))
     with operators_on(queues):
         train(optimizer, 2)
-        (lane,) = optimizer._pager._lanes.values()
+        (lane,) = optimizer._store.pager._lanes.values()
         behind = dict(lane.mover._behind)
         assert behind
-        optimizer._flush()
+        optimizer._store.flush()
         assert lane.mover._behind.keys() == behind.keys()  # nothing has arrived, nobody waits
         queues.drain()
-        optimizer._flush()
+        optimizer._store.flush()
         assert not lane.mover._behind
         train(optimizer, 1, first=2)
     queues.drain()
@@ -255,13 +259,13 @@ def test_a_parameter_at_a_time_in_a_known_order(device):
         backwards = list(enumerate(group["params"]))[::-1]
         for index, p in backwards:
             p.grad = next(gradients(p.shape, steps=1, seed=100 * t + index))
-            optimizer._run([(group, [optimizer._work_item(p, index)])])
-        optimizer._flush()
+            optimizer._update_one(group, p, index)
+        optimizer._store.flush()
         return [p for _, p in backwards]
 
     with operators_on(queues), torch.no_grad():
         order = one_at_a_time(0)
-        optimizer._expect_order(order)
+        optimizer._store.set_prefetch_order(order)
         for t in (1, 2):
             del queues.trace[:]
             one_at_a_time(t)
@@ -288,13 +292,13 @@ class Away(torch.Tensor):
 def test_pages_follow_a_parameter_to_another_device(device, monkeypatch):
     """First in a window of a file, then behind queues, then back."""
     expected, optimizer = make(CAME8bit, MIXED), None
-    real = paged.mover_for
+    real = pagers.mover_for
     queues = device()
-    fake = paged.mover_for
+    fake = pagers.mover_for
     behind_queues = False
-    monkeypatch.setattr(paged, "mover_for", lambda d, h: (fake if behind_queues else real)(d, h))
+    monkeypatch.setattr(pagers, "mover_for", lambda d, h: (fake if behind_queues else real)(d, h))
     monkeypatch.setattr(
-        paged.Pager,
+        pagers.Pager,
         "_home",
         lambda self, d: PinnedMemory(host_memory) if behind_queues else PageFile(None),
     )
@@ -305,7 +309,7 @@ def test_pages_follow_a_parameter_to_another_device(device, monkeypatch):
         for step, elsewhere in ((2, True), (4, False)):
             queues.drain()
             behind_queues = elsewhere
-            pager = optimizer._pager
+            pager = optimizer._store.pager
             # There is one real device here: the pages believe that they have been on another.
             away = torch.device("meta", step)
             lane = pager._lanes.pop(torch.device("cpu"))

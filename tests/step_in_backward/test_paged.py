@@ -213,11 +213,11 @@ def test_pages_of_a_group_that_has_gone_are_given_back(tmp_path):
     optimizer.add_param_group({"params": extra.parameters()})
     extra(torch.ones(1, 300)).sum().backward()
     train(net, optimizer, steps=1)
-    assert extra.weight in optimizer._pager
+    assert extra.weight in optimizer._store.pager
     optimizer.param_groups.pop()
     for p in extra.parameters():
         del optimizer.state[p]
     backward(net, 1)
-    assert extra.weight not in optimizer._pager
+    assert extra.weight not in optimizer._store.pager
     optimizer.step()
     assert_same(expected(2), complete(optimizer))

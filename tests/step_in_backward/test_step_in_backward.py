@@ -443,8 +443,9 @@ def test_paged_state_hears_of_the_order_and_of_the_end(monkeypatch):
     calls = []
     net = make_net(tied=False)
     optimizer = came8bit.CAME8bit(net.parameters())
-    monkeypatch.setattr(optimizer, "_expect_order", lambda params: calls.append(list(params)))
-    monkeypatch.setattr(optimizer, "_flush", lambda: calls.append("flush"))
+    store = optimizer._store
+    monkeypatch.setattr(store, "set_prefetch_order", lambda params: calls.append(list(params)))
+    monkeypatch.setattr(store, "flush", lambda: calls.append("flush"))
     release = came8bit.step_in_backward(optimizer)
     loss_of(net, 0).backward()
     assert calls == []

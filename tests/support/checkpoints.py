@@ -54,5 +54,5 @@ def by_name(params, optimizer):
     return {
         (name, buffer): tensor
         for name, param in params.items()
-        for buffer, tensor in optimizer._read_state(param).items()
+        for buffer, tensor in optimizer._store.read(param).items()
     }

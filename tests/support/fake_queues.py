@@ -117,9 +117,9 @@ def operators_on(queues: FakeQueues) -> Iterator[None]:
 
             return call
 
-    kept = stepping._ops
-    stepping._ops = Deferred()
+    kept = stepping.schema
+    stepping.schema = Deferred()
     try:
         yield
     finally:
-        stepping._ops = kept
+        stepping.schema = kept

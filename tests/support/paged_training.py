@@ -33,7 +33,7 @@ def complete(optimizer):
     state = {
         (i, name): tensor.clone()
         for i, p in enumerate(every)
-        for name, tensor in optimizer._read_state(p).items()
+        for name, tensor in optimizer._store.read(p).items()
     }
     return params, state, options
 

@@ -1,0 +1,226 @@
+"""State that is not on its device: pages of many parameters, brought in for a step and back.
+
+:class:`Pager` joins the parts: homes (:mod:`.pages`) and, per device, a planner with what carries
+out its plans (:mod:`.device_pages`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..state import store
+from ..state.layout import Layout
+from .device_pages import Lane, Run
+from .page_file import PageFile
+from .pages import Home, Page, PageLayout, page_layout
+from .pages import resident_buffers as resident
+from .pinned import PinnedMemory
+from .placement import Placement
+from .transfer import mover_for
+
+
+class Pager:
+    """The pages of an optimizer.
+
+    What is not paged, small states and statistics, never comes here: the methods that return
+    *resident* state return what belongs into ``optimizer.state``.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self._pages: dict[Tensor, Page] = {}
+        self._lanes: dict[torch.device, Lane] = {}
+        self._file: PageFile | None = None
+        self._pinned: PinnedMemory | None = None
+        self._order: list[Tensor] = []  # set by set_order()
+        self._count = 0
+
+    def __contains__(self, param: Tensor) -> bool:
+        return param in self._pages
+
+    # --- making and removing pages ----------------------------------------------------------------
+
+    def reserve(self, wanted: Iterable[tuple[Tensor, Layout]]) -> None:
+        """Make the pages that parameters need, zero; those that have the right one keep it.
+
+        Raises:
+            OSError, MemoryError: no room; then nothing has been made.
+            NotImplementedError: neither CPU nor CUDA.
+        """
+        missing: dict[torch.device, list[tuple[Tensor, PageLayout]]] = {}
+        superfluous = []
+        for param, layout in wanted:
+            page, needed = self._pages.get(param), page_layout(layout)
+            if page is not None and page.layout != needed:
+                superfluous.append(param)
+            if needed is not None and (page is None or page.layout != needed):
+                missing.setdefault(param.device, []).append((param, needed))
+        fresh: list[tuple[Lane, list[tuple[Tensor, Page]]]] = []
+        for device, members in missing.items():
+            try:
+                lane = self._lane(device)
+                addresses = lane.home.reserve([needed.nbytes for _, needed in members])
+            except BaseException:
+                for other, new in fresh:
+                    for _, page in new:
+                        other.home.release(page.address, page.nbytes)
+                raise
+            new = []
+            for (param, needed), address in zip(members, addresses, strict=True):
+                self._count += 1
+                new.append((param, Page(self._count, device, needed, address)))
+            fresh.append((lane, new))
+        for param in superfluous:
+            self.drop(param)
+        for lane, new in fresh:
+            lane.add(page for _, page in new)
+            self._pages.update(new)
+
+    def drop(self, param: Tensor) -> None:
+        """Forget the page of ``param``, if it has one."""
+        page = self._pages.get(param)
+        if page is not None:
+            self._lanes[page.device].remove(page)
+            del self._pages[param]
+
+    def drop_others(self, params: Iterable[Tensor]) -> None:
+        """Forget the pages of all parameters but ``params``."""
+        wanted = set(params)
+        for param in [param for param in self._pages if param not in wanted]:
+            self.drop(param)
+
+    def shape(self, param: Tensor) -> torch.Size | None:
+        """Shape of the parameter that the page of ``param`` was made for, if there is one."""
+        page = self._pages.get(param)
+        return None if page is None else torch.Size(page.layout.buffers[0].shape)
+
+    def _lane(self, device: torch.device) -> Lane:
+        if device not in self._lanes:
+            home = self._home(device)
+            self._lanes[device] = Lane(device, home, mover_for(device, home), self.placement.budget)
+        return self._lanes[device]
+
+    def _home(self, device: torch.device) -> Home:
+        if device.type not in ("cpu", "cuda"):
+            raise NotImplementedError(
+                f"paged state is for parameters on the CPU and on CUDA devices, got {device}; "
+                "use the optimizer that is not paged"
+            )
+        if device.type == "cpu" or self.placement.directory is not None:
+            self._file = self._file or PageFile(self.placement.directory)
+            return self._file
+        self._pinned = self._pinned or PinnedMemory()
+        return self._pinned
+
+    # --- state of one parameter -------------------------------------------------------------------
+
+    def allocate(self, param: Tensor, layout: Layout) -> dict[str, Tensor]:
+        """New state of ``param``, whose page has been reserved; the resident part."""
+        page = self._pages.get(param)
+        if page is not None:
+            self._lanes[page.device].clear(page)
+        return store.allocate(resident(layout, page.layout if page else None), param.device)
+
+    def read(self, param: Tensor) -> dict[str, Tensor]:
+        """The paged buffers of ``param``: in the file or in pinned memory, until the next step."""
+        page = self._pages.get(param)
+        return self._lanes[page.device].read(page) if page is not None else {}
+
+    def write(self, param: Tensor, layout: Layout, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Replace the state of ``param``, whose page has been reserved; the resident part.
+
+        ``state`` is not aliased; tensors may be on any device, counters may be integers.
+        """
+        page = self._pages.get(param)
+        if page is not None:
+            self._lanes[page.device].write(page, state)
+        return store.copy(state, resident(layout, page.layout if page else None), param.device)
+
+    # --- a step -----------------------------------------------------------------------------------
+
+    def usable(self) -> bool:
+        """Whether all pages are where they were."""
+        try:
+            for lane in self._lanes.values():
+                lane.home.check()
+        except OSError:
+            return False
+        return True
+
+    def set_order(self, params: Iterable[Tensor]) -> None:
+        """From now on prefetch in this order; with an empty one, in that of each step."""
+        self._order = list(params)
+        self._expect(self._order, again=False)
+
+    def check(self, params: Iterable[Tensor]) -> None:
+        """Refuse everything that can be refused before ``params`` are visited.
+
+        That includes pages of other parameters that are lost.  Pages of those that have moved to
+        another device follow them.
+
+        Raises:
+            OSError, MemoryError, ValueError: pages are gone, or the budget is too small.
+        """
+        for lane in self._lanes.values():
+            if lane.pages:
+                lane.home.check()
+        pages = {param: self._pages[param] for param in params if param in self._pages}
+        for param, page in pages.items():
+            if page.device != param.device:
+                self._move(param, page)
+        for device in {param.device for param in pages}:
+            self._lanes[device].plan()
+
+    def prepare(self, params: Sequence[Tensor]) -> None:
+        """Be ready to visit ``params``, after a :meth:`check` of them.
+
+        Raises:
+            OSError, MemoryError, ValueError: as :meth:`check`.
+        """
+        self.check(params)
+        if self._order and len(params) < 2:
+            # A step in backward comes here for every parameter: look at all pages only if needed.
+            if any(lane.order is not self._order for lane in self._lanes.values()):
+                self._expect(self._order, again=False)
+        elif params:
+            self._expect(params, again=True)
+
+    def visit(self, params: Sequence[Tensor], run: Run) -> None:
+        """Call ``run`` with the paged buffers of ``params``, as many at a time as may be.
+
+        Args:
+            params: prepared ones that have pages.
+            run: gets a list of positions in ``params`` and their buffers, changes the latter in
+                place, and keeps no reference to them.
+        """
+        by_lane: dict[torch.device, list[tuple[int, Page]]] = {}
+        for number, param in enumerate(params):
+            page = self._pages[param]
+            by_lane.setdefault(page.device, []).append((number, page))
+        for device, members in by_lane.items():
+            self._lanes[device].use(members, run)
+
+    def flush(self) -> None:
+        """Finish what the last step has left under way and can be finished without waiting."""
+        for lane in self._lanes.values():
+            lane.mover.flush()
+
+    def _expect(self, params: Sequence[Tensor], again: bool) -> None:
+        for device, lane in self._lanes.items():
+            pages = [self._pages[param] for param in params if param in self._pages]
+            lane.expect(params, [page.key for page in pages if page.device == device], again)
+
+    def _move(self, param: Tensor, page: Page) -> None:
+        lane = self._lane(param.device)
+        (address,) = lane.home.reserve([page.nbytes])
+        self._count += 1
+        new = Page(self._count, param.device, page.layout, address)
+        old = self._lanes[page.device]
+        lane.write(new, old.read(page))
+        old.remove(page)
+        lane.add([new])
+        self._pages[param] = new
