@@ -121,27 +121,45 @@ def quantize_blockwise(
         raise TypeError(f"quantize_blockwise: got {x.dtype}, expected torch.float32; cast first")
     compand = _code_map(code).compand
     blocks = _to_blocks(x)
+    marks = None if decaying is None else _to_blocks(decaying)
+    level, absmax = root_levels(blocks, 127, marks, None if code == "sqrt" else compand)
+    signed = torch.where(blocks < 0, -level, level)
+    codes = torch.where(blocks.abs() < math.inf, signed, NAN_CODE).to(torch.int8)
+    return _from_blocks(codes, x.shape).contiguous(), absmax
+
+
+def root_levels(
+    blocks: Tensor,
+    top: int,
+    decaying: Tensor | None = None,
+    compand: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Levels 0 to ``top`` of the magnitudes in ``(slices, blocks, size)``, and every absmax.
+
+    Args:
+        blocks: fp32; where it is not finite the level means nothing.
+        top: the level of absmax.
+        decaying: where to round toward zero.
+        compand: another map than the square root.
+    """
     magnitude = blocks.abs()
     finite = magnitude < math.inf
     absmax = torch.where(finite, magnitude, 0.0).amax(dim=-1)
     absmax = torch.where(absmax < SMALLEST_ABSMAX, 0.0, absmax)
-    # 127**2/absmax of a tiny block would overflow: those are scaled by a power of two first.
+    # top**2/absmax of a tiny block would overflow: those are scaled by a power of two first.
     factor = torch.where(absmax < _TINY_ABSMAX, 2.0**64, 1.0)
     # Tensor by tensor: a number divided by a tensor is its reciprocal times the number in PyTorch.
-    scale = torch.full_like(absmax, 16129.0) / (absmax * factor)
+    scale = torch.full_like(absmax, float(top * top)) / (absmax * factor)
     scale = torch.where(absmax > 0, scale, 0.0).unsqueeze(-1)
     square = (torch.where(finite, magnitude, 0.0) * factor.unsqueeze(-1)) * scale
     bias = torch.full_like(square, 0.5)
     if decaying is not None:
-        bias = torch.where(_to_blocks(decaying), DECAY_BIAS, bias)
-    if code == "sqrt":
+        bias = torch.where(decaying, DECAY_BIAS, bias)
+    if compand is None:
         level = _largest_level(square, bias)
     else:
-        level = compand((square / 16129.0).clamp(max=1.0)) * 127.0 + bias
-    level = level.to(torch.int32)
-    signed = torch.where(blocks < 0, -level, level)
-    codes = torch.where(finite, signed, NAN_CODE).to(torch.int8)
-    return _from_blocks(codes, x.shape).contiguous(), absmax
+        level = compand((square / float(top * top)).clamp(max=1.0)) * float(top) + bias
+    return level.to(torch.int32), absmax
 
 
 def _largest_level(square: Tensor, bias: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .quant import dequantize_blockwise, quantize_blockwise
 from .reduction import CPU_TREE, Tree
 from .rounding import fp32, random_bits, round_stochastic, square_root
+from .rungs import Momentum
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,16 @@ class Hyper:
     def direction_correction(self, step: int) -> float:
         """Sum of the weights of all gradients so far in the direction of the update."""
         return self.correction(self.beta1, step + 1 if self.nesterov else step)
+
+    def spent(self, step: int) -> float:
+        """What the steps to come would make of momentum now, relative to the scale of the update.
+
+        ``beta1 + beta1**2 + ... = beta1/(1-beta1)``; a look-ahead has the first of these behind it.
+        Divided by no bias correction, so the one in the scale is taken back; formed in float64.
+        """
+        rest = (self.beta1 * self.beta1 if self.nesterov else self.beta1) / (1.0 - self.beta1)
+        steps = step + 1 if self.nesterov else step
+        return fp32(rest * (1.0 - self.beta1**steps) if self.bias_correction else rest)
 
 
 # --- the rule, pass by pass -----------------------------------------------------------------------
@@ -155,6 +165,11 @@ def look_ahead(m: Tensor, w: Tensor, beta1: float) -> Tensor:
     return m * fp32(beta1) + w
 
 
+def spend(direction: Tensor, m: Tensor, remembered: Tensor, rest: float) -> Tensor:
+    """``direction + (m_t - remembered)*rest``: what its code forgets acts now, not bit by bit."""
+    return direction + (m - remembered) * rest
+
+
 def agrees(m: Tensor, w: Tensor) -> Tensor:
     """Cautious mask (arXiv 2411.16085): momentum and gradient have the same strict sign."""
     return ((m > 0) & (w > 0)) | ((m < 0) & (w < 0))
@@ -185,27 +200,6 @@ class View:
         return (self.b, self.n, self.k)
 
 
-def _load_momentum(exp_avg: Tensor, absmax: Tensor | None) -> Tensor:
-    return exp_avg if absmax is None else dequantize_blockwise(exp_avg, absmax)
-
-
-def _decayed_momentum(exp_avg: Tensor, absmax: Tensor | None, beta1: float) -> Tensor:
-    """``beta1*m``; with 8 bits the scale of the block is multiplied, not every value."""
-    if absmax is None:
-        return exp_avg * fp32(beta1)
-    return dequantize_blockwise(exp_avg, absmax * fp32(beta1))
-
-
-def _store_momentum(m: Tensor, decaying: Tensor, exp_avg: Tensor, absmax: Tensor | None) -> None:
-    if absmax is None:
-        exp_avg.copy_(m.view(exp_avg.shape))
-        return
-    shape = exp_avg.shape
-    codes, scales = quantize_blockwise(m.view(shape), decaying=decaying.view(shape))
-    exp_avg.copy_(codes)
-    absmax.copy_(scales)
-
-
 def apply_(
     param: Tensor, update: Tensor, shrink: float, view: View, step: int, hyper: Hyper
 ) -> None:
@@ -232,6 +226,7 @@ def apply_(
 def _finish(
     param: Tensor,
     m_t: Tensor,
+    remembered: Tensor | None,
     w: Tensor,
     row: Tensor | None,
     col: Tensor | None,
@@ -247,6 +242,8 @@ def _finish(
         mask = agrees(m_t, w)
         scale = scale * cautious_scale(mask)
     direction = look_ahead(m_t, w, hyper.beta1) if hyper.nesterov else m_t
+    if remembered is not None:
+        direction = spend(direction, m_t, remembered.view(m_t.shape), hyper.spent(step))
     if row is None or col is None:
         update = direction * scale
     else:
@@ -303,7 +300,8 @@ def factored_step_(
     kappa_0 = clip_scale(rms_ratio * predicted, hyper.clip_threshold)
 
     u = (g * a.unsqueeze(-1)) * c_factor.unsqueeze(-2)
-    m = _load_momentum(exp_avg, absmax).view(b, n, k)
+    held = Momentum(exp_avg, absmax, param.shape)
+    m = held.load().view(b, n, k)
     d = u * kappa_0 - m
     u2 = u * u
     sums = [(tree.rows(x), tree.columns(x)) for x in (d * d, u * d, u2)]
@@ -322,12 +320,13 @@ def factored_step_(
 
     # w = gain*u, with the gain multiplied into the row factor.
     w = (g * (a * gain(kappa, hyper.beta1)).unsqueeze(-1)) * c_factor.unsqueeze(-2)
-    m_t = momentum(_decayed_momentum(exp_avg, absmax, hyper.beta1).view(b, n, k), w)
+    m_t = momentum(held.decayed(hyper.beta1).view(b, n, k), w)
+    coded, remembered = held.encode(m_t, w == 0)
     row = row_factor(res_row, 1.0, tree)
     col = column_factor(res_col, hyper.correction(hyper.beta3, t))
-    _finish(param, m_t, w, row, col, view, t, hyper)
+    _finish(param, m_t, remembered, w, row, col, view, t, hyper)
 
-    _store_momentum(m_t, w == 0, exp_avg, absmax)
+    held.store(coded)
     exp_avg_sq_row.copy_(r)
     exp_avg_sq_col.copy_(c)
     exp_avg_res_row.copy_(res_row)
@@ -370,8 +369,10 @@ def unfactored_step_(
         return
     kappa = clip_scale(root_mean(total_u2, g.numel()), hyper.clip_threshold)
     w = u * gain(kappa, hyper.beta1)
-    m_t = momentum(_decayed_momentum(exp_avg, absmax, hyper.beta1).view(-1), w)
-    _finish(param, m_t, w, None, None, view, t, hyper)
-    _store_momentum(m_t, g == 0, exp_avg, absmax)
+    held = Momentum(exp_avg, absmax, param.shape)
+    m_t = momentum(held.decayed(hyper.beta1).view(-1), w)
+    coded, remembered = held.encode(m_t, g == 0)
+    _finish(param, m_t, remembered, w, None, None, view, t, hyper)
+    held.store(coded)
     exp_avg_sq.copy_(v.view(exp_avg_sq.shape))
     step += 1

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from paths import ROOT
 from training import gradients, run, start
 
-from came8bit import CAME, CAME8bit, CAME32bit, reference
+from came8bit import CAME, CAME8bit, CAME32bit
+from came8bit.reference import update as reference
 from came8bit.reference.quant import dequantize_blockwise
 from came8bit.reference.reduction import CPU_TREE, CUDA_TREE
 from came8bit.reference.rounding import philox, random_bits, round_stochastic
