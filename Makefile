@@ -33,7 +33,7 @@ WHEELS_PYTHON ?= 3.12
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint type format bench-cpu bench-gpu bench-quant data build-checks cuda-compile
+.PHONY: help docs demo test lint type format bench-cpu bench-gpu bench-quant data build-checks cuda-compile
 .PHONY: bench-memory-cap bench-step-in-backward bench-planner bench-paging gpu-report gpu-wheels wheel install tools clean
 .DELETE_ON_ERROR:
 
@@ -50,6 +50,7 @@ help:
 	@echo "make bench-step-in-backward, bench-planner   memory of a training step, and of activations"
 	@echo "make bench-paging  what paged state costs on a CPU"
 	@echo "make data          fetch the text and image corpora into data/ (Debian and Ubuntu)"
+	@echo "make docs          the documentation as a site, in build/docs"
 	@echo "make build-checks  every way to install the package; the symbols of the library"
 	@echo "make cuda-compile  every CUDA kernel for every architecture; spills and registers; needs nvcc, no GPU"
 	@echo "make gpu-report    on a GPU machine, with its own Python: build, tests, sanitizer, benchmarks into OUT"
@@ -76,6 +77,9 @@ format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix-only $(wildcard $(PYTHON_FILES))
 	$(BIN)/ruff format $(wildcard $(PYTHON_FILES))
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 bench-cpu: $(STAMPS)/demo
 	$(PY) -m benchmarks.cpu_step $(ARGS)
@@ -156,6 +160,10 @@ $(STAMPS)/demo: pyproject.toml | $(STAMPS)/installed
 
 $(STAMPS)/test: pyproject.toml $(STAMPS)/demo | $(STAMPS)/installed
 	$(PIP) "came8bit[test]"
+	@touch $@
+
+$(STAMPS)/docs: pyproject.toml | $(STAMPS)/installed
+	$(PIP) "came8bit[docs]"
 	@touch $@
 
 $(STAMPS)/dev: pyproject.toml | $(STAMPS)/installed

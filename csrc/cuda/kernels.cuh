@@ -1,5 +1,5 @@
 // The kernels: each finds its parameter and task and calls the phase that the other files write
-// out. docs/internals/performance.md shows the launches of a step in a row.
+// out. docs/internals/kernels.md shows the launches of a step in a row.
 #pragma once
 
 #include "unfactored.cuh"

@@ -228,7 +228,7 @@ int64_t from_environment(const char* name, int64_t fallback) {
 
 Tuning tuning_of(const Tensor& any) {
   // Gradients and codes that stay in the cache save 5 of 13 bytes, but every group costs launches:
-  // worth it where the cache is large for the memory's speed (docs/internals/performance.md).
+  // worth it where the cache is large for the memory's speed (docs/internals/kernels.md).
   constexpr double kSecondsPerGroup = 20e-6;
   const DeviceProperties device = device_properties(any);
   const int64_t half_l2 = device.l2_bytes / 2;
