@@ -19,14 +19,10 @@ storage once.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
 import importlib.util
-import json
 import os
-import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -38,6 +34,7 @@ import torch
 
 import came8bit
 from benchmarks.harness import append, quantiles
+from benchmarks.process_memory import in_a_process
 from benchmarks.state_bytes import Shape, gpt2_small
 from came8bit import environment
 
@@ -215,35 +212,18 @@ def run_round(names: list[str], case: str, dtype: str, repeats: int | None) -> l
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def _status(name: str) -> int:
-    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None
-    return int(match[1]) * 1024
-
-
-def print_extra_bytes(name: str, case: str, dtype: str) -> None:
-    """Print by how much the second step raises the resident memory, at its peak."""
-    optimizer, _ = make(name, case, dtype)
-    optimizer.step()
-    # Memory that was freed but not given back would be used again without being seen.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
-    optimizer.step()
-    print(json.dumps(max(0, _status("VmHWM") - before)))
-
-
 def extra_bytes(name: str, case: str, dtype: str) -> int | None:
-    """The same from a process of its own; None where the system does not say."""
+    """How much the second step raises the resident memory; None where the system does not say."""
     if not sys.platform.startswith("linux"):
         return None
-    command = [sys.executable, __file__, "--extra-bytes", name, case, dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr}")
-    return int(json.loads(done.stdout.splitlines()[-1]))
+    code = """
+        from benchmarks.cpu_step import make
+        optimizer, _ = make(*question)
+        optimizer.step()
+        answer = peak_of(optimizer.step)
+    """
+    found: int = in_a_process(code, [name, case, dtype])
+    return found
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -346,7 +326,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
     parser.add_argument("--quick", action="store_true", help="1024 only, few repetitions, no CSV")
     parser.add_argument("--csv", type=Path, help=f"append here (default: {RESULTS.name})")
-    parser.add_argument("--extra-bytes", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.shapes = options.shapes or (["1024"] if options.quick else list(CASES))
     options.dtypes = options.dtypes or list(DTYPES)
@@ -365,9 +344,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for."""
     options = parse(arguments)
-    if options.extra_bytes:
-        print_extra_bytes(*options.extra_bytes)
-        return
     if options.threads:
         torch.set_num_threads(options.threads)
     if not came8bit.kernel_status().cpu.loaded:

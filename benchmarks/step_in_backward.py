@@ -16,11 +16,7 @@ which makes glibc give back each freed block; see docs/step_in_backward.md.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,14 +26,14 @@ from typing import Any
 import torch
 
 import came8bit
-from benchmarks.cpu_step import DTYPES, SEED, _status, about, seconds, state_bytes
+from benchmarks.cpu_step import DTYPES, SEED, about, seconds, state_bytes
 from benchmarks.harness import append, quantiles
+from benchmarks.process_memory import MAPPED, in_a_process
 from came8bit import environment
 
 RESULTS = Path(__file__).parent / "results" / "step_in_backward.csv"
 MODES = ("ordinary", "in backward")
 WARM_UP = 2
-MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def _gpt(width: int, layers: int) -> torch.nn.Module:
@@ -186,34 +182,24 @@ def run_round(name: str, dtype: str, tokens: int, repeats: int) -> list[Row]:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def print_peak(name: str, dtype: str, mode: str, tokens: int) -> None:
-    """Print by how much the third step raises the resident memory, at its peak."""
-    training = Training.make(name, dtype, mode, tokens)
-    for _ in range(WARM_UP):
-        training.step()
-    training.optimizer.zero_grad()
-    # Memory that was freed but not given back would be used again without being seen.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
-    training.step()
-    print(json.dumps(max(0, _status("VmHWM") - before)))
-
-
-def peak(row: Row, environ: dict[str, str], threads: int) -> int | None:
-    """The same from a process of its own; None where the system does not say."""
+def peak(row: Row, environment: dict[str, str], threads: int) -> int | None:
+    """How much the third step raises the resident memory; None where the system does not say."""
     if not sys.platform.startswith("linux"):
         return None
-    command = [sys.executable, __file__, "--threads", str(threads), "--tokens", str(row.tokens)]
-    command += ["--peak", row.model, row.dtype, row.mode]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **environ}
-    )
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {row.model} failed:\n{done.stderr}")
-    return int(json.loads(done.stdout.splitlines()[-1]))
+    code = """
+        import torch
+        from benchmarks.step_in_backward import WARM_UP, Training
+        *arguments, threads = question
+        torch.set_num_threads(threads)
+        training = Training.make(*arguments)
+        for _ in range(WARM_UP):
+            training.step()
+        training.optimizer.zero_grad()
+        answer = peak_of(training.step)
+    """
+    question = [row.model, row.dtype, row.mode, row.tokens, threads]
+    found: int = in_a_process(code, question, **environment)
+    return found
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -251,7 +237,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
     parser.add_argument("--quick", action="store_true", help="gpt-tiny only, no CSV")
     parser.add_argument("--csv", type=Path, help=f"append here (default: {RESULTS.name})")
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.models = options.models or (["gpt-tiny"] if options.quick else ["gpt", "llama"])
     options.dtypes = options.dtypes or list(DTYPES)
@@ -270,9 +255,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.peak:
-        print_peak(*options.peak, options.tokens)
-        return
     if not came8bit.kernel_status().cpu.loaded:
         raise SystemExit(f"the kernels are not loaded: {came8bit.kernel_status().cpu.reason}")
     common = about()

@@ -11,15 +11,14 @@ import itertools
 import json
 import math
 import pickle
-import subprocess
 import sys
-import textwrap
 
 import accelerate
 import pytest
 import tolerances
 import torch
 from came_pytorch import CAME as OfficialCAME
+from peak import step_peak
 from training import assert_same, gradients, run, snapshot, start
 
 from came8bit import CAME, CAME8bit, CAME32bit, kernel_status
@@ -253,30 +252,6 @@ def test_11_convolutions_do_not_cost_more_than_adamw(shape, bound):
     assert plan(shape).nbytes <= plan(shape, factored_view="last_two").nbytes
 
 
-PEAK = """
-    import json, re, sys
-    import torch
-    from came8bit import CAME8bit
-
-    def status(name):
-        with open("/proc/self/status") as file:
-            return int(re.search(rf"{name}:\\s+(\\d+) kB", file.read())[1]) * 1024
-
-    torch.manual_seed(0)
-    shapes, dtype = json.loads(sys.argv[1]), getattr(torch, sys.argv[2])
-    params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
-    for p in params:
-        p.grad = torch.randn(p.shape).to(dtype)
-    optimizer = CAME8bit(params)
-    optimizer.step()
-    before = status("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # sets the peak back to what is in use now
-    optimizer.step()
-    print(json.dumps([status("VmHWM") - before, sum(p.nbytes for p in params)]))
-"""
-
-
 @pytest.mark.skipif(not kernel_status().cpu.loaded, reason="the reference does use temporaries")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -285,9 +260,7 @@ PEAK = """
 )
 def test_12_no_scratch_of_the_size_of_a_parameter(shapes, dtype):
     """Eager 8-bit versions take 16 to 28 B per parameter of the largest tensor."""
-    command = [sys.executable, "-c", textwrap.dedent(PEAK), json.dumps(shapes), dtype]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    extra, nbytes = json.loads(result.stdout)
+    extra, nbytes = step_peak(shapes, dtype)
     allowed = tolerances.STEP_EXTRA_FRACTION * nbytes + tolerances.STEP_EXTRA_BYTES
     assert extra <= allowed
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory_cap.job import Job
-from benchmarks.memory_cap.memory import status
+from benchmarks.process_memory import status
 
 ROOT = Path(__file__).resolve().parents[2]
 

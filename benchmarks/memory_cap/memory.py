@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.process_memory import reset_peak, status
 
 COPY_BYTES = 512 << 20
 _SHORTAGES = re.compile(
@@ -36,15 +37,6 @@ def shortage(error: BaseException) -> str | None:
     return f"{type(error).__name__}: {first[:300]}" if known else None
 
 
-def status(field: str, pid: int | str = "self") -> int:
-    """Bytes that the system reports of a process: ``VmSize``, ``VmPeak``, ``VmRSS``, ``VmHWM``."""
-    text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
-    match = re.search(rf"^{field}:\s+(\d+) kB", text, flags=re.MULTILINE)
-    if match is None:
-        raise OSError(f"/proc/{pid}/status does not say {field}: this needs Linux")
-    return int(match[1]) * 1024
-
-
 class CpuMeter:
     """Address space and resident memory beyond what there was at :meth:`begin`.
 
@@ -53,7 +45,7 @@ class CpuMeter:
 
     def begin(self) -> None:
         """From now on."""
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
+        reset_peak()
         self._size, self._resident = status("VmSize"), status("VmRSS")
         self._times: list[float] = []
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import textwrap
-
 import pytest
 
+from benchmarks.process_memory import in_a_process
 from came8bit.state.layout import plan
 
 MIB = 1 << 20
@@ -27,15 +23,11 @@ CASES = [
 ]
 
 _MEASURE = """
-    import copy, ctypes, json, re, sys
+    import copy
     import torch
     from came8bit import CAME, convert_checkpoint, load_checkpoint, save_checkpoint
 
-    path, count, shape, cases = json.loads(sys.argv[1])
-
-    def status(name):
-        with open("/proc/self/status") as file:
-            return int(re.search(rf"{name}:\\s+(\\d+) kB", file.read())[1]) * 1024
+    path, count, shape, cases = question
 
     def make(bits, count, shape):
         params = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(count)]
@@ -46,34 +38,25 @@ _MEASURE = """
             param.grad = None
         return optimizer
 
-    def peak(work, *arguments, **options):
-        # Memory that was freed but not given back would be used again without being seen.
-        ctypes.CDLL(None).malloc_trim(0)
-        before = status("VmRSS")
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # sets the peak back to what is in use now
-        work(*arguments, **options)
-        return status("VmHWM") - before
-
     def measure(what, bits, other_bits):
         one = make(bits, count, shape)
         save_checkpoint(one, path)
         if what == "copy":
-            return peak(lambda: copy.deepcopy(one.state_dict()))
+            return peak_of(lambda: copy.deepcopy(one.state_dict()))
         if what == "save":
-            return peak(save_checkpoint, one, path)
+            return peak_of(lambda: save_checkpoint(one, path))
         del one
         if what == "convert":
-            return peak(convert_checkpoint, path, path, optim_bits=other_bits)
+            return peak_of(lambda: convert_checkpoint(path, path, optim_bits=other_bits))
         other = make(other_bits, count, shape)
         if what == "resume":
             other.state.clear()
-        return peak(load_checkpoint, other, path)
+        return peak_of(lambda: load_checkpoint(other, path))
 
     small = make(8, 1, (300, 300))  # what is imported or set up once
     save_checkpoint(small, path)
     load_checkpoint(small, path)
-    print(json.dumps([measure(*case) for case in cases]))
+    answer = [measure(*case) for case in cases]
 """
 
 
@@ -81,11 +64,8 @@ _MEASURE = """
 def peaks(tmp_path_factory):
     """``{case: bytes}`` beyond the level before, a measurement for each of CASES."""
     path = tmp_path_factory.mktemp("memory") / "x"
-    question = json.dumps([str(path), PARAMETERS, SHAPE, CASES])
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(_MEASURE), question]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    found = dict(zip(CASES, json.loads(done.stdout), strict=True))
+    answer = in_a_process(_MEASURE, [str(path), PARAMETERS, SHAPE, CASES])
+    found = dict(zip(CASES, answer, strict=True))
     print({" ".join(map(str, case)): f"{peak / MIB:.1f} MiB" for case, peak in found.items()})
     return found
 

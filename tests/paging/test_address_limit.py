@@ -32,14 +32,11 @@ RUNS = {
 }
 
 TRAIN = """
-    import hashlib, json, mmap, os, re, resource, sys
+    import hashlib, json, mmap, os, resource, sys
     import torch
     import came8bit
+    from benchmarks.process_memory import reset_peak, status
     from came8bit.state.layout import state_bytes
-
-    def status(field):
-        with open("/proc/self/status") as file:
-            return int(re.search(rf"{field}:\\s+(\\d+) kB", file.read())[1]) * 1024
 
     def backward(model, t):
         x = torch.randn(4, 512, generator=torch.Generator().manual_seed(t))
@@ -53,8 +50,7 @@ TRAIN = """
         optimizer = getattr(came8bit, name)(model.parameters(), lr=1e-4, **options)
         bits = 8 if "8bit" in name else 32
         state = state_bytes([p.shape for p in model.parameters()], optim_bits=bits)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # sets the peak of resident memory back to what is in use now
+        reset_peak()
         before, size = status("VmRSS"), status("VmSize")
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         if limited:

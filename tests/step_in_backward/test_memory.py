@@ -4,11 +4,7 @@ Each measurement is made for ordinary steps, too; there it has to find all gradi
 could not find them here.
 """
 
-import json
-import os
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ from small_nets import loss_of, make_net
 from torch import nn
 
 import came8bit
+from benchmarks.process_memory import MAPPED, in_a_process
 from came8bit.step_in_backward import ReleasedGradient
 
 
@@ -78,15 +75,10 @@ def test_the_gradient_in_hand_is_freed_by_the_hook():
 
 
 _MEASURE = """
-    import ctypes, json, re, sys
     import torch
     import came8bit
 
-    def status(name):
-        with open("/proc/self/status") as file:
-            return int(re.search(rf"{name}:\\s+(\\d+) kB", file.read())[1]) * 1024
-
-    released, layers, width = json.loads(sys.argv[1])
+    released, layers, width = question
     torch.manual_seed(0)
     net = torch.nn.Sequential(*[torch.nn.Linear(width, width, bias=False) for _ in range(layers)])
     optimizer = came8bit.CAME8bit(net.parameters())
@@ -100,29 +92,15 @@ _MEASURE = """
 
     step()
     optimizer.zero_grad()
-    # Memory that was freed but not given back would be used again without being seen.
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
-    before = status("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # sets the peak back to what is in use now
-    step()
-    print(json.dumps([status("VmHWM") - before, sum(p.nbytes for p in net.parameters())]))
+    answer = peak_of(step), sum(p.nbytes for p in net.parameters())
 """
 
 
 def step_peak(released, layers, width):
     """Peak bytes of a training step above the level before it; bytes of all gradients."""
-    command = [sys.executable, "-c", textwrap.dedent(_MEASURE)]
-    question = json.dumps([released, layers, width])
     # glibc by default puts blocks of up to 32 MiB on its heap once one has been freed, where a hole
     # left by a gradient is a few bytes too small for the next; so they get mappings of their own.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(
-        [*command, question], capture_output=True, text=True, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return in_a_process(_MEASURE, [released, layers, width], **MAPPED)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")

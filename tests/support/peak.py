@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import textwrap
+from benchmarks.process_memory import in_a_process
 
 _MEASURE = """
-    import ctypes, json, re, sys
     import torch
     from came8bit import CAME8bit
 
-    def status(name):
-        with open("/proc/self/status") as file:
-            return int(re.search(rf"{name}:\\s+(\\d+) kB", file.read())[1]) * 1024
-
     torch.manual_seed(0)
-    shapes, dtype, transposed, options = json.loads(sys.argv[1])
+    shapes, dtype, transposed, options = question
     params = []
     for shape in shapes:
         param = torch.randn(shape).to(getattr(torch, dtype))
@@ -28,14 +20,7 @@ _MEASURE = """
         params[-1].grad = grad
     optimizer = CAME8bit(params, **options)
     optimizer.step()
-    # Memory that was freed but not given back would be used again without being seen.
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
-    before = status("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # sets the peak back to what is in use now
-    optimizer.step()
-    print(json.dumps([status("VmHWM") - before, sum(p.nbytes for p in params)]))
+    answer = peak_of(optimizer.step), sum(p.nbytes for p in params)
 """
 
 
@@ -50,9 +35,5 @@ def step_peak(
         transposed: step their transposes, which are not contiguous.
         options: of the optimizer.
     """
-    question = json.dumps([shapes, dtype, transposed, options])
-    command = [sys.executable, "-c", textwrap.dedent(_MEASURE), question]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    extra, nbytes = json.loads(done.stdout)
+    extra, nbytes = in_a_process(_MEASURE, [shapes, dtype, transposed, options])
     return extra, nbytes
