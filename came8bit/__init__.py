@@ -13,8 +13,9 @@ from .checkpoint import (
 from .errors import CheckpointError
 from .ops.cpu_library import status as kernel_status
 from .ops.schema import dequantize_blockwise, quantize_blockwise
-from .optim import CAME, CAME8bit, CAME32bit, PagedCAME, PagedCAME8bit, PagedCAME32bit
+from .optim import CAME
 from .step_in_backward import step_in_backward
+from .variants import CAME8bit, CAME32bit, PagedCAME, PagedCAME8bit, PagedCAME32bit
 
 __all__ = [
     "CAME",

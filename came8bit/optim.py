@@ -1,4 +1,4 @@
-"""The optimizer classes.
+"""The optimizer.
 
 Groups, checks, lazily made state and the step loop; the arithmetic is behind two operators in
 :mod:`came8bit.ops`, and ``docs/internals/algorithm.md`` writes it out.
@@ -34,8 +34,6 @@ from .validation import (
     unusable_error,
     usable,
 )
-
-__all__ = ["CAME", "CAME8bit", "CAME32bit", "PagedCAME", "PagedCAME8bit", "PagedCAME32bit"]
 
 _LOOK_EVERY = 16  # steps between two looks at the skip counters
 _UNCHANGED = "Nothing has been changed"
@@ -84,18 +82,9 @@ class CAME(Optimizer):
     good ``lr`` is about a tenth of AdamW's.  ``bias_correction=True`` removes the effect; then
     AdamW's ``lr`` is the place to start.
 
-    Where this differs from ``came-pytorch``, and why (``docs/internals/algorithm.md``):
-
-    * *Convolutions are factored as* ``(out, in*kh*kw)``, *narrow matrices not at all*: the view
-      with the fewest bytes is taken.  A 3x3 convolution factored over its last two dimensions
-      stores more than Adam does.  ``factored_view="last_two"`` gives the official choice.
-    * *The instability is summed around an expected clip scale*, so that three sweeps over the
-      gradient suffice and no temporary of the parameter's size is needed.  Mathematically nothing
-      changes.
-    * *Weight decay and update are subtracted together and rounded once*; bf16 and fp16 parameters
-      are rounded stochastically, or updates below half a unit in the last place would be lost.
-    * *A gradient that is not finite is skipped* rather than poisoning the state for good.
-    * *Loading keeps every dtype*: statistics stay fp32 when parameters are bf16.
+    ``docs/internals/algorithm.md`` lists where this differs from ``came-pytorch`` and why:
+    convolutions are factored as ``(out, in*kh*kw)``, bf16 and fp16 parameters are rounded
+    stochastically, gradients that are not finite are skipped, and loading keeps every dtype.
 
     Args:
         params: parameters or dicts of parameter groups, or ``named_parameters()``.  fp32, bf16 or
@@ -439,44 +428,3 @@ class CAME(Optimizer):
             RuntimeWarning,
             stacklevel=4,
         )
-
-
-class CAME32bit(CAME):
-    """:class:`CAME` with fp32 momentum, about 4.01 bytes of state per parameter."""
-
-    _optim_bits = 32
-
-
-class CAME8bit(CAME):
-    """:class:`CAME` with momentum in 8 bits, about 1.02 bytes of state per parameter.
-
-    Momentum is kept in signed square-root codes, scaled by the largest magnitude of a block of 256
-    values that never crosses a slice of the first dimension
-    (:mod:`came8bit.reference.quant`).  A zero stays exactly zero, and the momentum of an element
-    whose gradient has stopped decays to zero.  The factored statistics stay fp32: they change by
-    0.1 % and 0.01 % a step, which 8 bits cannot hold.
-    The update of a step uses the momentum before it is coded.
-
-    Arguments are those of :class:`CAME`; ``optim_bits`` is 8. A parameter group may still set it to
-    32, for instance for embeddings.
-    """
-
-    _optim_bits = 8
-
-
-class PagedCAME(CAME):
-    """:class:`CAME32bit` with paged state: ``is_paged=True``."""
-
-    _optim_bits = 32
-    _is_paged = True
-
-
-class PagedCAME32bit(PagedCAME):
-    """The same as :class:`PagedCAME`."""
-
-
-class PagedCAME8bit(CAME):
-    """:class:`CAME8bit` with paged state: ``is_paged=True``."""
-
-    _optim_bits = 8
-    _is_paged = True

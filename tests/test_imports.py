@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"reference", "state"},
     "state_dict": {"errors", "state", "validation"},
     "optim": {"errors", "ops", "paging", "state", "state_dict", "validation"},
+    "variants": {"optim"},
     "step_in_backward": {"errors", "optim", "validation"},
     "checkpoint": {
         "_version",
@@ -45,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
         "ops",
         "optim",
         "step_in_backward",
+        "variants",
     },
     "environment": set(),  # the public API only, see below
     "tradeoff": {"atomic_file", "environment", "errors"},
