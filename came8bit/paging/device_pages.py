@@ -7,21 +7,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .pages import Home, Page, read_pieces, write_pieces
+from .pages import BackingStore, Page, read_pieces, write_pieces
 from .placement import default_budget
 from .schedule import FREE, STAGE, WAIT, WRITE_BACK, Event, Schedule
-from .transfer import Mover
+from .transfer import Transfer
 
 Run = Callable[[Sequence[tuple[int, dict[str, Tensor]]]], None]
 
 
-class Lane:
+class DevicePages:
     """The pages of one device, with their plan and what moves them."""
 
-    def __init__(self, device: torch.device, home: Home, mover: Mover, budget: int | None) -> None:
+    def __init__(
+        self, device: torch.device, backing: BackingStore, transfer: Transfer, budget: int | None
+    ) -> None:
         self.device = device
-        self.home = home
-        self.mover = mover
+        self.backing = backing
+        self.transfer = transfer
         self.pages: dict[int, Page] = {}
         self._budget = budget
         self._schedule: Schedule | None = None
@@ -30,15 +32,15 @@ class Lane:
 
     def add(self, pages: Iterable[Page]) -> None:
         """New pages; the plan is made again before the next use."""
-        self.retire()
+        self.evict_all()
         self.pages.update((page.key, page) for page in pages)
 
     def remove(self, page: Page) -> None:
         """Give back the place of ``page``."""
-        self.retire()
-        self.mover.settle(page)
+        self.evict_all()
+        self.transfer.synchronize(page)
         del self.pages[page.key]
-        self.home.release(page.address, page.nbytes)
+        self.backing.release(page.address, page.nbytes)
 
     def budget(self) -> int:
         """Bytes that pages may take.
@@ -60,20 +62,20 @@ class Lane:
         return self._budget
 
     def plan(self) -> None:
-        """Be ready for :meth:`use`, where the home is as it was."""
+        """Be ready for :meth:`use`, whose backing store has been checked."""
         schedule = self._schedule
         if schedule is None:
             sizes = {page.key: page.nbytes for page in self.pages.values()}
-            schedule = Schedule(sizes, self.budget(), self.mover.patient)
-        self.mover.prepare(schedule.capacity, schedule.at_once)
+            schedule = Schedule(sizes, self.budget(), self.transfer.reuse_blocks_host)
+        self.transfer.prepare(schedule.capacity, schedule.at_once)
         self._schedule = schedule
 
-    def retire(self) -> None:
-        """Bring all pages home and forget the plan."""
+    def evict_all(self) -> None:
+        """Write all pages back and forget the plan."""
         schedule, self._schedule = self._schedule, None
         self._expected = self.order = None
         if schedule is not None:
-            self._do(schedule.send_home(self.pages))
+            self._do(schedule.evict(self.pages))
             for key in self.pages:
                 self._do(schedule.forget(key))
 
@@ -100,8 +102,8 @@ class Lane:
         try:
             flats = self._do(schedule.begin(keys))
         except BaseException:
-            self._do(schedule.send_home(keys))
-            for key in keys:  # whatever has come of the others is as it was at home
+            self._do(schedule.evict(keys))
+            for key in keys:  # the others are as they were in the backing store
                 self._do(schedule.forget(key))
             raise
         try:
@@ -109,7 +111,7 @@ class Lane:
             run([(number, page.layout.views(flats.pop(page.key))) for number, page in group])
         finally:
             for _, page in group:
-                page.blank = False
+                page.zeroed = False
             self._do(schedule.end(keys))
 
     def _do(self, events: Iterable[Event]) -> dict[int, Tensor]:
@@ -118,38 +120,38 @@ class Lane:
         for event in events:
             page = self.pages[event.page]
             if event.kind == STAGE:
-                self.mover.stage(page, event.offset)
+                self.transfer.stage(page, event.offset)
             elif event.kind == WAIT:
-                flats[page.key] = self.mover.wait(page, event.offset)
+                flats[page.key] = self.transfer.wait(page, event.offset)
             elif event.kind == WRITE_BACK:
-                self.mover.write_back(page, event.offset)
+                self.transfer.write_back(page, event.offset)
             elif event.kind == FREE:
-                self.mover.free(page)
+                self.transfer.free(page)
         return flats
 
     # --- between steps ----------------------------------------------------------------------------
 
     def read(self, page: Page) -> dict[str, Tensor]:
-        """The buffers of ``page`` as they are at home, which is brought up to date."""
+        """The buffers of ``page`` as they are in the backing store, which is brought up to date."""
         if self._schedule is not None:
-            self._do(self._schedule.send_home([page.key]))
-        self.mover.settle(page)
-        return page.layout.views(read_pieces(self.home.pieces(page.address, page.nbytes)))
+            self._do(self._schedule.evict([page.key]))
+        self.transfer.synchronize(page)
+        return page.layout.views(read_pieces(self.backing.pieces(page.address, page.nbytes)))
 
     def write(self, page: Page, state: Mapping[str, Tensor]) -> None:
         """Replace the buffers of ``page``."""
         write_pieces(self._pieces(page), page.layout, state)
-        page.blank = False
+        page.zeroed = False
 
     def clear(self, page: Page) -> None:
         """Make all buffers of ``page`` zero."""
-        if not page.blank:
+        if not page.zeroed:
             for piece in self._pieces(page):
                 piece.zero_()
-            page.blank = True
+            page.zeroed = True
 
     def _pieces(self, page: Page) -> list[Tensor]:
         if self._schedule is not None:
             self._do(self._schedule.forget(page.key))
-        self.mover.settle(page)
-        return self.home.pieces(page.address, page.nbytes)
+        self.transfer.synchronize(page)
+        return self.backing.pieces(page.address, page.nbytes)

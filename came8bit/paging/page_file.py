@@ -1,4 +1,4 @@
-"""Pages in a file, the home of what belongs to CPU parameters, and of others on request."""
+"""Pages in a file: the backing store of CPU parameters, and of others on request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .pages import Ranges, both_in_words, in_words
+from .pages import AddressRanges, both_readable, readable
 
 try:
     import fcntl
@@ -74,18 +74,18 @@ class PageFile:
         self._fd = -1
         self._owner = os.getpid()
         self._end = GRANULE  # behind the header
-        self._ranges = Ranges()
+        self._ranges = AddressRanges()
         self._mutex = threading.Lock()
 
     @property
     def name(self) -> str:
-        """The file for people."""
+        """The file in human-readable form."""
         return str(self._path or f"the unnamed page file in {default_directory()}")
 
     # --- space ------------------------------------------------------------------------------------
 
     def reserve(self, sizes: Sequence[int]) -> list[int]:
-        """As :meth:`Home.reserve`; the disk has promised the space when this returns.
+        """As :meth:`BackingStore.reserve`; the disk has promised the space when this returns.
 
         Raises:
             OSError: too little space, no directory, or the file of another run.
@@ -106,7 +106,7 @@ class PageFile:
         return addresses
 
     def release(self, address: int, nbytes: int) -> None:
-        """As :meth:`Home.release`; the file keeps its size."""
+        """As :meth:`BackingStore.release`; the file keeps its size."""
         self._ranges.add(address, _round_up(nbytes))
 
     def _grow(self, end: int) -> None:
@@ -127,7 +127,7 @@ class PageFile:
     # --- windows ----------------------------------------------------------------------------------
 
     def pieces(self, address: int, nbytes: int) -> list[Tensor]:
-        """As :meth:`Home.pieces`; one new mapping that ends with the last tensor over it.
+        """As :meth:`BackingStore.pieces`; one new mapping that ends with the last tensor over it.
 
         Raises:
             OSError: the file is too short, or the system maps no more.
@@ -140,7 +140,7 @@ class PageFile:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"paged state: cannot map {in_words(nbytes)} of {self.name} ({error.strerror}). "
+                f"paged state: cannot map {readable(nbytes)} of {self.name} ({error.strerror}). "
                 "The address space or the number of mappings is limited: lower page_budget=, or "
                 "raise the limit (ulimit -v)",
             ) from error
@@ -181,7 +181,7 @@ class PageFile:
             raise self._too_short(status.st_size)
 
     def _too_short(self, size: int) -> OSError:
-        has, expected = both_in_words(size, self._end)
+        has, expected = both_readable(size, self._end)
         return OSError(
             errno.EIO,
             f"paged state: {self.name} has {has}, expected {expected}: something cut it short and "
@@ -243,7 +243,7 @@ def _write_zeros(fd: int, start: int, nbytes: int) -> None:
 
 
 def _no_room(error: OSError, wanted: int, had: int, name: str) -> OSError:
-    wanted_words, had_words = both_in_words(wanted, had)
+    wanted_words, had_words = both_readable(wanted, had)
     return OSError(
         error.errno,
         f"paged state: wanted {wanted_words} more for {name}, had {had_words} free on that disk "

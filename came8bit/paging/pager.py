@@ -1,7 +1,7 @@
 """State that is not on its device: pages of many parameters, brought in for a step and back.
 
-:class:`Pager` joins the parts: homes (:mod:`.pages`) and, per device, a planner with what carries
-out its plans (:mod:`.device_pages`).
+:class:`Pager` joins the parts: backing stores (:mod:`.pages`) and, per device, a planner with what
+carries out its plans (:mod:`.device_pages`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..state import store
 from ..state.layout import Layout
-from .device_pages import Lane, Run
+from .device_pages import DevicePages, Run
 from .page_file import PageFile
-from .pages import Home, Page, PageLayout, page_layout
+from .pages import BackingStore, Page, PageLayout, page_layout
 from .pages import resident_buffers as resident
 from .pinned import PinnedMemory
 from .placement import Placement
-from .transfer import mover_for
+from .transfer import transfer_for
 
 
 class Pager:
@@ -33,7 +33,7 @@ class Pager:
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
         self._pages: dict[Tensor, Page] = {}
-        self._lanes: dict[torch.device, Lane] = {}
+        self._by_device: dict[torch.device, DevicePages] = {}
         self._file: PageFile | None = None
         self._pinned: PinnedMemory | None = None
         self._order: list[Tensor] = []  # set by set_order()
@@ -59,15 +59,15 @@ class Pager:
                 superfluous.append(param)
             if needed is not None and (page is None or page.layout != needed):
                 missing.setdefault(param.device, []).append((param, needed))
-        fresh: list[tuple[Lane, list[tuple[Tensor, Page]]]] = []
+        fresh: list[tuple[DevicePages, list[tuple[Tensor, Page]]]] = []
         for device, members in missing.items():
             try:
-                lane = self._lane(device)
-                addresses = lane.home.reserve([needed.nbytes for _, needed in members])
+                lane = self._device_pages(device)
+                addresses = lane.backing.reserve([needed.nbytes for _, needed in members])
             except BaseException:
                 for other, new in fresh:
                     for _, page in new:
-                        other.home.release(page.address, page.nbytes)
+                        other.backing.release(page.address, page.nbytes)
                 raise
             new = []
             for (param, needed), address in zip(members, addresses, strict=True):
@@ -84,7 +84,7 @@ class Pager:
         """Forget the page of ``param``, if it has one."""
         page = self._pages.get(param)
         if page is not None:
-            self._lanes[page.device].remove(page)
+            self._by_device[page.device].remove(page)
             del self._pages[param]
 
     def drop_others(self, params: Iterable[Tensor]) -> None:
@@ -98,13 +98,15 @@ class Pager:
         page = self._pages.get(param)
         return None if page is None else torch.Size(page.layout.buffers[0].shape)
 
-    def _lane(self, device: torch.device) -> Lane:
-        if device not in self._lanes:
-            home = self._home(device)
-            self._lanes[device] = Lane(device, home, mover_for(device, home), self.placement.budget)
-        return self._lanes[device]
+    def _device_pages(self, device: torch.device) -> DevicePages:
+        if device not in self._by_device:
+            backing = self._backing(device)
+            self._by_device[device] = DevicePages(
+                device, backing, transfer_for(device, backing), self.placement.budget
+            )
+        return self._by_device[device]
 
-    def _home(self, device: torch.device) -> Home:
+    def _backing(self, device: torch.device) -> BackingStore:
         if device.type not in ("cpu", "cuda"):
             raise NotImplementedError(
                 f"paged state is for parameters on the CPU and on CUDA devices, got {device}; "
@@ -122,13 +124,13 @@ class Pager:
         """New state of ``param``, whose page has been reserved; the resident part."""
         page = self._pages.get(param)
         if page is not None:
-            self._lanes[page.device].clear(page)
+            self._by_device[page.device].clear(page)
         return store.allocate(resident(layout, page.layout if page else None), param.device)
 
     def read(self, param: Tensor) -> dict[str, Tensor]:
         """The paged buffers of ``param``: in the file or in pinned memory, until the next step."""
         page = self._pages.get(param)
-        return self._lanes[page.device].read(page) if page is not None else {}
+        return self._by_device[page.device].read(page) if page is not None else {}
 
     def write(self, param: Tensor, layout: Layout, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """Replace the state of ``param``, whose page has been reserved; the resident part.
@@ -137,7 +139,7 @@ class Pager:
         """
         page = self._pages.get(param)
         if page is not None:
-            self._lanes[page.device].write(page, state)
+            self._by_device[page.device].write(page, state)
         return store.copy(state, resident(layout, page.layout if page else None), param.device)
 
     # --- a step -----------------------------------------------------------------------------------
@@ -145,8 +147,8 @@ class Pager:
     def usable(self) -> bool:
         """Whether all pages are where they were."""
         try:
-            for lane in self._lanes.values():
-                lane.home.check()
+            for lane in self._by_device.values():
+                lane.backing.check()
         except OSError:
             return False
         return True
@@ -165,15 +167,15 @@ class Pager:
         Raises:
             OSError, MemoryError, ValueError: pages are gone, or the budget is too small.
         """
-        for lane in self._lanes.values():
+        for lane in self._by_device.values():
             if lane.pages:
-                lane.home.check()
+                lane.backing.check()
         pages = {param: self._pages[param] for param in params if param in self._pages}
         for param, page in pages.items():
             if page.device != param.device:
                 self._move(param, page)
         for device in {param.device for param in pages}:
-            self._lanes[device].plan()
+            self._by_device[device].plan()
 
     def prepare(self, params: Sequence[Tensor]) -> None:
         """Be ready to visit ``params``, after a :meth:`check` of them.
@@ -184,7 +186,7 @@ class Pager:
         self.check(params)
         if self._order and len(params) < 2:
             # A step in backward comes here for every parameter: look at all pages only if needed.
-            if any(lane.order is not self._order for lane in self._lanes.values()):
+            if any(lane.order is not self._order for lane in self._by_device.values()):
                 self._expect(self._order, again=False)
         elif params:
             self._expect(params, again=True)
@@ -202,24 +204,24 @@ class Pager:
             page = self._pages[param]
             by_lane.setdefault(page.device, []).append((number, page))
         for device, members in by_lane.items():
-            self._lanes[device].use(members, run)
+            self._by_device[device].use(members, run)
 
     def flush(self) -> None:
         """Finish what the last step has left under way and can be finished without waiting."""
-        for lane in self._lanes.values():
-            lane.mover.flush()
+        for lane in self._by_device.values():
+            lane.transfer.flush()
 
     def _expect(self, params: Sequence[Tensor], again: bool) -> None:
-        for device, lane in self._lanes.items():
+        for device, lane in self._by_device.items():
             pages = [self._pages[param] for param in params if param in self._pages]
             lane.expect(params, [page.key for page in pages if page.device == device], again)
 
     def _move(self, param: Tensor, page: Page) -> None:
-        lane = self._lane(param.device)
-        (address,) = lane.home.reserve([page.nbytes])
+        lane = self._device_pages(param.device)
+        (address,) = lane.backing.reserve([page.nbytes])
         self._count += 1
         new = Page(self._count, param.device, page.layout, address)
-        old = self._lanes[page.device]
+        old = self._by_device[page.device]
         lane.write(new, old.read(page))
         old.remove(page)
         lane.add([new])

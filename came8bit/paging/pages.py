@@ -4,8 +4,8 @@ A *page* is the large buffers of one parameter's state, the ones as long as the 
 momentum with its scales, and the second moment of a parameter that is not factored.  Row and
 column statistics and counters are no part of it.
 
-A *home* (:class:`Home`) gives out *addresses*, byte ranges of a growing space that begin as zeros,
-and lends them as tensors of bytes.  It does not know what they contain.
+A :class:`BackingStore` gives out *addresses*, byte ranges of a growing space that begin as zeros,
+and lends them as tensors of bytes. It does not know what they contain.
 """
 
 from __future__ import annotations
@@ -64,20 +64,20 @@ def resident_buffers(layout: Layout, page: PageLayout | None) -> Layout:
 
 @dataclass(eq=False)
 class Page:
-    """A page that has a home.
+    """A page that has a backing store.
 
     Attributes:
         key: its number in schedules.
         device: of the parameter.
-        address: in its home.
-        blank: nothing has been written since its bytes were zeroed.
+        address: in its backing store.
+        zeroed: nothing has been written since its bytes were zeroed.
     """
 
     key: int
     device: torch.device
     layout: PageLayout
     address: int
-    blank: bool = True
+    zeroed: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -85,8 +85,8 @@ class Page:
         return self.layout.nbytes
 
 
-def in_words(nbytes: float) -> str:
-    """``nbytes`` for people."""
+def readable(nbytes: float) -> str:
+    """Return ``nbytes`` in human-readable form."""
     if nbytes < 1024:
         return f"{nbytes:.0f} bytes"
     units = ["KiB", "MiB", "GiB", "TiB"]
@@ -96,14 +96,14 @@ def in_words(nbytes: float) -> str:
     return f"{nbytes / 1024:.4g} {units[0]}"
 
 
-def both_in_words(first: int, second: int) -> tuple[str, str]:
-    """Two numbers of bytes for people; exact where rounding would hide how they differ."""
+def both_readable(first: int, second: int) -> tuple[str, str]:
+    """Return two sizes in human-readable form, exact where rounding would hide how they differ."""
     if 0 < 1000 * abs(first - second) < max(first, second):
         return f"{first} bytes", f"{second} bytes"
-    return in_words(first), in_words(second)
+    return readable(first), readable(second)
 
 
-class Home(Protocol):
+class BackingStore(Protocol):
     """Memory of the host, or a file, that keeps bytes."""
 
     def reserve(self, sizes: Sequence[int]) -> list[int]:
@@ -115,15 +115,15 @@ class Home(Protocol):
     def pieces(self, address: int, nbytes: int) -> list[Tensor]:
         """The range as tensors of bytes, one after the other, to read and write.
 
-        A home may lend its memory for as long as one of these tensors lives.
+        A backing store may lend its memory for as long as one of these tensors lives.
         """
 
     def check(self) -> None:
         """Raise an :class:`OSError` if the bytes are not there any more."""
 
 
-class Ranges:
-    """Addresses of a :class:`Home` that were given back, for new ranges of the same size."""
+class AddressRanges:
+    """Addresses that a :class:`BackingStore` has taken back, for new ranges of the same size."""
 
     def __init__(self) -> None:
         self._free: defaultdict[int, list[int]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Pages in pinned host memory, the home of what belongs to CUDA parameters."""
+"""Pages in pinned host memory: the backing store of CUDA parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .pages import Ranges, in_words
+from .pages import AddressRanges, readable
 
 SLAB = 64 << 20
 
@@ -18,7 +18,7 @@ def pinned(nbytes: int) -> Tensor:
     return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
-def pinned_bounce(nbytes: int) -> Tensor:
+def pinned_staging(nbytes: int) -> Tensor:
     """Pinned memory between a device and a file.
 
     Raises:
@@ -28,7 +28,7 @@ def pinned_bounce(nbytes: int) -> Tensor:
         return pinned(nbytes)
     except (RuntimeError, MemoryError) as error:
         raise MemoryError(
-            f"paged state: wanted {in_words(nbytes)} of pinned host memory, as much as page_budget "
+            f"paged state: wanted {readable(nbytes)} of pinned host memory, as much as page_budget "
             f"is, to pass pages through, had none ({str(error).splitlines()[0]}). Lower "
             "page_budget="
         ) from error
@@ -64,10 +64,10 @@ class PinnedMemory:
         self._starts: list[int] = []
         self._size = 0  # of all slabs
         self._end = 0
-        self._ranges = Ranges()
+        self._ranges = AddressRanges()
 
     def reserve(self, sizes: Sequence[int]) -> list[int]:
-        """As :meth:`Home.reserve`.
+        """As :meth:`BackingStore.reserve`.
 
         Raises:
             MemoryError: the system refuses to pin so much.
@@ -99,18 +99,18 @@ class PinnedMemory:
             except (RuntimeError, MemoryError) as error:
                 reason, cause = str(error).split("\n")[0], error
         raise MemoryError(
-            f"paged state: wanted {in_words(wanted)} of pinned host memory, had {in_words(had)} of "
-            f"it when {in_words(nbytes)} more were refused ({reason}; "
-            f"{'unknown' if available is None else in_words(available)} of host memory available "
+            f"paged state: wanted {readable(wanted)} of pinned host memory, had {readable(had)} of "
+            f"it when {readable(nbytes)} more were refused ({reason}; "
+            f"{'unknown' if available is None else readable(available)} of host memory available "
             "then). Give page_dir= a directory on a fast disk: pages are then kept in a file"
         ) from cause
 
     def release(self, address: int, nbytes: int) -> None:
-        """As :meth:`Home.release`; the memory stays pinned for later ranges of the same size."""
+        """As :meth:`BackingStore.release`; the memory stays pinned for later ranges."""
         self._ranges.add(address, nbytes)
 
     def pieces(self, address: int, nbytes: int) -> list[Tensor]:
-        """As :meth:`Home.pieces`; views of the slabs."""
+        """As :meth:`BackingStore.pieces`; views of the slabs."""
         found = []
         index = bisect.bisect_right(self._starts, address) - 1
         while nbytes:

@@ -12,13 +12,13 @@ another page, that one only comes late.
 :class:`Schedule` returns :class:`Event` lists.  What they mean, for whoever carries them out:
 
 ``stage``
-    copy the page from its home to ``offset`` of the device;
+    copy the page from its backing store to ``offset`` of the device;
 ``wait``
     computing has to wait for the last copy of this page, in either direction;
 ``use``
     the step reads and changes the page on the device;
 ``write_back``
-    after what has been computed so far, copy the page to its home;
+    after what has been computed so far, copy the page to its backing store;
 ``free``
     the bytes of the page go to other pages: whatever is staged from now on waits for the last
     copy of this page.
@@ -69,8 +69,8 @@ class Schedule:
     Args:
         sizes: bytes of each page, > 0.  Those that come first are the first to be kept.
         budget: bytes of the device that pages may take together.
-        patient: do not prefetch into the place of the group that has just been used.  For movers
-            whose ``free`` lets the host wait: it then waits for the group before that.
+        reuse_blocks_host: do not prefetch into the place of the group that has just been used. For
+            transfers whose ``free`` blocks the host: it then waits for the group before that.
 
     Attributes:
         capacity: bytes of the device that are used, ``<= budget``.
@@ -81,9 +81,11 @@ class Schedule:
         ValueError: a page is larger than ``budget``.
     """
 
-    def __init__(self, sizes: Mapping[int, int], budget: int, patient: bool = False) -> None:
+    def __init__(
+        self, sizes: Mapping[int, int], budget: int, reuse_blocks_host: bool = False
+    ) -> None:
         self.sizes = dict(sizes)
-        self._patient = patient
+        self._patient = reuse_blocks_host
         total, largest = sum(self.sizes.values()), max(self.sizes.values(), default=0)
         if largest > budget:
             raise ValueError(f"a page has {largest} bytes, the budget is {budget}")
@@ -104,7 +106,7 @@ class Schedule:
         self.at_once = kept_bytes + max(self._group_limit, largest_passing)
         self._ring: deque[_Slot] = deque()  # the oldest first
         self._slots: dict[int, _Slot] = {}  # every page that is on the device
-        self._dirty: set[int] = set()  # kept pages whose home is behind
+        self._dirty: set[int] = set()  # kept pages whose backing store is behind
         self._order: list[int] = []
         self._index: dict[int, int] = {}
         self._position = 0
@@ -161,14 +163,14 @@ class Schedule:
 
     # --- what others call, between steps ----------------------------------------------------------
 
-    def send_home(self, pages: Iterable[int]) -> list[Event]:
-        """Bring the homes of ``pages`` up to date; they stay where they are."""
+    def evict(self, pages: Iterable[int]) -> list[Event]:
+        """Bring the backing stores of ``pages`` up to date; they stay where they are."""
         stale = [page for page in pages if page in self._dirty]
         self._dirty.difference_update(stale)
         return [Event(WRITE_BACK, page, self._slots[page].offset) for page in stale]
 
     def forget(self, page: int) -> list[Event]:
-        """Give up what the device has of ``page``: its home is about to change, or to go."""
+        """Give up what the device has of ``page``: what is backed is about to change or go."""
         self._dirty.discard(page)
         slot = self._slots.pop(page, None)
         if slot is None:
@@ -267,14 +269,14 @@ def trace(
     order: Sequence[int],
     budget: int,
     steps: int = 1,
-    patient: bool = False,
+    reuse_blocks_host: bool = False,
 ) -> list[Event]:
     """All events of ``steps`` steps that use the pages in ``order``, with everything written back.
 
     Raises:
         ValueError: a page is larger than ``budget``.
     """
-    schedule = Schedule(sizes, budget, patient)
+    schedule = Schedule(sizes, budget, reuse_blocks_host)
     events: list[Event] = []
     for _ in range(steps):
         events += schedule.expect(order)
@@ -284,4 +286,4 @@ def trace(
             events += schedule.begin(group)
             events += schedule.end(group)
             done += len(group)
-    return events + schedule.send_home(order)
+    return events + schedule.evict(order)

@@ -170,7 +170,7 @@ def test_queues_are_streams_of_the_device(monkeypatch):
         "empty",
         lambda *a, **k: SimpleNamespace(record_stream=lambda s: recorded.append(s.name)),
     )
-    queues = transfer.CudaQueues("cuda:1")
+    queues = transfer.CudaStreams("cuda:1")
     memory = queues.allocate(10)
     monkeypatch.setattr(transfer.torch, "empty", real)
     names = [stream.name for stream in sides]
@@ -179,17 +179,17 @@ def test_queues_are_streams_of_the_device(monkeypatch):
     assert [stream.calls for stream in sides] == [[("wait stream", "current")]] * 2
     assert memory is not None
     target = torch.zeros(3)
-    queues.copy("in", target, torch.ones(3))
+    queues.copy("h2d", target, torch.ones(3))
     assert active == [names[0], "left"]
     assert torch.equal(target, torch.ones(3))
-    events = {queue: queues.record(queue) for queue in ("compute", "in", "out")}
+    events = {queue: queues.record(queue) for queue in ("compute", "h2d", "d2h")}
     assert [event.recorded for event in events.values()] == ["current", *names]
-    queues.wait("out", events["compute"])
-    queues.wait("compute", events["in"])
-    queues.wait("in", events["out"])
+    queues.wait("d2h", events["compute"])
+    queues.wait("compute", events["h2d"])
+    queues.wait("h2d", events["d2h"])
     assert sides[1].calls[-1] == ("wait event", "current")
     assert current.calls == [("wait event", names[0])]
     assert sides[0].calls[-1] == ("wait event", names[1])
-    assert queues.done(events["in"]) is True
-    queues.synchronize(events["out"])
-    assert events["out"].recorded == f"{names[1]}, synchronized"
+    assert queues.done(events["h2d"]) is True
+    queues.synchronize(events["d2h"])
+    assert events["d2h"].recorded == f"{names[1]}, synchronized"

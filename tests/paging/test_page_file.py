@@ -28,7 +28,7 @@ from came8bit.ops import step as stepping
 from came8bit.paging import page_file as pagefile
 from came8bit.paging import pinned
 from came8bit.paging.page_file import GRANULE, PageFile, default_directory
-from came8bit.paging.pages import both_in_words, in_words
+from came8bit.paging.pages import both_readable, readable
 from came8bit.paging.pinned import PinnedMemory
 
 
@@ -531,35 +531,35 @@ def test_nothing_is_left_of_an_unnamed_file(tmp_path, monkeypatch):
     pagefile.tempfile.tempdir = None
 
 
-# --- the homes themselves -------------------------------------------------------------------------
+# --- the backing stores themselves --------------------------------------------------------------
 
 
-def homes(tmp_path):
+def backings(tmp_path):
     yield PageFile(tmp_path)
     yield PageFile(None)
     yield PinnedMemory(lambda n: torch.zeros(n, dtype=torch.uint8), slab=1 << 13)
 
 
 def test_homes_keep_bytes_and_give_out_zeros(tmp_path):
-    for home in homes(tmp_path):
+    for backing in backings(tmp_path):
         sizes = [5000, 70_000, 256, 5000]
-        places = list(zip(home.reserve(sizes), sizes, strict=True))
+        places = list(zip(backing.reserve(sizes), sizes, strict=True))
         for number, (address, size) in enumerate(places):
-            pieces = home.pieces(address, size)
+            pieces = backing.pieces(address, size)
             assert sum(piece.numel() for piece in pieces) == size
             for piece in pieces:
                 assert not piece.any()
                 piece.fill_(number + 1)
         for number, (address, size) in enumerate(places):
-            for piece in home.pieces(address, size):
+            for piece in backing.pieces(address, size):
                 assert piece.eq(number + 1).all()
-        home.release(*places[0])
-        (again,) = home.reserve([5000])
+        backing.release(*places[0])
+        (again,) = backing.reserve([5000])
         assert again == places[0][0]
-        assert not any(piece.any() for piece in home.pieces(again, 5000))
-        (other,) = home.reserve([5000])
+        assert not any(piece.any() for piece in backing.pieces(again, 5000))
+        (other,) = backing.reserve([5000])
         assert other not in [address for address, _ in places]
-        home.check()
+        backing.check()
 
 
 # This machine may have no accelerator: then PyTorch itself refuses to pin.
@@ -572,17 +572,17 @@ def test_refused_pinned_memory_says_how_much_and_offers_the_file(monkeypatch):
             raise RuntimeError("CUDA error: out of memory\nmore text")
         return torch.zeros(nbytes, dtype=torch.uint8)
 
-    home = PinnedMemory(refuse_the_third, slab=1 << 20)
+    backing = PinnedMemory(refuse_the_third, slab=1 << 20)
     message = (
         r"wanted 4 MiB of pinned host memory, had 2 MiB of it when 1 MiB more were refused "
         r"\(CUDA error: out of memory; .* available then\)\. Give page_dir="
     )
     with pytest.raises(MemoryError, match=message):
-        home.reserve([1 << 21, 1 << 21])
-    assert home.reserve([1 << 21]) == [0]  # as if nothing had been asked for
+        backing.reserve([1 << 21, 1 << 21])
+    assert backing.reserve([1 << 21]) == [0]  # as if nothing had been asked for
     monkeypatch.setattr(pinned, "_available_memory", lambda: 1000)
     with pytest.raises(MemoryError, match=r"more than is available; 1000 bytes of host memory"):
-        home.reserve([1 << 22])
+        backing.reserve([1 << 22])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pinned memory is to be had here")
@@ -590,12 +590,12 @@ def test_pytorch_refuses_to_pin_without_an_accelerator():
     with pytest.raises(MemoryError, match=r"wanted 64 KiB of pinned host memory, had 0 bytes"):
         PinnedMemory().reserve([1 << 16])
     with pytest.raises(MemoryError, match=r"as much as page_budget is, .* Lower page_budget="):
-        pinned.pinned_bounce(1 << 16)
+        pinned.pinned_staging(1 << 16)
 
 
 def test_bytes_in_words():
     expected = ["0 bytes", "1023 bytes", "1 KiB", "1.5 MiB", "6.519 GiB", "2048 TiB"]
-    assert [in_words(n) for n in (0, 1023, 1024, 3 << 19, 7 * 10**9, 1 << 51)] == expected
-    assert both_in_words(1 << 30, 3 << 29) == ("1 GiB", "1.5 GiB")
-    assert both_in_words(1 << 30, (1 << 30) - 1) == ("1073741824 bytes", "1073741823 bytes")
-    assert both_in_words(1 << 30, 1 << 30) == ("1 GiB", "1 GiB")
+    assert [readable(n) for n in (0, 1023, 1024, 3 << 19, 7 * 10**9, 1 << 51)] == expected
+    assert both_readable(1 << 30, 3 << 29) == ("1 GiB", "1.5 GiB")
+    assert both_readable(1 << 30, (1 << 30) - 1) == ("1073741824 bytes", "1073741823 bytes")
+    assert both_readable(1 << 30, 1 << 30) == ("1 GiB", "1 GiB")

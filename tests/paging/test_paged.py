@@ -491,11 +491,11 @@ def test_bad_options(cls, options, message):
 def test_homes_and_budgets_by_device(tmp_path):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
     unnamed, named = (Pager(Placement(directory)) for directory in (None, tmp_path))
-    assert isinstance(unnamed._home(gpu), PinnedMemory)
-    assert isinstance(unnamed._home(cpu), PageFile)
-    assert named._home(gpu) is named._home(cpu)
+    assert isinstance(unnamed._backing(gpu), PinnedMemory)
+    assert isinstance(unnamed._backing(cpu), PageFile)
+    assert named._backing(gpu) is named._backing(cpu)
     with pytest.raises(NotImplementedError, match="CPU and on CUDA devices, got xpu"):
-        named._home(torch.device("xpu"))
+        named._backing(torch.device("xpu"))
     mib = 1 << 20
     assert default_budget("cuda", [mib] * 1000) == 256 * mib
     assert default_budget("cuda", [100 * mib] * 10) == 300 * mib

@@ -22,12 +22,12 @@ from came8bit.paging.schedule import (
 class Device:
     """Carries out events one after the other and objects to what must not be.
 
-    ``home`` and ``here`` count how often a page has been changed, as known in each place.
+    ``backing`` and ``here`` count how often a page has been changed, as known in each place.
     """
 
     def __init__(self, sizes: dict[int, int], budget: int) -> None:
         self.sizes, self.budget = sizes, budget
-        self.home = dict.fromkeys(sizes, 0)
+        self.backing = dict.fromkeys(sizes, 0)
         self.here: dict[int, int] = {}
         self.offsets: dict[int, int] = {}
         self.waited: set[int] = set()
@@ -42,7 +42,7 @@ class Device:
                 assert end <= self.budget
                 for other, start in self.offsets.items():
                     assert end <= start or start + self.sizes[other] <= offset, "still in use"
-                self.here[page], self.offsets[page] = self.home[page], offset
+                self.here[page], self.offsets[page] = self.backing[page], offset
                 continue
             assert self.offsets[page] == offset
             if event.kind == WAIT:
@@ -51,9 +51,9 @@ class Device:
                 assert page in self.waited
                 self.here[page] += 1
             elif event.kind == WRITE_BACK:
-                self.home[page] = self.here[page]
+                self.backing[page] = self.here[page]
             elif event.kind == FREE:
-                assert self.home[page] == self.here[page], "freed before it was written back"
+                assert self.backing[page] == self.here[page], "freed before it was written back"
                 self.waited.discard(page)
                 del self.here[page], self.offsets[page]
             else:
@@ -68,14 +68,16 @@ def problems(draw: st.DrawFn) -> tuple[dict[int, int], int]:
 
 
 @given(problems(), st.randoms(use_true_random=False), st.integers(1, 4), st.booleans())
-def test_every_use_sees_the_last_change_and_the_budget_holds(problem, random, steps, patient):
+def test_every_use_sees_the_last_change_and_the_budget_holds(
+    problem, random, steps, reuse_blocks_host
+):
     sizes, budget = problem
     order = list(sizes)
     random.shuffle(order)
-    events = trace(sizes, order, budget, steps, patient)
+    events = trace(sizes, order, budget, steps, reuse_blocks_host)
     device = Device(sizes, budget)
     device.do(events)
-    assert device.home == dict.fromkeys(sizes, steps)
+    assert device.backing == dict.fromkeys(sizes, steps)
     uses = [event.page for event in events if event.kind == USE]
     assert uses == order * steps
 
@@ -83,23 +85,23 @@ def test_every_use_sees_the_last_change_and_the_budget_holds(problem, random, st
 @settings(max_examples=300)
 @given(problems(), st.data())
 def test_any_order_of_use_is_right(problem, data):
-    """Pages left out, used twice, in other orders; homes read and replaced in between."""
+    """Pages left out, used twice, in other orders; backings read and replaced in between."""
     sizes, budget = problem
     schedule = Schedule(sizes, budget, data.draw(st.booleans()))
     device = Device(sizes, budget)
     pages = st.sampled_from(list(sizes))
     changes = dict.fromkeys(sizes, 0)
     for _ in range(data.draw(st.integers(1, 15))):
-        kind = data.draw(st.sampled_from(["expect", "use", "use", "use", "home", "forget"]))
+        kind = data.draw(st.sampled_from(["expect", "use", "use", "use", "backing", "forget"]))
         if kind == "expect":
             device.do(schedule.expect(data.draw(st.lists(pages, unique=True))))
-        elif kind == "home":
+        elif kind == "backing":
             page = data.draw(pages)
-            device.do(schedule.send_home([page]))
-            assert device.home[page] == changes[page]
+            device.do(schedule.evict([page]))
+            assert device.backing[page] == changes[page]
         elif kind == "forget":
             page = data.draw(pages)
-            device.do(schedule.send_home([page]))
+            device.do(schedule.evict([page]))
             device.do(schedule.forget(page))
             assert page not in device.here
         else:
@@ -112,8 +114,8 @@ def test_any_order_of_use_is_right(problem, data):
                 device.do(schedule.end(group))
                 for page in group:
                     changes[page] += 1
-    device.do(schedule.send_home(sizes))
-    assert device.home == changes
+    device.do(schedule.evict(sizes))
+    assert device.backing == changes
 
 
 @given(problems(), st.integers(2, 4))
@@ -195,7 +197,7 @@ def test_groups_are_a_third_of_the_ring_or_a_single_page(problem):
 def test_patience_leaves_what_was_just_used_alone(problem, steps):
     """Unless there is no other place for what has to come, and then it is not prefetched."""
     sizes, budget = problem
-    schedule, order = Schedule(sizes, budget, patient=True), list(sizes)
+    schedule, order = Schedule(sizes, budget, reuse_blocks_host=True), list(sizes)
     for _ in range(steps):
         schedule.expect(order)
         done = 0

@@ -15,7 +15,7 @@ from came8bit.paging import pager as pagers
 from came8bit.paging import pages
 from came8bit.paging.page_file import PageFile
 from came8bit.paging.pinned import PinnedMemory
-from came8bit.paging.transfer import Copies
+from came8bit.paging.transfer import StreamTransfer
 from came8bit.state.store import missing_layouts
 
 SHAPES = [(64, 64)] * 5  # pages of one size: a ring of three holds exactly three
@@ -31,13 +31,18 @@ def host_memory(nbytes):
 def device(monkeypatch):
     """``device(policy, ...)``: from now on CPU parameters have their pages behind fake queues."""
 
-    def set_up(policy=0, ignore=None, home="pinned", slab=1 << 20):
+    def set_up(policy=0, ignore=None, backing="pinned", slab=1 << 20):
         queues = FakeQueues(policy, ignore)
         monkeypatch.setattr(pages, "MIN_PAGE_BYTES", 1 << 12)
-        homes = {"pinned": lambda: PinnedMemory(host_memory, slab), "file": lambda: PageFile(None)}
-        bounce = host_memory if home == "file" else None
-        monkeypatch.setattr(pagers.Pager, "_home", lambda self, device: homes[home]())
-        monkeypatch.setattr(pagers, "mover_for", lambda _, home: Copies(queues, home, bounce))
+        backings = {
+            "pinned": lambda: PinnedMemory(host_memory, slab),
+            "file": lambda: PageFile(None),
+        }
+        staging = host_memory if backing == "file" else None
+        monkeypatch.setattr(pagers.Pager, "_backing", lambda self, device: backings[backing]())
+        monkeypatch.setattr(
+            pagers, "transfer_for", lambda _, backing: StreamTransfer(queues, backing, staging)
+        )
         return queues
 
     return set_up
@@ -87,16 +92,16 @@ def run_on(queues, cls, shapes, steps=3, left_out=(), **options):
     return optimizer
 
 
-@pytest.mark.parametrize("home", ["pinned", "file"])
+@pytest.mark.parametrize("backing", ["pinned", "file"])
 @pytest.mark.parametrize("pages_in_budget", [1, 2, 3, 4.5, 100])
 @pytest.mark.parametrize(("dense", "cls"), [(CAME8bit, PagedCAME8bit), (CAME32bit, PagedCAME32bit)])
-def test_same_bits_whatever_is_late(device, dense, cls, pages_in_budget, home):
+def test_same_bits_whatever_is_late(device, dense, cls, pages_in_budget, backing):
     left_out = {(1, 3), (2, 0), (2, 1), (2, 2)}
     for dtype in (torch.float32, torch.bfloat16):
         expected = make(dense, MIXED, dtype)
         train(expected, 4, left_out=left_out)
         for policy in POLICIES[::3]:
-            queues = device(policy, home=home, slab=1 << 13)
+            queues = device(policy, backing=backing, slab=1 << 13)
             budget = budget_for(cls, MIXED, pages_in_budget)
             got = run_on(
                 queues, cls, MIXED, 4, left_out, dtype=dtype, page_budget=budget, cautious=False
@@ -106,7 +111,7 @@ def test_same_bits_whatever_is_late(device, dense, cls, pages_in_budget, home):
 
 
 def test_the_host_never_waits_for_pinned_pages(device):
-    queues = device(("compute", "in", "out"))
+    queues = device(("compute", "h2d", "d2h"))
     optimizer = make(PagedCAME8bit, SHAPES, page_budget=budget_for(PagedCAME8bit, SHAPES, 3))
     with operators_on(queues):
         train(optimizer, 3)
@@ -144,7 +149,7 @@ def test_copies_in_are_asked_for_ahead_of_use(device):
     queues.drain()
     copied, used = 0, 0
     for what in queues.trace:
-        copied += what == "copy in"
+        copied += what == "copy h2d"
         used += what == "compute"
         if used:
             assert copied >= used + 1  # the next one has been asked for, before this one computes
@@ -156,13 +161,13 @@ def test_what_fits_is_copied_once(device):
     with operators_on(queues):
         train(optimizer, 5)
     queues.drain()
-    assert queues.trace.count("copy in") == len(SHAPES)
-    assert queues.trace.count("copy out") == 0
+    assert queues.trace.count("copy h2d") == len(SHAPES)
+    assert queues.trace.count("copy d2h") == 0
     assert queues.trace.count("compute") == 5  # all of a step in one call
     expected = make(CAME8bit, SHAPES)
     train(expected, 5)
     assert_same(complete(expected), complete(optimizer))
-    assert queues.trace.count("copy out") == len(SHAPES)  # to be read
+    assert queues.trace.count("copy d2h") == len(SHAPES)  # to be read
 
 
 def test_every_wait_is_needed(device):
@@ -191,13 +196,13 @@ def differs(device, policy, ignore, budget, expected):
     return False
 
 
-@pytest.mark.parametrize("home", ["pinned", "file"])
-def test_state_is_replaced_while_copies_are_under_way(device, home):
+@pytest.mark.parametrize("backing", ["pinned", "file"])
+def test_state_is_replaced_while_copies_are_under_way(device, backing):
     """Loading, reading and copying wait for what touches the same bytes."""
     other = make(CAME8bit, SHAPES, lr=3e-3)
     train(other, 2)
     for policy in POLICIES:
-        queues = device(policy, home=home)
+        queues = device(policy, backing=backing)
         budget = budget_for(PagedCAME8bit, SHAPES, 3)
         optimizer = make(PagedCAME8bit, SHAPES, page_budget=budget)
         expected = make(CAME8bit, SHAPES)
@@ -228,18 +233,18 @@ def test_state_is_replaced_while_copies_are_under_way(device, home):
 
 
 def test_the_end_of_a_step_writes_to_the_file_what_has_arrived(device):
-    queues = device(home="file")
+    queues = device(backing="file")
     optimizer = make(PagedCAME8bit, SHAPES, page_budget=budget_for(PagedCAME8bit, SHAPES, 3))
     with operators_on(queues):
         train(optimizer, 2)
-        (lane,) = optimizer._store.pager._lanes.values()
-        behind = dict(lane.mover._behind)
+        (lane,) = optimizer._store.pager._by_device.values()
+        behind = dict(lane.transfer._behind)
         assert behind
         optimizer._store.flush()
-        assert lane.mover._behind.keys() == behind.keys()  # nothing has arrived, nobody waits
+        assert lane.transfer._behind.keys() == behind.keys()  # nothing has arrived, nobody waits
         queues.drain()
         optimizer._store.flush()
-        assert not lane.mover._behind
+        assert not lane.transfer._behind
         train(optimizer, 1, first=2)
     queues.drain()
     expected = make(CAME8bit, SHAPES)
@@ -249,7 +254,7 @@ def test_the_end_of_a_step_writes_to_the_file_what_has_arrived(device):
 
 def test_a_parameter_at_a_time_in_a_known_order(device):
     """As backward does: the next page comes while this one is used."""
-    queues = device(("compute", "in", "out"))
+    queues = device(("compute", "h2d", "d2h"))
     optimizer = make(PagedCAME8bit, SHAPES, page_budget=budget_for(PagedCAME8bit, SHAPES, 3))
     expected = make(CAME8bit, SHAPES)
     train(expected, 3)
@@ -271,7 +276,7 @@ def test_a_parameter_at_a_time_in_a_known_order(device):
             one_at_a_time(t)
             copied, used = 3 if t == 2 else 0, 0
             for what in queues.trace:
-                copied += what == "copy in"
+                copied += what == "copy h2d"
                 used += what == "compute"
                 assert copied > used or t == 1
             assert used == len(SHAPES)
@@ -292,14 +297,16 @@ class Away(torch.Tensor):
 def test_pages_follow_a_parameter_to_another_device(device, monkeypatch):
     """First in a window of a file, then behind queues, then back."""
     expected, optimizer = make(CAME8bit, MIXED), None
-    real = pagers.mover_for
+    real = pagers.transfer_for
     queues = device()
-    fake = pagers.mover_for
+    fake = pagers.transfer_for
     behind_queues = False
-    monkeypatch.setattr(pagers, "mover_for", lambda d, h: (fake if behind_queues else real)(d, h))
+    monkeypatch.setattr(
+        pagers, "transfer_for", lambda d, h: (fake if behind_queues else real)(d, h)
+    )
     monkeypatch.setattr(
         pagers.Pager,
-        "_home",
+        "_backing",
         lambda self, d: PinnedMemory(host_memory) if behind_queues else PageFile(None),
     )
     optimizer = make(PagedCAME8bit, MIXED, page_budget=budget_for(PagedCAME8bit, MIXED, 3))
@@ -312,8 +319,8 @@ def test_pages_follow_a_parameter_to_another_device(device, monkeypatch):
             pager = optimizer._store.pager
             # There is one real device here: the pages believe that they have been on another.
             away = torch.device("meta", step)
-            lane = pager._lanes.pop(torch.device("cpu"))
-            pager._lanes[away] = lane
+            lane = pager._by_device.pop(torch.device("cpu"))
+            pager._by_device[away] = lane
             for page in pager._pages.values():
                 page.device = away
             for state in optimizer.state.values():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from came8bit.ops import step as stepping
 
-QUEUES = ("compute", "in", "out")
+QUEUES = ("compute", "h2d", "d2h")
 
 
 class Event:
@@ -27,7 +27,7 @@ class Event:
 
 
 class FakeQueues:
-    """:class:`came8bit.paging.transfer.Queues` over CPU memory.
+    """:class:`came8bit.paging.transfer.Streams` over CPU memory.
 
     Args:
         policy: names of queues, the preferred one first, or a number to seed a random choice.
