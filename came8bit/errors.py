@@ -7,7 +7,7 @@ to do, and the outermost function, which knows, adds what has been changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -49,8 +49,34 @@ def explaining(note: str, kinds: tuple[type[BaseException], ...] = REFUSALS) -> 
         raise
 
 
+_SHOWN = 5  # items that a message lists
+
+
+def printable(text: object, limit: int | None = None) -> str:
+    """Return ``text``, which came from a file, with control characters escaped for printing.
+
+    It is on one line then, cut where it is longer than ``limit``.
+    """
+    text = str(text)
+    cut = "" if limit is None or len(text) <= limit else "..."
+    return "".join(c if c.isprintable() else _escaped(c) for c in text[:limit]) + cut
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def listed(items: Sequence[str]) -> str:
+    """Return the first of ``items``, and how many more there are."""
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return (", ".join(printable(item, 100) for item in items[:_SHOWN]) or "none") + more
+
+
 class CheckpointError(ValueError):
     """A file is damaged, foreign, newer or for other parameters; the message says which."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, 4000))
 
 
 OTHER_WAY = (
@@ -81,8 +107,3 @@ class CliError(Exception):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-def printable(text: str) -> str:
-    """Return ``text``, which came from a file, with control characters escaped for printing."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
