@@ -263,13 +263,29 @@ class CAME(Optimizer):
         finally:
             self._optimizer_state_dict_pre_hooks = hooks
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        *,
+        allow_missing: bool = False,
+        allow_unused: bool = False,
+    ) -> None:
         """Continue from what :meth:`state_dict` returned; nothing is shared with ``state_dict``.
 
         Tensors keep their dtype and move to their parameter's device, or to its page: whether
         state is paged, and where, is this optimizer's own affair. The options come from
         ``state_dict``; those that it lacks stay as they are. A step in backward that is under way
         is over, without another update. Hooks run as in :class:`torch.optim.Optimizer`.
+
+        Parameters are matched by name where both sides have the same unique names, else by
+        position. ``optim_bits`` stays this optimizer's own: momentum in other bits is converted,
+        with a :class:`UserWarning`, as in :func:`came8bit.load_checkpoint`.
+
+        Args:
+            state_dict: of an optimizer of this package.
+            allow_missing: let parameters that were not saved, or whose saved state has NaN or
+                infinity, start without state.
+            allow_unused: leave out what was saved for parameters that this optimizer does not have.
 
         Raises:
             ValueError: the state belongs to another optimizer, a newer version or other
@@ -281,7 +297,9 @@ class CAME(Optimizer):
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
-        groups, saved = read_state_dict(state_dict, self.param_groups)
+        groups, saved = read_state_dict(
+            state_dict, self.param_groups, allow_missing=allow_missing, allow_unused=allow_unused
+        )
         self._store.replace_all(saved)
         self.__setstate__({"param_groups": groups})
         self._state_replaced()

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "validation": {"state"},
     "paging": {"errors", "state"},
     "ops": {"reference", "state"},
-    "state_dict": {"errors", "state", "validation"},
+    "state_dict": {"errors", "ops", "reference", "state", "validation"},
     "optim": {"errors", "ops", "paging", "state", "state_dict", "validation"},
     "variants": {"optim"},
     "step_in_backward": {"errors", "optim", "validation"},

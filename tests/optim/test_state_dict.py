@@ -302,13 +302,12 @@ REFUSED = {
         change(("param_groups",), lambda g: g + g),
         r"got groups of \[7, 7\] parameters, expected groups of \[7\]",
     ),
-    "other bits": (
-        change(("param_groups", 0, "optim_bits"), 32),
-        "saved with optim_bits=32, this optimizer has 8: construct it with the same",
-    ),
     "bad betas": (change(("param_groups", 0, "betas"), (0.9, 0.999)), "group 0: got betas"),
     "nan lr": (change(("param_groups", 0, "lr"), float("nan")), "group 0: got lr nan"),
-    "stranger": (change(("state",), lambda s: {**s, 99: s[0]}), r"got state for parameters \{99\}"),
+    "stranger": (
+        change(("state",), lambda s: {**s, 99: s[0]}),
+        "got state for parameters 99",
+    ),
     "other shape": (
         change((*P0, "exp_avg"), lambda t: t[:-1]),
         r"parameter 0 \(shape \(64, 96\)\) does not fit: got exp_avg of torch.int8 and shape "
@@ -327,11 +326,11 @@ REFUSED = {
     "extra buffer": (change(P0, lambda s: {**s, "RMS": 0}), "got buffers .*RMS.* expected"),
     "nan step": (
         change((*P0, "step"), torch.tensor(float("nan"))),
-        "got step of torch.float32 and shape .*, expected torch.int64",
+        "parameter 0: got step = nan, expected a count",
     ),
-    "python nan step": (change((*P0, "step"), float("nan")), "step is a float, expected a tensor"),
+    "python nan step": (change((*P0, "step"), float("nan")), "got step = nan, expected a count"),
     "negative step": (change((*P0, "step"), torch.tensor(-1)), "got step = -1, expected a count"),
-    "bool step": (change((*P0, "step"), True), "step is a bool, expected a tensor"),
+    "bool step": (change((*P0, "step"), True), "got step = True, expected a count"),
     "a string": (change((*P0, "absmax"), "lost"), "absmax is a str, expected a tensor"),
     "a generator": (change((*P0, "absmax"), iter([1])), "absmax is a list_iterator"),
     "not a dict": (change(P0, 3), "got the state of a parameter as int, expected a dict"),
@@ -375,10 +374,3 @@ def test_states_of_other_optimizers_are_refused(cls, dtype):
     with pytest.raises(ValueError, match=r"load_state_dict: .*(does not fit|got betas)"):
         optimizer.load_state_dict(state_dict)
     assert_same(before, snapshot(optimizer))
-
-
-@pytest.mark.parametrize(("source", "target"), [(CAME8bit, CAME32bit), (CAME32bit, CAME8bit)])
-def test_the_other_number_of_bits_is_refused(source, target):
-    optimizer = trained(cls=target)
-    with pytest.raises(ValueError, match=r"construct it with the same"):
-        optimizer.load_state_dict(trained(cls=source).state_dict())

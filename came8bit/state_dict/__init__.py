@@ -1,0 +1,112 @@
+"""Saved state for an optimizer: one merge for state dicts and for files.
+
+:mod:`.merge` decides which saved parameter is which, what the options become and which state fits;
+:mod:`.values` what is wrong with values, and converts momentum.  All of it before anything changes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..errors import listed, printable
+from ..state.layout import Group
+from ..state.store import Saved
+from .merge import SavedParameter, merge
+from .names import names_of
+from .values import COUNTERS, as_count, convert_momentum, find_fault
+
+
+def read_state_dict(
+    state_dict: Mapping[str, Any],
+    own_groups: Sequence[Group],
+    *,
+    allow_missing: bool = False,
+    allow_unused: bool = False,
+) -> tuple[list[dict[str, Any]], list[Saved]]:
+    """Read what :meth:`torch.optim.Optimizer.state_dict` returned.
+
+    A :class:`UserWarning` tells what will not be as it was saved.
+
+    Returns:
+        The new ``param_groups`` of an optimizer that has ``own_groups``, and the state to copy into
+        it, which is that of ``state_dict`` where nothing is converted.
+
+    Raises:
+        ValueError: the state is another optimizer's, newer, or for other parameters.
+    """
+    try:
+        missing = [key for key in ("state", "param_groups") if key not in state_dict]
+        if missing:
+            raise ValueError(f"got a dict without {missing}, expected what state_dict() returned")
+        saved_groups, saved, strangers = _parameters(state_dict)
+        # torch compares no names: other ones are no error of a state dict.
+        found = merge(
+            own_groups,
+            saved_groups,
+            saved,
+            allow_missing=allow_missing,
+            allow_unused=allow_unused,
+            strict_names=False,
+        )
+        if strangers and not allow_unused:
+            raise ValueError(
+                f"got state for parameters {listed(strangers)}, which no saved group lists; "
+                "allow_unused=True leaves it out"
+            )
+        found = found.without_faults(
+            {index: find_fault(one.state) for index, one in enumerate(saved)}, allow_missing
+        )
+    except ValueError as error:
+        raise ValueError(
+            printable(f"load_state_dict: {error}; nothing has been changed")
+        ) from error
+    for group, partner in zip(found.groups, found.partners, strict=True):
+        if partner is None or found.differences.matched_by == "name":
+            continue
+        if "param_names" in saved_groups[partner]:  # wins, as in torch
+            group["param_names"] = list(saved_groups[partner]["param_names"])
+    loaded = [
+        Saved(pair.param, pair.wanted, convert_momentum(saved[pair.saved].state, pair.wanted))
+        for pair in found.pairs
+        if pair.wanted is not None and pair.saved is not None
+    ]
+    unused = [*found.differences.unused, *strangers]
+    remarks = replace(found.differences, unused=unused).remarks()
+    if remarks:
+        warnings.warn(
+            printable(f"load_state_dict: {'; '.join(remarks)}"), UserWarning, stacklevel=3
+        )
+    return found.groups, loaded
+
+
+def _parameters(
+    state_dict: Mapping[str, Any],
+) -> tuple[Sequence[Group], list[SavedParameter], list[str]]:
+    """Return the groups, the parameters, and the keys of states that belong to none of them."""
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    keys = [key for group in groups for key in group["params"]]
+    names: Sequence[str | None] = names_of(groups) or [None] * len(keys)
+    group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
+    saved = []
+    for position, (key, name, group) in enumerate(zip(keys, names, group_of, strict=True)):
+        state = states.get(key) or {}
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"got the state of a parameter as {type(state).__name__}, expected a dict"
+            )
+        try:
+            counts = {
+                counter: torch.tensor(as_count(state[counter], counter))
+                for counter in COUNTERS
+                if counter in state and not getattr(state[counter], "is_meta", False)
+            }
+        except ValueError as error:
+            raise ValueError(f"the state of parameter {name or position}: {error}") from error
+        saved.append(SavedParameter(name, group, state={**state, **counts}))
+    known = set(keys)
+    return groups, saved, [str(key) for key in states if key not in known]

@@ -1,0 +1,99 @@
+"""The values of saved state: counts, faults, and momentum in other bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.schema import dequantize_blockwise, quantize_blockwise
+from ..reference.quant import NAN_CODE, slice_shape
+from ..state.layout import Layout, possible_layouts
+
+COUNTERS = ("step", "skipped")
+"""Buffers that are whole numbers and no tensors of a file."""
+
+_LARGEST_COUNT = 2**53  # no run has more steps, and float64 has each smaller one
+_ELEMENTS = 1 << 20  # of momentum that are converted at a time
+
+
+def as_count(value: object, name: str) -> int:
+    """Return ``value`` as a count: a whole number, also as a float or a 0-D tensor.
+
+    Raises:
+        ValueError: it is not one, or larger than any run makes it.
+    """
+    got = value
+    if isinstance(value, Tensor) and value.shape == () and not value.is_complex():
+        value = value.item()
+    if isinstance(value, (Integral, Real)) and not isinstance(value, bool):
+        number = float(value) if not isinstance(value, Integral) else int(value)
+        if 0 <= number < _LARGEST_COUNT and number == int(number):
+            return int(number)
+    shown = f"{got.dtype} of shape {tuple(got.shape)}" if isinstance(got, Tensor) else repr(got)
+    shown = repr(value) if isinstance(value, (int, float)) else shown
+    raise ValueError(f"got {name} = {shown[:80]}, expected a count")
+
+
+def find_fault(state: Mapping[str, Any]) -> str | None:
+    """Say what makes a state one that no step can go on from, or return ``None``.
+
+    Statistics are means of squares and scales are magnitudes: finite and not negative.  Momentum
+    is finite.
+    """
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.is_meta or not value.numel() or name in COUNTERS:
+            continue
+        if value.dtype == torch.int8:
+            if bool((value == NAN_CODE).any()):
+                return f"{name} has codes of NaN"
+        elif value.is_floating_point():
+            low, high = (float(bound) for bound in torch.aminmax(value.detach()))
+            if not (math.isfinite(low) and math.isfinite(high)):
+                return f"{name} has " + ("NaN" if math.isnan(low) else "infinite values")
+            if low < 0 and name != "exp_avg":
+                return f"{name} has negative values"
+    return None
+
+
+def convert_momentum(state: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """Return ``state`` with its momentum as ``layout`` has it; the rest is passed on as it is.
+
+    From 8 to 32 bits is exact, and back from there too.  From 32 to 8 rounds to the nearest code,
+    as the step does.  Blocks never cross a slice of the first dimension, so working slice by slice
+    gives what the whole tensor would.
+    """
+    bits = 8 if "absmax" in state else 32
+    if bits == layout.momentum_bits:
+        return dict(state)
+    momentum = state["exp_avg"]
+    slices, slice_len = slice_shape(momentum.shape)
+    rows = max(1, _ELEMENTS // max(1, slice_len))
+    rest = {name: value for name, value in state.items() if name not in ("exp_avg", "absmax")}
+    made = {
+        buffer.name: torch.empty(buffer.shape, dtype=buffer.dtype, device=momentum.device)
+        for buffer in layout.buffers
+        if buffer.name in ("exp_avg", "absmax")
+    }
+    for first in range(0, slices, rows):
+        part = slice(first, first + rows)
+        if layout.momentum_bits == 32:
+            made["exp_avg"][part] = dequantize_blockwise(momentum[part], state["absmax"][part])
+        else:
+            made["exp_avg"][part], made["absmax"][part] = quantize_blockwise(momentum[part])
+    return {**made, **rest}
+
+
+def with_momentum(layout: Layout, bits: int, shape: Sequence[int]) -> Layout:
+    """Return the layout that has the statistics of ``layout`` and momentum in ``bits``."""
+    if layout.momentum_bits == bits:
+        return layout
+    return next(
+        other
+        for other in possible_layouts(shape)
+        if (other.view, other.factored, other.momentum_bits) == (layout.view, layout.factored, bits)
+    )
