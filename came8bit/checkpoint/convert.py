@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listed
 from ..optim import CAME
 from ..state.layout import plan
-from ..validation import ADDED_OPTIONS, CHOICES, FORMAT_VERSION, check_options
+from ..state_dict.merge import check_group
+from ..state_dict.values import convert_momentum, with_momentum
+from ..validation import ADDED_OPTIONS, CHOICES, FORMAT_VERSION
 from .format import Entry, label
-from .load import FreedMemory, convert_momentum
+from .load import FreedMemory
+from .load import verify as read_all
 from .reader import open_source
 from .save import write_checkpoint
 
@@ -26,9 +29,11 @@ class ConvertReport:
     """What :func:`convert_checkpoint` did.
 
     Attributes:
-        kind: of the file that was read, ``"came8bit"`` or ``"came-pytorch"``.
+        kind: of the file that was read: ``"came8bit"``, ``"state_dict"`` or ``"came-pytorch"``.
         parameters: how many there are.
         converted: names of those whose momentum is in other bits now.
+        faults: ``{name: what is wrong}`` of those whose state no optimizer continues; it is in the
+            new file as it was.
         bytes_read: size of the file that was read.
         bytes_written: size of the new one.
     """
@@ -36,6 +41,7 @@ class ConvertReport:
     kind: str
     parameters: int
     converted: Sequence[str]
+    faults: Mapping[str, str]
     bytes_read: int
     bytes_written: int
 
@@ -52,11 +58,12 @@ def convert_checkpoint(
     an optimizer with these ``optim_bits`` and the saved ``min_8bit_size``.
 
     Args:
-        source: a checkpoint, or a state dict of came-pytorch; the latter gets this package's
-            defaults for options that came-pytorch lacks, and ``factored_view="last_two"``.
+        source: a checkpoint, or a file of ``torch.save`` with the ``state_dict()`` of an optimizer
+            of this package or of came-pytorch.  Options that the latter lacks get this package's
+            defaults, and ``factored_view="last_two"``.
         target: of the new file; it may be ``source``.  Written like
             :func:`~came8bit.save_checkpoint` does, parameter by parameter.
-        optim_bits: 8 or 32 for all groups; ``None`` leaves them as they are.
+        optim_bits: of the momentum in all groups; ``None`` leaves them as they are.
 
     Raises:
         CheckpointError: ``source`` is damaged, foreign or newer.  Nothing has been written.
@@ -65,17 +72,23 @@ def convert_checkpoint(
     if optim_bits is not None and optim_bits not in CHOICES["optim_bits"]:
         raise ValueError(f"got optim_bits {optim_bits!r}, expected one of {CHOICES['optim_bits']}")
     with open_source(source) as opened:
-        defaults = CAME([torch.empty(0)]).defaults if opened.kind == "came-pytorch" else {}
+        if opened.strangers:
+            raise CheckpointError(
+                f"it has state for {listed(opened.strangers)}, which no group lists"
+            )
+        defaults = {} if opened.kind == "came8bit" else CAME([torch.empty(0)]).defaults
         groups: list[dict[str, Any]] = []
         for index, saved in enumerate(opened.groups):
-            group = {**defaults, **ADDED_OPTIONS, **saved, "format_version": FORMAT_VERSION}
+            # In the saved order: what needs no conversion keeps its bytes.
+            group = {**saved, **defaults, **ADDED_OPTIONS, **saved}
+            group["format_version"] = FORMAT_VERSION
             group["optim_bits"] = optim_bits or group.get("optim_bits")
             try:
-                check_options(group)
-            except (KeyError, ValueError, TypeError) as error:
-                raise CheckpointError(f"{source}: group {index}: {error}") from error
+                check_group(group, index)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from error
             groups.append(group)
-        opened.verify()
+        faults = read_all(opened)
         converted: list[str] = []
         freed = FreedMemory()
 
@@ -85,27 +98,39 @@ def convert_checkpoint(
             if layout is None or entry.shape is None:
                 return {}
             freed.add(4 * math.prod(entry.shape))  # what came before it
-            bits = layout.momentum_bits
-            if group["optim_bits"] != opened.groups[entry.group]["optim_bits"]:
-                bits = plan(
+            wanted = layout
+            if group["optim_bits"] != opened.groups[entry.group].get("optim_bits"):
+                planned = plan(
                     entry.shape,
                     optim_bits=group["optim_bits"],
                     min_8bit_size=group["min_8bit_size"],
-                ).momentum_bits
-            if bits != layout.momentum_bits:
+                )
+                wanted = with_momentum(layout, planned.momentum_bits, entry.shape)
+            if wanted != layout:
                 converted.append(label(entry, position))
-            return convert_momentum(opened.read(position), bits)
+            return convert_momentum(opened.read(position), wanted)
 
         entries = [
             replace(entry, step=None, skipped=0, sha256=None, tensors={})
             for entry in opened.entries
         ]
         written = write_checkpoint(target, groups, entries, read, opened.user)
-        return ConvertReport(opened.kind, len(entries), converted, opened.nbytes, written)
+        return ConvertReport(
+            kind=opened.kind,
+            parameters=len(entries),
+            converted=converted,
+            faults=_named(faults, opened.entries),
+            bytes_read=opened.nbytes,
+            bytes_written=written,
+        )
+
+
+def _named(faults: Mapping[int, str | None], entries: Sequence[Entry]) -> dict[str, str]:
+    return {label(entries[place], place): fault for place, fault in faults.items() if fault}
 
 
 def inspect_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, Any]:
-    """Describe a checkpoint, or a state dict of came-pytorch; changes nothing, needs no model.
+    """Describe a checkpoint or a state dict in a file of ``torch.save``; needs no model.
 
     Args:
         path: of the file.
@@ -114,8 +139,9 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> 
     Returns:
         What JSON can hold (tensors as numbers, infinities as strings): ``kind``,
         ``format_version``, ``came8bit_version``, ``bytes``, ``state_bytes``, ``verified`` (``None``
-        if it was not tried), ``damage`` (a sentence or ``None``), ``metadata``, ``groups`` (saved
-        options and how many parameters), ``parameters`` (position, name, group, shape, dtype, step,
+        if it was not tried), ``damage`` (a sentence or ``None``), ``faults`` (what is wrong with
+        the values of states that were read, by parameter), ``metadata``, ``groups`` (saved options
+        and how many parameters), ``parameters`` (position, name, group, shape, dtype, step,
         skipped, momentum_bits, view, bytes).
 
     Raises:
@@ -123,10 +149,10 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> 
         OSError: it cannot be read.
     """
     with open_source(path) as source:
-        damage = None
+        damage, faults = None, {}
         if verify:
             try:
-                source.verify()
+                faults = _named(read_all(source), source.entries)
             except CheckpointError as error:
                 damage = str(error)
         members = [entry.group for entry in source.entries]
@@ -139,6 +165,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> 
             "state_bytes": sum(entry.nbytes for entry in source.entries),
             "verified": damage is None if verify else None,
             "damage": damage,
+            "faults": faults,
             "metadata": dict(source.user),
             "groups": [
                 {"parameters": members.count(index), "options": _plain(dict(group))}

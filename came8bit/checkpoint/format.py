@@ -32,6 +32,7 @@ from torch import Tensor
 from .._version import __version__
 from ..errors import CheckpointError
 from ..state.layout import Buffer, Layout, possible_layouts
+from ..state_dict.values import COUNTERS
 
 FORMAT = "came8bit optimizer state"
 FILE_VERSION = 1
@@ -39,9 +40,6 @@ FILE_VERSION = 1
 
 LARGEST_HEADER = 100_000_000
 """What the safetensors library reads at most."""
-
-COUNTERS = ("step", "skipped")
-"""State that stands in the header and not among the tensors."""
 
 DTYPE_NAMES = {torch.int8: "I8", torch.float32: "F32"}
 NO_DIGEST = "0" * 64

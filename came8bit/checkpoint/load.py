@@ -7,86 +7,70 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..errors import CheckpointError
-from ..ops.schema import dequantize_blockwise, quantize_blockwise
+from ..errors import CheckpointError, listed, printable
 from ..optim import CAME
-from ..reference.quant import absmax_shape, slice_shape
-from .format import label
-from .match import OWN_OPTIONS, Match, Pair, dtype_changes, listed, match, same_option
+from ..state.layout import plan
+from ..state_dict.differences import Differences
+from ..state_dict.merge import (
+    OWN_OPTIONS,
+    Merge,
+    Pair,
+    SavedParameter,
+    merge,
+    same_option,
+)
+from ..state_dict.values import convert_momentum, find_fault
+from ..validation import ADDED_OPTIONS
+from .format import Entry, dtype_name
 from .reader import Source, open_source
 from .save import check_optimizer
 
 
-@dataclass(frozen=True)
-class LoadReport:
+@dataclass(frozen=True, kw_only=True)
+class LoadReport(Differences):
     """What :func:`load_checkpoint` did; ``str()`` says it in sentences.
 
     Attributes:
         path: of the file.
-        kind: ``"came8bit"``, or ``"came-pytorch"`` for imported state.
-        matched_by: ``"name"`` or ``"position"``.
+        kind: ``"came8bit"``; for files of ``torch.save``, ``"state_dict"`` for a state dict of this
+            package and ``"came-pytorch"`` for one of that.
         loaded: parameters that have state now.
         without_state: parameters that have none, because they had none in the file.
-        converted: ``{"32 to 8 bits": names}`` of the parameters whose momentum was converted.
-        moved: names of parameters whose position is not the saved one.
         dtypes: parameters whose dtype is not the saved one.
         options: per group what changed, ``{option: (before, after)}``.
         metadata: the strings that were saved beside the state.
-        wrappers: what wrappers had put into the names of one side, ``module.`` or ``_orig_mod.``,
-            and was left out to compare them.
-        unsure: parameters that have a name in the file and the shape of another, so that only the
-            order told them apart: the optimizer has no names.
     """
 
     path: str
     kind: str
-    matched_by: str
     loaded: int
     without_state: int
-    converted: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    moved: Sequence[str] = ()
     dtypes: Sequence[str] = ()
     options: Sequence[Mapping[str, tuple[Any, Any]]] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    wrappers: Sequence[str] = ()
-    unsure: Sequence[str] = ()
+    metadata: Mapping[str, str]
 
     def __str__(self) -> str:
         first = f"{self.path} ({self.kind}): state of {self.loaded} parameters by {self.matched_by}"
         rest = f" without {' and '.join(self.wrappers)}" if self.wrappers else ""
         rest += f", {self.without_state} without state" if self.without_state else ""
-        return "; ".join([first + rest, *self.remarks()])
+        return printable("; ".join([first + rest, *self.remarks()]))
 
     def remarks(self) -> list[str]:
-        """What is no longer as it was saved, or may not be."""
-        remarks = [
-            f"momentum of {len(names)} parameters converted from {what}"
-            for what, names in self.converted.items()
-        ]
-        if self.moved:
-            remarks.append(
-                f"{len(self.moved)} parameters are at another position than they were, so "
-                "stochastic rounding draws other bits for them"
-            )
-        if self.dtypes:
-            remarks.append(f"{len(self.dtypes)} parameters have another dtype than they had")
-        if self.unsure:
-            remarks.append(
-                f"the file has names, the optimizer no unique ones: {len(self.unsure)} parameters "
-                f"have the shape of another one ({listed(self.unsure)}) and were told apart by "
-                "their order, so another order than the saved one swaps their state; make the "
-                "optimizer over model.named_parameters() to have the names compared"
-            )
-        return remarks
+        """Return a sentence for each difference that changes what training does."""
+        dtypes = [f"{len(self.dtypes)} parameters have another dtype than they had"]
+        return super().remarks() + (dtypes if self.dtypes else [])
 
 
-def load_checkpoint(optimizer: CAME, path: str | os.PathLike[str]) -> LoadReport:
+def load_checkpoint(
+    optimizer: CAME,
+    path: str | os.PathLike[str],
+    *,
+    allow_missing: bool = False,
+    allow_unused: bool = False,
+) -> LoadReport:
     """Continue from a file that :func:`~came8bit.save_checkpoint` wrote.
 
     Parameters are matched by name where both sides have names (``named_parameters()``), else by
@@ -95,8 +79,9 @@ def load_checkpoint(optimizer: CAME, path: str | os.PathLike[str]) -> LoadReport
     but ``optim_bits`` stays the optimizer's own, and momentum is converted if it was saved in
     another.  Load the model first: it is not in the file.
 
-    A file that ``torch.save`` wrote with the ``state_dict()`` of ``came_pytorch.CAME`` can be
-    loaded, too; where that factors another view of a parameter than this optimizer, it is refused.
+    A file that ``torch.save`` wrote with the ``state_dict()`` of an optimizer of this package or of
+    ``came_pytorch.CAME`` can be loaded, too; where the latter factors another view of a parameter
+    than this optimizer, it is refused.
 
     The whole file is read and its checksums are compared before anything changes; then the state
     is replaced parameter by parameter, which needs memory for one of them.  Hooks of
@@ -105,10 +90,14 @@ def load_checkpoint(optimizer: CAME, path: str | os.PathLike[str]) -> LoadReport
     Args:
         optimizer: one of this package's, over the model that was saved.
         path: of the file.
+        allow_missing: let parameters that the file does not have, or whose saved state is damaged
+            by NaN or infinity, start without state.  Needs names on both sides.
+        allow_unused: leave out what the file has for parameters that the optimizer does not have.
 
     Returns:
         What was done.  A :class:`UserWarning` tells of conversions, of parameters that have changed
-        their position or dtype, and of those that could have been swapped without notice.
+        their position or dtype, of what was left out, and of those that could have been swapped
+        without notice.
 
     Raises:
         CheckpointError: the file is damaged, truncated, foreign, newer or for other parameters; a
@@ -127,19 +116,59 @@ def load_checkpoint(optimizer: CAME, path: str | os.PathLike[str]) -> LoadReport
                 )
     with open_source(path) as source:
         try:
-            found = match(optimizer.param_groups, source)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}; nothing has been changed") from error
-        source.verify()
-        report = _report(optimizer, os.fspath(path), source, found)
-        _replace(optimizer, source, found, os.fspath(path))
+            found = _match(optimizer, source, allow_missing, allow_unused)
+            found = found.without_faults(verify(source), allow_missing)
+        except ValueError as error:
+            raise CheckpointError(f"{error}; nothing has been changed") from error
+        report = _report(optimizer, os.fsdecode(path), source, found)
+        _replace(optimizer, source, found)
     if report.remarks():
-        text = "; ".join(report.remarks())
-        warnings.warn(f"load_checkpoint: {path}: {text}", UserWarning, stacklevel=2)
+        text = printable(f"load_checkpoint: {path}: {'; '.join(report.remarks())}")
+        warnings.warn(text, UserWarning, stacklevel=2)
     return report
 
 
-def _replace(optimizer: CAME, source: Source, found: Match, path: str) -> None:
+def _match(optimizer: CAME, source: Source, allow_missing: bool, allow_unused: bool) -> Merge:
+    """Decide what will be loaded; raise a :class:`ValueError` if the file does not fit."""
+    if source.strangers and not allow_unused:
+        raise ValueError(
+            f"the file has state for {listed(source.strangers)}, which no group lists; "
+            "allow_unused=True leaves it out"
+        )
+    # What came-pytorch does is no choice of its user: it is refused below or makes no difference.
+    official = source.kind == "came-pytorch"
+    found = merge(
+        optimizer.param_groups,
+        source.groups,
+        [SavedParameter(one.name, one.group, one.shape, one.layout) for one in source.entries],
+        allow_missing=allow_missing,
+        allow_unused=allow_unused,
+        kept=OWN_OPTIONS | ({"factored_view", *ADDED_OPTIONS} if official else set()),
+    )
+    if official:
+        _check_views(found)
+    unused = [*found.differences.unused, *source.strangers]
+    return replace(found, differences=replace(found.differences, unused=unused))
+
+
+def _check_views(found: Merge) -> None:
+    """came-pytorch factors the last two dimensions; statistics of one view are not another's."""
+    members = [group for group in found.groups for _ in group["params"]]
+    other = []
+    for pair, group in zip(found.pairs, members, strict=True):
+        shape = tuple(pair.param.shape)
+        own = plan(shape, factored_view=group["factored_view"])
+        if pair.layout and own.buffers != plan(shape, factored_view="last_two").buffers:
+            other.append(f"{pair.label} {shape}")
+    if other:
+        raise ValueError(
+            f"came-pytorch factors the last two dimensions, this optimizer chooses another view "
+            f"for {listed(other)}, and the statistics of one cannot be made from the other's; "
+            'construct the optimizer with factored_view="last_two"'
+        )
+
+
+def _replace(optimizer: CAME, source: Source, found: Merge) -> None:
     """Change the optimizer; everything that can be refused has been."""
     before = [dict(group) for group in optimizer.param_groups]
     for group, merged in zip(optimizer.param_groups, found.groups, strict=True):
@@ -161,37 +190,21 @@ def _replace(optimizer: CAME, source: Source, found: Match, path: str) -> None:
                 f"the state of {done} of {len(found.pairs)} parameters has been replaced, so load "
                 "again or make a new optimizer before the next step"
             )
-        raise RuntimeError(
-            f"{path}: loading failed ({type(error).__name__}: {error}); {state}"
-        ) from error
+        raise RuntimeError(f"loading failed ({type(error).__name__}: {error}); {state}") from error
     optimizer._state_replaced()
 
 
 def _replace_one(optimizer: CAME, source: Source, pair: Pair) -> None:
-    state = source.read(pair.saved)
-    if pair.bits is not None:
-        state = convert_momentum(state, pair.bits)
+    if pair.saved is not None and pair.wanted is not None:
+        state = convert_momentum(source.read(pair.saved), pair.wanted)
         device = pair.param.device
         state = {name: tensor.to(device) for name, tensor in state.items()}
-    elif not optimizer._store.read(pair.param):
-        return
-    optimizer._store.write(pair.param, state)
+        optimizer._store.write(pair.param, state)
+    elif optimizer._store.read(pair.param):
+        optimizer._store.write(pair.param, {})
 
 
-def _report(optimizer: CAME, path: str, source: Source, found: Match) -> LoadReport:
-    converted: dict[str, list[str]] = {}
-    moved = []
-    for pair in found.pairs:
-        entry = source.entries[pair.saved]
-        name = label(entry, pair.position)
-        layout = entry.layout
-        if layout is None:
-            continue
-        if layout.momentum_bits != pair.bits:
-            what = f"{layout.momentum_bits} to {pair.bits} bits"
-            converted.setdefault(what, []).append(name)
-        if pair.position != pair.saved:
-            moved.append(name)
+def _report(optimizer: CAME, path: str, source: Source, found: Merge) -> LoadReport:
     options = []
     for own, new in zip(optimizer.param_groups, found.groups, strict=True):
         changes = {
@@ -200,21 +213,45 @@ def _report(optimizer: CAME, path: str, source: Source, found: Match) -> LoadRep
             if key not in OWN_OPTIONS and not (key in own and same_option(own[key], value))
         }
         options.append(changes)
-    loaded = sum(pair.bits is not None for pair in found.pairs)
+    loaded = sum(pair.wanted is not None for pair in found.pairs)
     return LoadReport(
+        **vars(found.differences),
         path=path,
         kind=source.kind,
-        matched_by="name" if found.by_name else "position",
         loaded=loaded,
         without_state=len(found.pairs) - loaded,
-        converted=converted,
-        moved=moved,
-        dtypes=dtype_changes(found.pairs, source.entries),
+        dtypes=_dtype_changes(found.pairs, source.entries),
         options=options,
         metadata=dict(source.user),
-        wrappers=found.wrappers,
-        unsure=found.unsure,
     )
+
+
+def _dtype_changes(pairs: Sequence[Pair], entries: Sequence[Entry]) -> list[str]:
+    """The parameters whose dtype is no longer the one that was saved."""
+    found = []
+    for pair in pairs:
+        saved = None if pair.saved is None else entries[pair.saved].dtype
+        now = dtype_name(pair.param.dtype)
+        if saved not in (None, now):
+            found.append(f"{pair.label}: {saved} -> {now}")
+    return found
+
+
+def verify(source: Source) -> dict[int, str | None]:
+    """Read everything once.
+
+    Returns:
+        For each parameter what is wrong with the values of its state, see
+        :func:`~..state_dict.values.find_fault`.
+
+    Raises:
+        CheckpointError: a checksum is wrong.
+    """
+    freed, faults = FreedMemory(), {}
+    for position, entry in enumerate(source.entries):
+        faults[position] = find_fault(source.read(position))
+        freed.add(entry.nbytes)
+    return faults
 
 
 _EVERY = 1 << 22
@@ -245,42 +282,3 @@ class FreedMemory:
         if self._bytes >= _EVERY and self._trim is not None:
             self._trim(0)
             self._bytes = 0
-
-
-_ELEMENTS = 1 << 20
-
-
-def momentum_bits(state: Mapping[str, Tensor]) -> int:
-    """8 or 32, of a state that is not empty."""
-    return 8 if "absmax" in state else 32
-
-
-def convert_momentum(state: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """``state`` with its momentum in ``bits``; everything else is passed on as it is.
-
-    From 8 to 32 bits is exact, and back from there too.  From 32 to 8 rounds to the nearest code,
-    as the step does.  Blocks never cross a slice of the first dimension, so working slice by slice
-    gives what the whole tensor would.
-
-    Args:
-        state: of one parameter.
-        bits: 8 or 32.
-    """
-    if momentum_bits(state) == bits:
-        return state
-    momentum = state["exp_avg"]
-    slices, slice_len = slice_shape(momentum.shape)
-    rows = max(1, _ELEMENTS // max(1, slice_len))
-    rest = {name: value for name, value in state.items() if name not in ("exp_avg", "absmax")}
-    if bits == 32:
-        full = torch.empty(momentum.shape, dtype=torch.float32)
-        for first in range(0, slices, rows):
-            part = slice(first, first + rows)
-            full[part] = dequantize_blockwise(momentum[part], state["absmax"][part])
-        return {"exp_avg": full, **rest}
-    codes = torch.empty(momentum.shape, dtype=torch.int8)
-    absmax = torch.empty(absmax_shape(momentum.shape), dtype=torch.float32)
-    for first in range(0, slices, rows):
-        part = slice(first, first + rows)
-        codes[part], absmax[part] = quantize_blockwise(momentum[part])
-    return {"exp_avg": codes, "absmax": absmax, **rest}

@@ -9,16 +9,17 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Protocol, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, printable
 from ..state.layout import possible_layouts
-from ..validation import FORMAT_VERSION, PARAM_DTYPES
-from .came_pytorch import MAGIC, CamePytorchFile
+from ..state_dict.merge import check_versions
+from ..validation import PARAM_DTYPES
+from .archive import MAGIC, explained
 from .format import (
     DTYPE_NAMES,
     FILE_VERSION,
@@ -33,17 +34,20 @@ from .format import (
     label,
     place,
 )
+from .torch_file import TorchFile
 
 CHUNK = 1 << 22
 
 
 class Source(Protocol):
-    """An opened file; its header is checked, its tensors are not before :meth:`verify`.
+    """An opened file; its header is checked, its tensors are when they are read.
 
     Attributes:
-        kind: ``"came8bit"`` or ``"came-pytorch"``.
+        kind: ``"came8bit"``, or of files of ``torch.save`` ``"state_dict"`` for a state dict of
+            came8bit and ``"came-pytorch"`` for one of that.
         groups: saved options of every group.
         entries: the parameters in the saved order.
+        strangers: keys of states that belong to no parameter.
         user: strings that the caller kept beside the state.
         nbytes: size of the file.
         versions: of the file's format and of the program that wrote it, where known.
@@ -52,18 +56,17 @@ class Source(Protocol):
     kind: str
     groups: Sequence[Mapping[str, Any]]
     entries: Sequence[Entry]
+    strangers: Sequence[str]
     user: Mapping[str, str]
     nbytes: int
     versions: Mapping[str, Any]
 
-    def verify(self) -> None:
-        """Read everything once; raises :class:`CheckpointError` if a bit is wrong."""
-
     def read(self, position: int) -> dict[str, Tensor]:
-        """The state of a parameter as new CPU tensors in a layout of came8bit; may be empty."""
+        """Return the state of a parameter as new CPU tensors; empty without state.
 
-    def close(self) -> None:
-        """Close the file."""
+        Raises:
+            CheckpointError: its checksum is wrong.
+        """
 
 
 class SavedFile:
@@ -78,12 +81,10 @@ class SavedFile:
     """
 
     kind = "came8bit"
+    strangers: Sequence[str] = ()
 
-    def __init__(self, path: str | os.PathLike[str], file: BinaryIO) -> None:
-        if sys.byteorder != "little":
-            raise CheckpointError("checkpoints are little-endian; this processor is not")
-        self._path, self._file = path, file
-        self.nbytes = os.fstat(file.fileno()).st_size
+    def __init__(self, file: BinaryIO, nbytes: int) -> None:
+        self._file, self.nbytes = file, nbytes
         file.seek(0)
         first = file.read(9)
         size = header_size(first, self.nbytes)
@@ -97,21 +98,6 @@ class SavedFile:
             "format": header.file_version,
             "came8bit": header.came8bit_version,
         }
-
-    def verify(self) -> None:
-        """Compare the checksum of every parameter, in a buffer of constant size."""
-        buffer = memoryview(bytearray(CHUNK))
-        for position, entry in enumerate(self.entries):
-            if entry.tensors:
-                digest = hashlib.sha256()
-                self._seek(entry)
-                left = entry.nbytes
-                while left:
-                    piece = buffer[: min(left, CHUNK)]
-                    self._fill(piece)
-                    digest.update(piece)
-                    left -= len(piece)
-                self._compare(digest.hexdigest(), position)
 
     def read(self, position: int) -> dict[str, Tensor]:
         """The state of one parameter, its checksum compared again."""
@@ -131,10 +117,6 @@ class SavedFile:
         state["step"], state["skipped"] = torch.tensor(entry.step), torch.tensor(entry.skipped)
         return state
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     def _seek(self, entry: Entry) -> None:
         self._file.seek(self._data + min(span.begin for span in entry.tensors.values()))
 
@@ -143,23 +125,23 @@ class SavedFile:
         while done < len(piece):
             count = self._file.readinto(piece[done:])  # type: ignore[attr-defined]
             if not count:
-                raise CheckpointError(f"{self._path}: the file has become shorter while being read")
+                raise CheckpointError("the file has become shorter while being read")
             done += count
 
     def _compare(self, digest: str, position: int) -> None:
         entry = self.entries[position]
         if digest != entry.sha256:
             raise CheckpointError(
-                f"{self._path}: the state of parameter {label(entry, position)} is damaged (its "
-                "checksum is wrong); use an earlier checkpoint"
+                f"the state of parameter {label(entry, position)} is damaged (its checksum is "
+                "wrong); use an earlier checkpoint"
             )
 
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PARAM_DTYPES = sorted(map(dtype_name, PARAM_DTYPES))
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_OLD_MAGIC = b"\x80\x02\x8a\n"  # as a length, more than a safetensors header may have
 _NOT_OURS = "not an optimizer checkpoint of came8bit"
-T = TypeVar("T")
 
 
 def header_size(first: bytes, file_size: int) -> int:
@@ -210,7 +192,8 @@ def parse_header(first: bytes, text: bytes, file_size: int) -> Header:
         )
     _check_digest(first, text, metadata)
     # From here on the header is what somebody wrote on purpose; it may still make no sense.
-    header = _guarded(lambda: _read_header(table, metadata))
+    with explained("the header is damaged"):
+        header = _read_header(table, metadata)
     _check_states(header)
     expected = 8 + len(text) + header.data_bytes
     if file_size != expected:
@@ -255,23 +238,6 @@ def _check_digest(first: bytes, text: bytes, metadata: Mapping[str, Any]) -> Non
 
 def _damaged(what: str) -> CheckpointError:
     return CheckpointError(f"the header is damaged: {what}; use an earlier checkpoint")
-
-
-def _guarded(read: Callable[[], T]) -> T:
-    try:
-        return read()
-    except CheckpointError:
-        raise
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        RuntimeError,
-        OverflowError,
-    ) as error:
-        raise _damaged(f"{type(error).__name__}: {str(error)[:200]}") from error
 
 
 def _read_header(table: dict[str, Any], metadata: Mapping[str, Any]) -> Header:
@@ -355,13 +321,10 @@ def _counts(values: Any) -> tuple[int, ...]:
 
 def _check_states(header: Header) -> None:
     """Every state is one that this version keeps, where it would have put it."""
-    for index, group in enumerate(header.groups):
-        version = group.get("format_version")
-        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-            raise CheckpointError(
-                f"group {index} has state of version {version!r}, this came8bit reads 1 to "
-                f"{FORMAT_VERSION}: upgrade came8bit"
-            )
+    try:
+        check_versions(header.groups, any(entry.tensors for entry in header.entries))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     for position, entry in enumerate(header.entries):
         if entry.step is None:
             continue
@@ -369,57 +332,54 @@ def _check_states(header: Header) -> None:
         first = min((span.begin for span in entry.tensors.values()), default=0)
         if layout is None or dict(entry.tensors) != place(layout, first):
             got = {name: tuple(span.shape) for name, span in entry.tensors.items()}
+            known = [
+                {name: span.shape for name, span in place(one, 0).items()}
+                for one in possible_layouts(entry.shape or ())
+            ]
             raise CheckpointError(
                 f"parameter {label(entry, position)} of shape {entry.shape} has state {got}, "
-                f"expected one of {_describe(entry)}; the file was not written by came8bit"
+                f"expected one of {known}; the file was not written by came8bit"
             )
-
-
-def _describe(entry: Entry) -> list[dict[str, tuple[int, ...]]]:
-    return [
-        {name: span.shape for name, span in place(layout, 0).items()}
-        for layout in possible_layouts(entry.shape or ())
-    ]
-
-
-_OLD_MAGIC = b"\x80\x02\x8a\n"  # as a length, that is more than a safetensors header may have
 
 
 @contextlib.contextmanager
 def open_source(path: str | os.PathLike[str]) -> Iterator[Source]:
-    """Open a checkpoint, or a state dict of came-pytorch; closed when the block ends.
+    """Open a checkpoint, or a state dict that ``torch.save`` wrote; closed when the block ends.
+
+    Errors of the file that leave the block name it.
 
     Raises:
         CheckpointError: it is neither, or damaged; the message begins with ``path``.
         OSError: there is no file, or it cannot be read.
     """
-    with open(path, "rb", opener=_open_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise CheckpointError(
-                f"{path} is a pipe or a device, expected a file, which can be read twice; write "
-                "the contents into one"
-            )
-        source: Source
-        try:
+    name = printable(os.fsdecode(path))
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(
+                    "got a pipe or a device, expected a file, which can be read twice; write the "
+                    "contents into one"
+                )
+            if sys.byteorder != "little":
+                raise CheckpointError("checkpoints are little-endian; this processor is not")
             first = file.read(len(MAGIC))
-            if first == MAGIC:
-                source = CamePytorchFile(path)
-            elif first == _OLD_MAGIC:
+            if first == _OLD_MAGIC:
                 raise CheckpointError(
                     "a file of torch.save in its format of before version 1.6; write it anew: "
-                    f"torch.save(torch.load({os.fspath(path)!r}), ...)"
+                    f"torch.save(torch.load({name!r}), ...)"
                 )
-            else:
-                source = SavedFile(path, file)
-        except CheckpointError as error:
-            text = str(error)
-            raise CheckpointError(
-                text if text.startswith(f"{path}: ") else f"{path}: {text}"
-            ) from error
-        try:
-            yield source
-        finally:
-            source.close()
+            size = status.st_size
+            yield TorchFile(file, size) if first == MAGIC else SavedFile(file, size)
+    except CheckpointError as error:
+        text = str(error)
+        raise CheckpointError(
+            text if text.startswith(f"{name}: ") else f"{name}: {text}"
+        ) from error
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, name) from error
+        raise
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

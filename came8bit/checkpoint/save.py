@@ -15,6 +15,7 @@ from torch import Tensor
 from ..atomic_file import atomic_file
 from ..errors import CheckpointError
 from ..optim import CAME
+from ..state_dict.names import names_of
 from .format import (
     NO_DIGEST,
     Entry,
@@ -27,7 +28,6 @@ from .format import (
     place,
     reserved_bytes,
 )
-from .match import own_names
 
 
 def save_checkpoint(
@@ -54,7 +54,7 @@ def save_checkpoint(
         OSError: the folder is missing, the disk is full, ...; ``path`` is what it was.
     """
     check_optimizer(optimizer, "save_checkpoint")
-    names = own_names(optimizer.param_groups)
+    names = names_of(optimizer.param_groups)
     params: list[Tensor] = []
     entries: list[Entry] = []
     for index, group in enumerate(optimizer.param_groups):

@@ -301,18 +301,19 @@ def test_a_leftover_that_has_become_read_only_goes(tmp_path, monkeypatch):
 
 
 def test_a_file_replaced_while_it_is_read_does_not_mix(tmp_path, monkeypatch, optimizer):
-    from came8bit.checkpoint.reader import SavedFile
+    from came8bit.checkpoint import load
 
     path = tmp_path / "x"
     save_checkpoint(optimizer, path)
     _, later = trained(shapes=SHAPES, steps=2)
-    verify = SavedFile.verify
+    verify = load.verify
 
-    def verify_and_replace(self):
-        verify(self)
+    def verify_and_replace(source):
+        faults = verify(source)
         save_checkpoint(later, path)
+        return faults
 
-    monkeypatch.setattr(SavedFile, "verify", verify_and_replace)
+    monkeypatch.setattr(load, "verify", verify_and_replace)
     params, _ = trained(shapes=SHAPES, steps=0)
     other = CAME8bit(copies(params).items())
     load_checkpoint(other, path)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from came_pytorch import CAME as OfficialCAME
 from checkpoints import SHAPES, copies, parameters, train, trained
+from training import assert_same, snapshot
 
-from came8bit import CAME8bit, inspect_checkpoint, load_checkpoint, save_checkpoint
+from came8bit import CAME8bit, CAME32bit, inspect_checkpoint, load_checkpoint, save_checkpoint
 from came8bit.cli import main
 
 
@@ -91,20 +92,26 @@ def test_pipes_are_refused_and_not_waited_for(command, tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert "pipe is a pipe or a device, expected a file" in done.stderr
+    assert "pipe: got a pipe or a device, expected a file" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
 
 
-def test_the_state_that_torch_saved_comes_with_the_lines_that_convert_it(path, tmp_path, capsys):
+@pytest.mark.parametrize("bits", [8, 32])
+def test_convert_reads_what_torch_saved(tmp_path, capsys, bits):
     params, optimizer = trained()
-    torch.save({"epoch": 3, "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
-    assert main(["convert", str(tmp_path / "x.pt"), str(tmp_path / "y")]) == 2
-    said = re.search(r"optimizer\.load_state_dict\(.*?\]\)", capsys.readouterr().err)
-    other = CAME8bit(copies(params).items())
-    exec(said[0], {"optimizer": other, "torch": torch})
-    save_checkpoint(other, tmp_path / "y")
-    save_checkpoint(optimizer, tmp_path / "z")
-    assert (tmp_path / "y").read_bytes() == (tmp_path / "z").read_bytes()
+    torch.save(optimizer.state_dict(), tmp_path / "x.pt")
+    command = ["convert", str(tmp_path / "x.pt"), str(tmp_path / "y"), "--optim-bits", str(bits)]
+    assert main(command) == 0
+    assert "(state_dict, " in capsys.readouterr().out
+    cls = {8: CAME8bit, 32: CAME32bit}[bits]
+    direct, converted = cls(copies(params).items()), cls(copies(params).items())
+    load_checkpoint(converted, tmp_path / "y")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the conversion
+        load_checkpoint(direct, tmp_path / "x.pt")
+    assert_same(snapshot(direct), snapshot(converted))
+    if bits == 8:
+        assert_same(snapshot(optimizer), snapshot(converted))
 
 
 def test_convert_writes_the_other_bits(path, tmp_path, capsys):

@@ -175,7 +175,7 @@ WRONG = {
     "newer file": (change((META, "format_version"), "2"), "format version 2.*upgrade came8bit"),
     "version nonsense": (change((META, "format_version"), "01"), "format_version is '01'"),
     "version number": (change((META, "format_version"), 1), "format_version is 1"),
-    "newer state": (change((*GROUP, "format_version"), 2), "state of version 2.*upgrade came8bit"),
+    "newer state": (change((*GROUP, "format_version"), 2), "format_version 2, .*upgrade came8bit"),
     "other format": (change((META, "format"), "pt"), "format 'pt'.*not an optimizer checkpoint"),
     "no metadata": (change((META,), None), "not an optimizer checkpoint"),
     "no header checksum": (change((META, "header_sha256"), ...), "header_sha256 is not there"),
@@ -278,10 +278,6 @@ def save_training(path):
     torch.save({"model": {}, "optimizer": optimizer.state_dict(), "epoch": 3}, path)
 
 
-def save_own(path):
-    torch.save(trained(shapes=SMALL)[1].state_dict(), path)
-
-
 def save_own_training(path):
     torch.save({"optimizer": trained(steps=1)[1].state_dict()}, path)
 
@@ -315,14 +311,10 @@ FOREIGN = {
     "module": (save_module, "torch.save with a dict with .*of a model, expected the state_dict"),
     "AdamW": (save_adamw, "state of another optimizer than came-pytorch"),
     "training": (save_training, r"under 'optimizer'; save it alone: torch\.save\(torch\.load"),
-    "state_dict": (
-        save_own,
-        r"of a came8bit optimizer.*optimizer\.load_state_dict\(torch\.load\('[^']*'\)\), then",
-    ),
-    "own training": (save_own_training, r"torch\.load\('[^']*'\)\['optimizer'\]\), then came8bit"),
+    "own training": (save_own_training, r"save it alone: torch\.save\(torch\.load\(\.\.\.\)"),
     "old": (save_old, r"format of before version 1\.6; write it anew: torch\.save\(torch\.load"),
-    "code": (save_code, "torch.load cannot read it safely: it holds Python objects"),
-    "zip": (save_zip, "torch.load cannot read it safely"),
+    "code": (save_code, "the file holds Python objects .*, and loading those may run code"),
+    "zip": (save_zip, "a zip archive, but not one that torch.save writes"),
 }
 
 
@@ -356,9 +348,9 @@ def test_a_missing_file_or_a_folder_is_an_os_error(tmp_path):
 # --- another model --------------------------------------------------------------------------------
 
 OTHERS = {
-    "a name": ({"m": (4, 15), "w": (3,)}, r"not in the file: w; not in the optimizer: v"),
-    "fewer": ({"m": (4, 15)}, r"not in the file: none; not in the optimizer: v"),
-    "more": ({**SMALL, "w": (2,)}, r"not in the file: w; not in the optimizer: none"),
+    "a name": ({"m": (4, 15), "w": (3,)}, r"not saved: w; not in the optimizer: v"),
+    "fewer": ({"m": (4, 15)}, r"not saved: none; not in the optimizer: v"),
+    "more": ({**SMALL, "w": (2,)}, r"not saved: w; not in the optimizer: none"),
     "a shape": ({"m": (15, 4), "v": (3,)}, r"m: \(4, 15\), expected \(15, 4\)"),
 }
 
