@@ -7,7 +7,6 @@ Groups, checks, lazily made state and the step loop; the arithmetic is behind tw
 from __future__ import annotations
 
 import os
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .errors import OUTSIDE, explaining
-from .ops.step import step_group, total
+from .ops.step import SkipWarning, step_group
 from .paging.store import store_for
 from .state.layout import DEFAULT_MIN_8BIT_SIZE, Group
 from .state.store import StateStore, StepItem
@@ -35,7 +34,6 @@ from .validation import (
     usable,
 )
 
-_LOOK_EVERY = 16  # steps between two looks at the skip counters
 _UNCHANGED = "Nothing has been changed"
 
 Self = TypeVar("Self", bound="CAME")
@@ -182,7 +180,7 @@ class CAME(Optimizer):
         check_options(defaults)
         paged = self._settled("is_paged", is_paged, self._is_paged, False)
         self._store = store_for(paged, page_dir, page_budget)
-        self._reset_warnings()
+        self._skip_warning = SkipWarning()
         super().__init__(params, defaults)
 
     def _settled(self, name: str, got: Any, fixed: Any, default: Any) -> Any:
@@ -195,10 +193,6 @@ class CAME(Optimizer):
                 "use CAME, which takes any optim_bits and is_paged"
             )
         return fixed
-
-    def _reset_warnings(self) -> None:
-        self._steps_until_look = _LOOK_EVERY
-        self._warn_from = 1
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -226,7 +220,7 @@ class CAME(Optimizer):
         for group in self.param_groups:
             for name, value in ADDED_OPTIONS.items():
                 group.setdefault(name, value)
-        self._reset_warnings()
+        self._skip_warning = SkipWarning()
         if saved is not None:
             self._store.adopt(saved)
 
@@ -308,7 +302,7 @@ class CAME(Optimizer):
 
     def _state_replaced(self) -> None:
         """End a step in backward that is under way, and count skips anew."""
-        self._reset_warnings()
+        self._skip_warning = SkipWarning()
         if self._release is not None:
             self._release.abandon_step()
 
@@ -356,7 +350,7 @@ class CAME(Optimizer):
                 with torch.enable_grad():
                     loss = closure()
             self._update_all(_UNCHANGED)
-        self._warn_if_skipped()
+        self._skip_warning.look(self, self.state.values())
         return loss
 
     @torch.no_grad()
@@ -423,26 +417,3 @@ class CAME(Optimizer):
         Waits for the device.
         """
         return sum(int(state["skipped"]) for state in self.state.values() if "skipped" in state)
-
-    def _warn_if_skipped(self) -> None:
-        """Warn late, at 1, 10, 100, ... skipped updates, and only about counters in CPU memory.
-
-        Reading a counter on an accelerator would wait for it; there, ask :meth:`skipped_steps`.
-        """
-        self._steps_until_look -= 1
-        if self._steps_until_look > 0:
-            return
-        self._steps_until_look = _LOOK_EVERY
-        counters = [s["skipped"] for s in self.state.values() if "skipped" in s]
-        counters = [counter for counter in counters if counter.device.type == "cpu"]
-        skipped = int(total(counters)) if counters else 0
-        if skipped < self._warn_from:
-            return
-        while self._warn_from <= skipped:
-            self._warn_from *= 10
-        warnings.warn(
-            f"{type(self).__name__}: {skipped} updates of single parameters have been skipped so "
-            "far because the gradient was not finite; see skipped_steps() and the option nonfinite",
-            RuntimeWarning,
-            stacklevel=4,
-        )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 
@@ -15,6 +16,8 @@ from ..state.layout import Group
 from ..state.store import Run, StepItem
 from . import schema
 from .reference_step import needs_reference, reference_step
+
+_LOOK_EVERY = 16  # steps between two looks at the skip counters
 
 _FACTORED = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "rms_ratio")
 _UNFACTORED = ("exp_avg_sq",)
@@ -66,8 +69,40 @@ def step_group(
         )
 
 
-def total(counters: Sequence[Tensor]) -> Tensor:
-    """The sum of 0-d tensors on one device."""
+class SkipWarning:
+    """Warns late, at 1, 10, 100, ... skipped updates, and only about counters in CPU memory.
+
+    Reading a counter on an accelerator would wait for it; there, ask ``skipped_steps()``.
+    """
+
+    def __init__(self) -> None:
+        self._steps_until_look = _LOOK_EVERY
+        self._warn_from = 1
+
+    def look(self, optimizer: object, states: Iterable[Mapping[str, Tensor]]) -> None:
+        """Note a step of ``optimizer``, whose state is ``states``, and warn if it is time to."""
+        self._steps_until_look -= 1
+        if self._steps_until_look > 0:
+            return
+        self._steps_until_look = _LOOK_EVERY
+        counters = [state["skipped"] for state in states if "skipped" in state]
+        counters = [counter for counter in counters if counter.device.type == "cpu"]
+        skipped = int(_total(counters)) if counters else 0
+        if skipped < self._warn_from:
+            return
+        while self._warn_from <= skipped:
+            self._warn_from *= 10
+        warnings.warn(
+            f"{type(optimizer).__name__}: {skipped} updates of single parameters have been skipped "
+            "so far because the gradient was not finite; see skipped_steps() and the option "
+            "nonfinite",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _total(counters: Sequence[Tensor]) -> Tensor:
+    """Return the sum of 0-d tensors on one device."""
     return torch.stack(list(counters)).sum()
 
 
@@ -76,7 +111,7 @@ def _skipped(members: Iterable[StepItem]) -> list[Tensor]:
     counters: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
     for item in members:
         counters[item.param.device].append(item.state["skipped"])
-    return [total(column) for column in counters.values()]
+    return [_total(column) for column in counters.values()]
 
 
 def _call_operators(group: Group, members: Sequence[StepItem]) -> None:
