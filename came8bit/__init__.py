@@ -5,6 +5,8 @@ Use :class:`CAME8bit` like any ``torch.optim`` optimizer.
 
 from ._version import __version__
 from .checkpoint import (
+    ConvertReport,
+    LoadReport,
     convert_checkpoint,
     inspect_checkpoint,
     load_checkpoint,
@@ -22,6 +24,8 @@ __all__ = [
     "CAME8bit",
     "CAME32bit",
     "CheckpointError",
+    "ConvertReport",
+    "LoadReport",
     "PagedCAME",
     "PagedCAME8bit",
     "PagedCAME32bit",

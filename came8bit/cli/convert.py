@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import Any
 
 import came8bit
-from came8bit.errors import CliError
+from came8bit.errors import CliError, printable
 
 
 def add_parser(subparsers: Any) -> None:
@@ -15,17 +16,17 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="write a checkpoint with 8-bit or fp32 momentum; import came-pytorch state",
-        description="Read a checkpoint of came8bit, or a state dict of came-pytorch that "
-        "torch.save wrote, and write a checkpoint whose momentum is in other bits. One parameter "
-        "is in memory at a time. From 8 to 32 bits is exact, from 32 to 8 rounds.",
+        description="Read a checkpoint of came8bit, or a state dict of came8bit or came-pytorch "
+        "that torch.save wrote, and write a checkpoint whose momentum is in other bits. One "
+        "parameter is in memory at a time. To 32 bits is exact, to fewer rounds.",
     )
     parser.add_argument("source", metavar="IN", help="the file to read")
     parser.add_argument("target", metavar="OUT", help="the file to write")
     parser.add_argument(
         "--optim-bits",
         type=int,
-        choices=(8, 32),
-        help="bits of the momentum in all groups (default: as they are)",
+        metavar="BITS",
+        help="bits of the momentum in all groups, such as 8 or 32 (default: as they are)",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=run)
@@ -37,11 +38,14 @@ def run(args: argparse.Namespace) -> int:
         raise CliError(f"{args.target} exists; name another file, or --force to replace it")
     try:
         report = came8bit.convert_checkpoint(args.source, args.target, optim_bits=args.optim_bits)
-    except (came8bit.CheckpointError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise CliError(str(error)) from error
-    print(
+    text = (
         f"{args.source} ({report.kind}, {report.bytes_read:,} bytes) -> {args.target} "
         f"({report.bytes_written:,} bytes): {report.parameters} parameters, momentum of "
         f"{len(report.converted)} converted"
     )
+    print(printable(text))
+    for name, fault in report.faults.items():
+        print(printable(f"no optimizer continues the state of {name}: {fault}"), file=sys.stderr)
     return 0

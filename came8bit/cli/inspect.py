@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import came8bit
-from came8bit.errors import CliError
+from came8bit.errors import CliError, printable
 
 _COLUMNS = ("", "name", "shape", "dtype", "group", "step", "skipped", "momentum", "view", "bytes")
 
@@ -17,8 +17,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "inspect",
         help="what is in a checkpoint, and whether its checksums are correct",
-        description="Show what is in a checkpoint of came8bit, or in a state dict of came-pytorch "
-        "that torch.save wrote, and compare its checksums. Exit code 1: they are wrong.",
+        description="Show what is in a checkpoint of came8bit, or in a state dict of came8bit or "
+        "came-pytorch that torch.save wrote, and compare its checksums. Exit code 1: they are "
+        "wrong.",
     )
     parser.add_argument("file", metavar="FILE", help="the checkpoint")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -40,23 +41,25 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(facts: dict[str, Any]) -> str:
     """Lay the facts out for reading; see :func:`came8bit.inspect_checkpoint` for the keys."""
-    kind = "state dict of came-pytorch"
-    if facts["kind"] == "came8bit":
-        kind = (
-            f"checkpoint, format {facts['format_version']}, "
-            f"written by came8bit {facts['came8bit_version']}"
-        )
+    kinds = {
+        "came8bit": f"checkpoint, format {facts['format_version']}, "
+        f"written by came8bit {facts['came8bit_version']}",
+        "state_dict": "state dict of came8bit",
+        "came-pytorch": "state dict of came-pytorch",
+    }
     verified = "correct" if facts["verified"] else "not compared"
     rows = [
         ("file", facts["path"]),
-        ("kind", kind),
+        ("kind", kinds[facts["kind"]]),
         ("bytes", f"{facts['bytes']:,}, {facts['state_bytes']:,} of them state"),
         ("checksums", f"WRONG: {facts['damage']}" if facts["damage"] else verified),
     ]
+    rows += [(f"unusable {name}", fault) for name, fault in facts["faults"].items()]
     rows += [(f"metadata {key}", value) for key, value in facts["metadata"].items()]
     for index, group in enumerate(facts["groups"]):
         rows.append((f"group {index}", f"{group['parameters']} parameters"))
         rows += [(f"  {key}", str(value)) for key, value in group["options"].items()]
+    rows = [(printable(name, 200), printable(value, 2000)) for name, value in rows]
     width = max(len(name) for name, _ in rows) + 2
     lines = [f"{name:<{width}}{value}" for name, value in rows]
     return "\n".join([*lines, "", *_table(facts["parameters"])])
@@ -67,7 +70,7 @@ def _table(parameters: list[dict[str, Any]]) -> list[str]:
     rows += [
         (
             str(one["position"]),
-            one["name"] or "-",
+            printable(one["name"] or "-", 200),
             _times(one["shape"]),
             one["dtype"] or "?",
             str(one["group"]),
