@@ -9,7 +9,7 @@ does one step, beginning with another one each time, and a ratio is formed per r
 median of those is the result; the ratio of the fastest steps stands beside it, which other load
 disturbs least. Every optimizer has parameters, gradients and state of its own. The fast optimizers
 run in one round, against AdamW; each slow one in a round with CAME8bit alone, with fewer
-repetitions, because what it leaves in the caches and the allocator is felt by whoever follows.
+repetitions, because what it leaves in the caches and the allocator affects what follows.
 
 The extra memory of a step is measured in a process of its own: the peak of the resident memory
 during a step above the level before it (Linux only). State is counted from the tensors, each
@@ -144,7 +144,7 @@ class Row:
 
 
 def make(name: str, case: str, dtype: str) -> tuple[torch.optim.Optimizer, Params]:
-    """The optimizer with parameters and gradients of its own."""
+    """Return the optimizer with parameters and gradients of its own."""
     generator = torch.Generator().manual_seed(SEED)
     params: Params = []
     for shape in CASES[case]:

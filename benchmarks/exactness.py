@@ -3,13 +3,13 @@
     python -m benchmarks.exactness
 
 The instability is summed before the clip scale is known, around an expected one, ``kappa_0``
-(``docs/internals/algorithm.md``).  Compared are ``kappa_0`` = 0 (the plain expansion), the
+(``docs/internals/algorithm.md``). Compared are ``kappa_0`` = 0 (the plain expansion), the
 scale of the previous step, and the predicted one that the package uses; beside them the direct
 evaluation by ``came-pytorch`` in fp32, if it is installed.
 
 Errors are against the rule in float64 after 100 steps on a 128 x 96 matrix: the worst relative
 error of an element of R and C, and the error of the parameter as a part of the distance travelled.
-Gradients are a fixed one plus relative noise; with spikes every 17th is multiplied by 1000.  With
+Gradients are a fixed one plus relative noise; with spikes every 17th is multiplied by 1000. With
 beta3 = 0.5 the statistics see recent steps only, where momentum has caught up and the difference
 that is squared is small.
 """
@@ -47,7 +47,7 @@ def gradients(noise: float, spikes: bool) -> tuple[Tensor, list[Tensor]]:
 
 
 def in_float64(start: Tensor, grads: list[Tensor], beta3: float) -> Result:
-    """The definition, evaluated as it is written."""
+    """Evaluate the definition as it is written."""
     p = start.double()
     m = torch.zeros_like(p)
     r, c = torch.zeros(SHAPE[0]).double(), torch.zeros(SHAPE[1]).double()
@@ -88,7 +88,7 @@ WAYS: dict[str, Callable[..., Tensor] | None] = {
 
 
 def by_reference(start: Tensor, grads: list[Tensor], beta3: float, way: str) -> Result:
-    """The executable specification with one of :data:`WAYS`."""
+    """Step the executable specification with one of :data:`WAYS`."""
     layout = plan(SHAPE, optim_bits=32)
     state = dense.allocate(layout, start.device)
     hyper = reference.Hyper(BETA1, BETA2, beta3, *EPS, 1.0, LR, DECAY)

@@ -8,15 +8,15 @@ Runs forward and backward of transformers' models on the CPU and counts bytes in
 
 * *kept*: storages that autograd packs for the backward, each once, without parameters;
 * *peak*: the highest sum of all tensors that are alive at once, beyond parameters and inputs.
-  Gradients are among them.  Every storage that an operator returns is followed until it is freed.
+  Gradients are among them. Every storage that an operator returns is followed until it is freed.
 
 Both are counts of tensors and repeat exactly; allocators and kernels' workspaces are left out.
-The large models run with fake tensors: real shapes, dtypes and lifetimes, but no memory.  SANA is
-among the cases where diffusers is installed.  One row per case is appended to
+The large models run with fake tensors: real shapes, dtypes and lifetimes, but no memory. SANA is
+among the cases where diffusers is installed. One row per case is appended to
 ``benchmarks/results/planner.csv``.
 
 With dropout of attention, which GPT-2 has by default, PyTorch keeps the scores on a CPU, which no
-estimate for a card counts; all cases but those of ``--attention-dropout`` are without it.  The
+estimate for a GPU counts; all cases but those of ``--attention-dropout`` are without it. The
 latter are only printed.
 """
 
@@ -138,7 +138,7 @@ def releasing(model: torch.nn.Module) -> Iterator[None]:
 
 
 def build_sana(case: Case) -> torch.nn.Module:
-    """The model of ``case``, made by diffusers."""
+    """Return the model of ``case``, made by diffusers."""
     from diffusers import SanaTransformer2DModel
 
     settings = {key: value for key, value in case.config.items() if key != "_class_name"}
@@ -154,7 +154,7 @@ def build_sana(case: Case) -> torch.nn.Module:
 
 
 def build(case: Case) -> torch.nn.Module:
-    """The model of ``case``, made by transformers."""
+    """Return the model of ``case``, made by transformers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {key: value for key, value in case.config.items() if key != "model_type"}
@@ -171,7 +171,7 @@ def fake_tensors() -> Iterator[None]:
     """Shapes without memory.
 
     transformers looks at the values of positions to find packed sequences, and where it cannot, it
-    prepares for them with a mask.  Real positions of unpacked sequences give ``None`` there.
+    prepares for them with a mask. Real positions of unpacked sequences give ``None`` there.
     """
     from transformers import masking_utils
 
@@ -209,7 +209,7 @@ def _text(case: Case) -> dict[str, Tensor]:
 
 
 def _image(case: Case) -> dict[str, Tensor]:
-    """A square latent image, a caption and a time for each of the batch."""
+    """Return a square latent image, a caption and a time for each of the batch."""
     architecture, dtype = architecture_of(case.config), DTYPES[case.dtype]
     assert isinstance(architecture, Sana)
     side = round(case.sequence**0.5)
@@ -222,7 +222,7 @@ def _image(case: Case) -> dict[str, Tensor]:
 
 
 def planned(case: Case) -> Counts:
-    """What the planner says of the same."""
+    """Return what the planner says of the same."""
     architecture = architecture_of(case.config)
     model = from_architecture(case.name, "", architecture)
     setup = Setup(
@@ -351,7 +351,7 @@ def sana_cases() -> Iterator[Case]:
 
 
 def about() -> dict[str, str]:
-    """What a result depends on."""
+    """Return what a result depends on."""
     import transformers
 
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -385,7 +385,7 @@ def row(case: Case) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """The table of ``docs/planner.md``: smallest and largest errors."""
+    """Return the table of ``docs/planner.md``: smallest and largest errors."""
     lines = ["| | cases | kept | peak |", "|---|---:|---:|---:|"]
     for fake, size in ((0, "small"), (1, "large")):
         for checkpointing, how in ((0, ""), (1, ", checkpointing")):

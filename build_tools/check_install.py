@@ -125,7 +125,7 @@ class Environment:
         return found
 
     def expect_kernels(self) -> None:
-        """The kernels are loaded, without a warning, and ``came8bit info`` says so."""
+        """Check that kernels are loaded, without a warning, and that ``came8bit info`` says so."""
         found = self.probe()
         assert found["loaded"], found
         assert not found["warnings"], found
@@ -138,7 +138,7 @@ class Environment:
             assert "not needed: this torch is built without CUDA" in info, info
 
     def expect_cuda(self, built: bool, reason: str = "") -> None:
-        """The build left word of the CUDA library: there, or why not."""
+        """Check that the build noted whether the CUDA library is built, and why not."""
         found = self.probe()
         note = found["build"]["cuda"]  # type: ignore[index]
         assert note["built"] is built, note
@@ -147,7 +147,7 @@ class Environment:
         assert library.exists() is built, library
 
     def torch_for(self, cuda: str) -> str:
-        """The torch that is here, under another name, saying that it was built for ``cuda``."""
+        """Return the installed torch under another name, as if it was built for ``cuda``."""
         real = self.folder.parent / "packages" / "torch"
         folder = self.folder / f"torch-{cuda}"
         folder.mkdir(exist_ok=True)
@@ -159,7 +159,7 @@ class Environment:
         return str(folder)
 
     def expect_pure(self, reason: str) -> None:
-        """The package works without kernels, warns once and says why, there and in ``info``."""
+        """Check that the package works without kernels, warns once and says why."""
         found = self.probe()
         assert not found["loaded"], found
         assert reason.lower() in str(found["reason"]).lower(), (reason, found)
@@ -292,7 +292,7 @@ def with_cuda(env: Environment) -> None:
     """Next to a CUDA torch that nvcc fits: both libraries; the second is not opened without it."""
     release = nvcc_release()
     if not release:
-        env.report = "not run: there is no nvcc here"
+        env.report = "not run: no nvcc found"
         return
     named = {"CAME8BIT_TORCH_DIR": env.torch_for(release), "CUDAARCHS": "75-real"}
     env.pip("install", str(env.source), CAME8BIT_CUDA="ON", **named, **QUICK)
@@ -301,7 +301,7 @@ def with_cuda(env: Environment) -> None:
 
 
 def broken_nvcc(env: Environment) -> None:
-    """An nvcc that turns out not to work: the CPU library alone, and why; an error if asked for."""
+    """Install next to an nvcc that does not work: the CPU library alone, or an error if asked."""
     nvcc = env.folder / "nvcc"
     nvcc.write_text('#!/bin/sh\n[ "$1" = --version ] && echo release 13.0 || exit 1\n')
     nvcc.chmod(0o755)
@@ -333,7 +333,7 @@ def no_cmake(env: Environment) -> None:
 
 
 def compile_error(env: Environment) -> None:
-    """Sources that this compiler cannot compile: the first error is the reason."""
+    """Install sources that do not compile: the first error is the reason."""
     source = env.folder / "broken"
     shutil.copytree(env.source, source)
     with (source / "csrc" / "cpu" / "dispatch.cpp").open("a") as file:

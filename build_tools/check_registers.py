@@ -155,7 +155,7 @@ def flag_problems(folder: Path) -> list[str]:
 
 
 def table(found: list[Usage]) -> list[str]:
-    """Registers by kernel and architecture, as aligned text."""
+    """Return registers by kernel and architecture, as aligned text."""
     cells = {(use.kernel, use.architecture): str(use.registers) for use in found}
     names = sorted({use.kernel for use in found})
     width = max(map(len, names), default=0)

@@ -22,7 +22,7 @@ SHOWN = re.compile("    |copy:|not run:|holds|MISSED|.* x ours|.* tokens/s")
 
 
 def facts(report: Report, part: Part) -> None:
-    """The machine and its tools."""
+    """Report the machine and its tools."""
     query = "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem"
     found = find_sanitizer()
     part.end(
@@ -209,5 +209,5 @@ def step_times(piece: str) -> Callable[[Report, Part], None]:
 
 
 def capped(report: Report, part: Part) -> None:
-    """A 7B-shaped Llama under a cap on memory."""
+    """Train a 7B-shaped Llama under a cap on memory."""
     measure(report, part, "memory_cap", *["--rehearse", "--steps", "2"] * report.dry)

@@ -72,14 +72,14 @@ STEPS: tuple[dict[str, object], ...] = (
 
 
 def moved(x: torch.Tensor, device: str) -> torch.Tensor:
-    """A copy with the same strides, and as far from aligned memory."""
+    """Return a copy with the same strides, and as far from aligned memory."""
     copied = x.untyped_storage().clone() if device == "cpu" else x.untyped_storage().cuda()
     empty = torch.empty(0, dtype=x.dtype, device=device)
     return empty.set_(copied, x.storage_offset(), x.size(), x.stride())
 
 
 def run(case: ListCase, device: str) -> None:
-    """The steps of one case, by calls of the operators."""
+    """Run the steps of one case by calling the operators."""
     problems = [
         Problem(
             moved(problem.param, device),

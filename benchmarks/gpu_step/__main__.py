@@ -13,8 +13,8 @@ The optimizers of a round take turns step by step, each beginning as often as an
 are formed per repetition; their median counts. Times are of CUDA events around ``step()``: once
 with the host's part hidden, by which kernels are judged, and once plain (``measure.py``).
 All optimizers share parameters and gradients, and own their states; before each step half a
-gigabyte is written, so that what one leaves in the cache helps nobody. Bandwidths are of counted
-bytes (``cases.py``), and a large device-to-device copy in the same run is the ceiling.
+gigabyte is written, so that none profits from what another left in the cache. Bandwidths are of
+counted bytes (``cases.py``), and a large device-to-device copy in the same run is the ceiling.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def row_of(
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """A row for reading."""
+    """Return a row in human-readable form."""
     of_copy = "" if row["of_copy"] is None else f", {100 * row['of_copy']:.0f} % of copy bandwidth"
     extra = "" if row["extra_bytes"] is None else f", +{row['extra_bytes'] / 1e6:.1f} MB"
     note = "" if row["covered"] > 0.5 else " (host NOT hidden)"

@@ -95,7 +95,7 @@ def streamed_bytes(shapes: list[Shape], dtype: str) -> int:
 
 
 def cached_bytes(shapes: list[Shape], dtype: str) -> int:
-    """The same when gradient and codes are read once: 8 per element in bf16, 14 in fp32."""
+    """Return the same when gradient and codes are read once: 8 per element in bf16, 14 in fp32."""
     matrix = 3 * ITEM[dtype] + 2
     return sum(math.prod(s) * (matrix if len(s) > 1 else matrix + 14) for s in shapes)
 

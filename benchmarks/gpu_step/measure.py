@@ -27,7 +27,7 @@ SMALL_ELEMENTS = 1 << 16
 """Matrices up to this size are stepped by one block each (csrc/cuda/step.cu)."""
 
 FLUSH_BYTES = 512 << 20
-"""Written before each timed step, so that nobody finds in the cache what another has left."""
+"""Written before each timed step, so that no case finds in the cache what another left."""
 
 PAUSE = 2.5
 """The device sleeps that many times as long as the host needs to queue a step."""
@@ -104,7 +104,7 @@ class Device:
         return begin_event.elapsed_time(end_event) / 1e3, host
 
     def covered(self, step: Step, pause: float) -> tuple[float, bool]:
-        """The same on the device alone: it sleeps ``pause`` seconds while the step is queued.
+        """Time the device alone: it sleeps ``pause`` seconds while the step is queued.
 
         Returns:
             The time, and whether all was queued before the device began.
@@ -133,7 +133,7 @@ class Device:
         return None
 
     def captured(self, step: Step) -> Step:
-        """The step as a CUDA graph, which costs the host one launch."""
+        """Capture the step as a CUDA graph, which costs the host one launch."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
@@ -196,7 +196,7 @@ class SweepTime:
     bytes: int
 
     def flat(self, copy_bandwidth: float) -> dict[str, Any]:
-        """A line of the report; bytes are counted, so the cache can lift them above a copy."""
+        """Return a line of the report; bytes are counted, so caches can lift them above a copy."""
         return {
             "sweep": self.sweep,
             "launches": self.launches,
@@ -224,7 +224,7 @@ def kernel_times(step: Step) -> list[tuple[str, float]]:
 
 
 def by_name(kernels: list[tuple[str, float]]) -> list[dict[str, Any]]:
-    """Launches and milliseconds of each kernel, the longest first; names without arguments."""
+    """Return launches and milliseconds of each kernel by name, the longest first."""
     found: dict[str, list[float]] = {}
     for name, seconds in kernels:
         short = re.sub(r"\(anonymous namespace\)::|came8bit::|^void ", "", name)
@@ -257,7 +257,7 @@ def by_sweep(kernels: list[tuple[str, float]], shapes: list[Shape], dtype: str) 
 
 
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that a tensor is made of: itself, or those inside a quantized one."""
+    """Return the tensors that a tensor is made of: itself, or those inside a quantized one."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield tensor

@@ -97,14 +97,14 @@ class Run:
     # --- files ------------------------------------------------------------------------------------
 
     def begin(self, piece: str) -> None:
-        """What an earlier run has found of this piece is replaced, row by row or at once."""
+        """Replace what an earlier run has found of this piece, row by row or at once."""
         self.piece = piece
         for name in ("sweeps", "scans", "not_run"):
             items = getattr(self, name)
             items[:] = [item for item in items if item["piece"] != piece]
 
     def add(self, row: dict[str, Any]) -> None:
-        """A row of the result, in place of one of the same name, and into the CSV."""
+        """Add a row to the result, in place of one of the same name, and to the CSV."""
         key = key_of(row)
         self.rows[:] = [other for other in self.rows if key_of(other) != key]
         self.rows.append(row)
@@ -131,12 +131,12 @@ class Run:
 
 
 def key_of(row: dict[str, Any]) -> tuple[str, str, str]:
-    """What a row is about."""
+    """Return what a row is about."""
     return row["case"], row["dtype"], row["optimizer"]
 
 
 def about(device: Device) -> dict[str, Any]:
-    """What the figures belong to."""
+    """Return what the figures belong to."""
     status = came8bit.kernel_status().cuda
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -157,7 +157,7 @@ def about(device: Device) -> dict[str, Any]:
 
 
 def start(device: Device, seconds: float, folder: Path, add: bool) -> Run:
-    """A new run, or with ``add`` the continuation of one of the same sources on the same device."""
+    """Start a run, or with ``add`` continue one of the same sources on the same device."""
     begin = time.monotonic()
     facts = about(device)
     run = Run(device, begin + seconds, folder, facts, device.copy_bandwidth())

@@ -138,7 +138,7 @@ def run_profile(run: Run, case: Case, name: str) -> None:
 
 
 def run_profiles(run: Run, options: argparse.Namespace) -> None:
-    """The kernels of some cases."""
+    """Time the kernels of some cases."""
     if not run.device.is_cuda or not came8bit.kernel_status().cuda.loaded:
         run.skip("sweeps", "no CUDA kernels" if run.device.is_cuda else "no GPU")
         return

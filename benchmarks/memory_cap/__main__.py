@@ -9,9 +9,9 @@
 bf16 parameters are made on the device, activations are checkpointed, and every byte of the text is
 a token. Each run is a process of its own.
 
-On a GPU the cap is for the whole card: 16 GB for Llama 7B, 24 GB for Llama 8B, the driver's context
+On a GPU the cap is for the whole GPU: 16 GB for Llama 7B, 24 GB for Llama 8B, the driver's context
 included. PyTorch's share of it is enforced. CUDA managed memory, where bitsandbytes keeps paged
-state, obeys no such cap; it is counted, and never taken where it could exceed the card. Further
+state, obeys no such cap; it is counted, and never taken where it could exceed the GPU. Further
 pieces compare paged with resident state without a cap, and resume from a checkpoint.
 
 On a CPU the cap is a limit of the address space (RLIMIT_AS) that another process sets. It is what
@@ -50,7 +50,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def on_cpu(worker: Worker, options: argparse.Namespace) -> dict[str, Any]:
-    """The proof under a limit; then what others need, and what paging costs, without one."""
+    """Run the proof under a limit, then without one what others need and what paging costs."""
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             options.shape,
@@ -100,7 +100,7 @@ def on_cpu(worker: Worker, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def within(worker: Worker, options: argparse.Namespace) -> dict[str, Any]:
-    """What has to fit, alone, in a process of ``options.limit`` bytes."""
+    """Run what has to fit, alone, in a process of ``options.limit`` bytes."""
     choice = fitting(options.shape)
     job = Job(
         options.shape,
@@ -154,7 +154,7 @@ def compare(worker: Worker, job: Job, choices: tuple[Choice, ...]) -> list[dict[
 
 
 def judge(proof: Proof) -> list[dict[str, Any]]:
-    """What the proof has to show."""
+    """Return what the proof has to show."""
     shape, fits, free = proof.job.shape, proof.fits, proof.free
     (choice,) = proof.job.choices
     ok = fits["outcome"] == "ok"
@@ -180,7 +180,7 @@ def judge(proof: Proof) -> list[dict[str, Any]]:
 
 
 def on_gpu(worker: Worker | None, options: argparse.Namespace) -> dict[str, Any]:
-    """The plan of the GPU, or with a worker for CPUs its rehearsal."""
+    """Return the plan of the GPU, or with a worker for CPUs its rehearsal."""
 
     def start() -> Worker:
         return worker or Worker("cuda", options.corpus, options.data_dir)
@@ -198,7 +198,7 @@ def on_gpu(worker: Worker | None, options: argparse.Namespace) -> dict[str, Any]
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows in a file that ``--out`` has written, or in a report with a part ``capped``."""
+    """Return the rows in a file written by ``--out``, or in a report with a part ``capped``."""
     content = json.loads(path.read_text(encoding="utf-8"))
     rows: list[dict[str, Any]] = content.get("capped", content)["rows"]
     return rows

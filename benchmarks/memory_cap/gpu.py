@@ -114,7 +114,7 @@ class Plan:
         if job.cap is None:
             return
         reserved, managed = result["peak_reserved"], result.get("managed", 0)
-        # Managed memory is where the driver wants it: on a large card, on the card.
+        # Managed memory is where the driver wants it: on a large GPU, on the GPU.
         beside = result["context"] if managed else result["beside"]
         got = (
             f"{(reserved + beside) / 1e9:.2f} GB of the card of {job.cap / 1e9:.0f}, of it "

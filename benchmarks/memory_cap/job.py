@@ -50,7 +50,7 @@ class Job:
         warm_up: steps that are not timed; of a comparison: of each turn.
         turns: of a comparison: of each way.
         seed: of weights and batches.
-        cap: bytes of the card; None: all it has.
+        cap: bytes of the GPU; None: all it has.
         folder: where to save and to load.
         save_after: save when this many steps are done, and go on.
         resume: begin with what is saved there.
@@ -75,7 +75,7 @@ class Job:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Job:
-        """The inverse of :func:`dataclasses.asdict`, after a journey as JSON."""
+        """Undo :func:`dataclasses.asdict`, after a round trip through JSON."""
         choices = tuple(Choice(**choice) for choice in content["choices"])
         return cls(**{**content, "choices": choices})
 
@@ -119,7 +119,7 @@ def run(job: Job, text: Text) -> dict[str, Any]:
 
 
 def _be_repeatable() -> None:
-    """The same bits each time on a GPU, too, where the fast kernels of attention add in any order.
+    """Make a GPU return the same bits each time: its fast attention kernels add in any order.
 
     What cannot be had is a warning: two runs are compared in any case.
     """
@@ -214,7 +214,7 @@ def _compare(job: Job, text: Text, meter: CpuMeter | CudaMeter, found: dict[str,
 
 
 def _refuse_oversubscription(job: Job, found: dict[str, Any]) -> None:
-    """Managed memory that is larger than what the card has left can hang a GPU: do not try."""
+    """Refuse managed memory larger than what the GPU has left: it can hang the GPU."""
     (choice,) = job.choices
     if choice.name != "PagedAdamW8bit" or job.device != "cuda":
         return
@@ -223,7 +223,7 @@ def _refuse_oversubscription(job: Job, found: dict[str, Any]) -> None:
     wanted = 2.1 * found["numel"] + gradients + (4 << 30)  # 4 GiB for activations and the rest
     if wanted > free:
         raise Refused(
-            f"PagedAdamW8bit would have {2 * found['numel']:.3g} bytes of managed memory on a card "
+            f"PagedAdamW8bit would have {2 * found['numel']:.3g} bytes of managed memory on a GPU "
             f"with {free:.3g} free, of which gradients and activations need a part; it is not run "
             "where managed memory could be oversubscribed"
         )

@@ -171,6 +171,6 @@ class Worker:
         return answer
 
     def _said(self) -> str:
-        """The end of what it has written for people."""
+        """Return the end of its human-readable output."""
         self._log.seek(0)
         return self._log.read()[-2000:]

@@ -29,7 +29,7 @@ class Refused(Exception):
 
 
 def shortage(error: BaseException) -> str | None:
-    """The first line of an error that is for want of memory; None for another one."""
+    """Return the first line of an error that is due to lack of memory, else None."""
     first = (str(error).splitlines() or [""])[0]
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     known = known or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
@@ -50,11 +50,11 @@ class CpuMeter:
         self._times: list[float] = []
 
     def start(self) -> None:
-        """A step begins."""
+        """Begin a step."""
         self._begin = time.perf_counter()
 
     def stop(self) -> None:
-        """It has ended."""
+        """End the step."""
         self._times.append(time.perf_counter() - self._begin)
 
     def seconds(self) -> list[float]:
@@ -62,7 +62,7 @@ class CpuMeter:
         return self._times
 
     def end(self) -> dict[str, int]:
-        """The peaks, in bytes."""
+        """Return the peaks, in bytes."""
         return {
             "peak_address_space": status("VmPeak") - self._size,
             "peak_resident": status("VmHWM") - self._resident,
@@ -70,14 +70,14 @@ class CpuMeter:
 
 
 class CudaMeter:
-    """Memory of the whole card: PyTorch's, and what the driver keeps for the process (context).
+    """Memory of the whole GPU: PyTorch's, and what the driver keeps for the process (context).
 
     The cap is for both together. PyTorch's share is enforced by
     ``set_per_process_memory_fraction``; what others hold in CUDA managed memory is not, so it is
     counted separately.
 
     Args:
-        cap: bytes; None: the card's own.
+        cap: bytes; None: the GPU's own.
     """
 
     def __init__(self, cap: int | None) -> None:
@@ -93,7 +93,7 @@ class CudaMeter:
             share = (self._cap - self.context - LATER) / total
             if share <= 0 or self._cap > total:
                 raise Refused(
-                    f"a cap of {self._cap} bytes, on a card of {total} of which {self.context} "
+                    f"a cap of {self._cap} bytes, on a GPU of {total} of which {self.context} "
                     "are in use before anything begins"
                 )
             torch.cuda.set_per_process_memory_fraction(share)
@@ -106,13 +106,13 @@ class CudaMeter:
         return total - free
 
     def start(self) -> None:
-        """A step begins; the host does not wait."""
+        """Begin a step; the host does not wait."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         self._events.append((begin, end))
 
     def stop(self) -> None:
-        """It has ended, as far as the host is concerned."""
+        """End the step, as far as the host is concerned."""
         self._events[-1][1].record()
 
     def seconds(self) -> list[float]:
@@ -121,7 +121,7 @@ class CudaMeter:
         return [begin.elapsed_time(end) / 1e3 for begin, end in self._events]
 
     def end(self) -> dict[str, int]:
-        """The peaks, in bytes; ``beside`` is what the card has in use that is not PyTorch's."""
+        """Return the peaks, in bytes; ``beside`` is GPU memory in use that is not PyTorch's."""
         torch.cuda.synchronize()
         beside = self._used() - torch.cuda.memory_reserved()
         reserved = torch.cuda.max_memory_reserved()
@@ -134,7 +134,7 @@ class CudaMeter:
 
 
 def meter_for(device: torch.device, cap: int | None) -> CpuMeter | CudaMeter:
-    """The one for ``device``."""
+    """Return the one for ``device``."""
     return CudaMeter(cap) if device.type == "cuda" else CpuMeter()
 
 

@@ -18,7 +18,7 @@ HEAD = 64  # width of an attention head in the scaled shapes
 
 
 def scaled(config: dict[str, Any], divisor: int) -> dict[str, Any]:
-    """The same proportions, narrower by ``divisor`` and with ``divisor / 2`` times fewer layers."""
+    """Return ``config`` narrower by ``divisor``, with ``divisor / 2`` times fewer layers."""
     hidden = config["hidden_size"] // divisor
     heads = hidden // HEAD
     shared = config["num_attention_heads"] // config["num_key_value_heads"]
@@ -46,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def build(shape: str, device: torch.device, seed: int) -> torch.nn.Module:
-    """A Llama of ``shape`` with random weights and activation checkpointing, ready to train.
+    """Return a Llama of ``shape`` with random weights and activation checkpointing, ready to train.
 
     Parameters are made as bf16 on ``device``: at no time is there a copy in fp32 or on the host.
     """
@@ -115,5 +115,5 @@ class Batches:
 
 
 def text(corpus: str, folder: Path) -> Text:
-    """The corpus; ``stdlib``, the sources of Python's library, is on every machine."""
+    """Return the corpus; ``stdlib``, the sources of Python's library, is on every machine."""
     return load_text(None, corpus, folder)

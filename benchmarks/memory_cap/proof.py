@@ -54,14 +54,14 @@ class Allowance:
 
 
 def fitting(shape: str) -> Choice:
-    """What is to fit: paged, in backward, with :data:`PAGES_THAT_PASS` of the largest page."""
+    """Return what must fit: paged, in backward, :data:`PAGES_THAT_PASS` of the largest page."""
     unlimited = Choice("PagedCAME8bit", released=True)
     (largest, *_) = planned_state(shape, unlimited).pages
     return replace(unlimited, page_budget=PAGES_THAT_PASS * largest)
 
 
 def failing(fits: Choice) -> tuple[Choice, ...]:
-    """The same without one of the two savings, or both: gradients, state, all are there at once."""
+    """Return the same without one of the two savings, or both."""
     return (
         Choice("CAME8bit", released=False),
         Choice("CAME8bit", released=True),
@@ -70,7 +70,7 @@ def failing(fits: Choice) -> tuple[Choice, ...]:
 
 
 def planned_state(shape: str, choice: Choice) -> planner.State:
-    """What the planner says of the state, in bf16."""
+    """Return what the planner says of the state, in bf16."""
     model = planner.from_architecture(shape, "", planner.architecture_of(SHAPES[shape]))
     options = planner.Options(itemsize=2, budget=choice.page_budget)
     return planner.OPTIMIZERS[PLANNED[choice.name]].state(model.parameters, options)

@@ -1,4 +1,4 @@
-"""What a run becomes: rows of a CSV, lines for people, and whether targets hold."""
+"""What a run becomes: rows of a CSV, readable lines, and whether targets hold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALL_OF_THEM = ("peak_allocated", "peak_reserved", "beside", "peak_address_space"
 
 
 def name_of(choice: Choice) -> str:
-    """For people."""
+    """Human-readable text."""
     if choice.name == NONE:
         return "no optimizer"
     return f"{choice.name}, {'in backward' if choice.released else 'ordinary step'}"
@@ -96,7 +96,7 @@ def row(
     rates = quantiles([tokens / t for t in times]) if times else {}
     ratio = quantiles(ratios) if ratios else {}
     quantities = ("p20", "p50", "p80")
-    compared = len(job.choices) > 1  # in one process: its peaks are nobody's
+    compared = len(job.choices) > 1  # in one process: its peaks cannot be attributed
     peaks = [*ALL_OF_THEM, "context", "managed", "pages", "moved", "staging"]
     losses = {key: f"{result[key]:.6f}" for key in ("loss_before", "loss_after") if key in result}
     return {
@@ -125,7 +125,7 @@ def row(
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row for reading."""
+    """Return a row in human-readable form."""
     what = f"{row['part']:<8}{row['shape']:<12}{row['optimizer']:<15}{row['step']:<12}"
     cap = f"{row['cap_bytes'] / 1e6:9.1f} MB {row['cap']}" if row["cap_bytes"] else " no limit"
     peak = row["peak_reserved"] or row["peak_address_space"]

@@ -3,7 +3,7 @@
     python -m benchmarks.memory_cap.worker --device cpu --corpus stdlib --data-dir data
 
 For each line that it reads, a job, it answers with the number of the process that will run it,
-waits for another line, so that somebody else can limit that process, and runs the job. On a CPU
+waits for another line, so that another process can limit that one, and runs the job. On a CPU
 that process is a fork, which has imported everything; a limit then concerns the training alone. A
 GPU does not survive a fork: there, this process runs the job, and should get one only.
 """

@@ -112,7 +112,7 @@ def one_coding(rows: Rows, subject: str, momenta: Momenta, codes: list[Code]) ->
 
 
 def replay(code: Code, start: Tensor, updates: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The stored momentum after coding it anew at every step."""
+    """Return the stored momentum after coding it anew at every step."""
     beta1 = torch.tensor(BETA1)
     packed = code.encode(start, None)
     for w, nothing in updates:

@@ -44,7 +44,7 @@ class Code:
 
 
 def blockwise(name: str, map_name: str, *, rule: bool = True) -> Code:
-    """A map of ``came8bit.reference.quant`` in its blocks of 256."""
+    """Return a map of ``came8bit.reference.quant`` in its blocks of 256."""
 
     def encode(x: Tensor, decaying: Tensor | None) -> tuple[Tensor, Tensor]:
         return quant.quantize_blockwise(x, decaying=decaying if rule else None, code=map_name)
@@ -56,7 +56,7 @@ def blockwise(name: str, map_name: str, *, rule: bool = True) -> Code:
 
 
 def small_blocks(name: str, map_name: str, size: int) -> Code:
-    """A map of ``came8bit.reference.quant`` in blocks of ``size`` values: each a slice."""
+    """Return a map of ``came8bit.reference.quant`` in blocks of ``size`` values: each a slice."""
 
     def cut(x: Tensor) -> Tensor:
         return pad(x.flatten(), (0, -x.numel() % size)).view(-1, size)
@@ -74,7 +74,7 @@ def small_blocks(name: str, map_name: str, size: int) -> Code:
 
 
 def dynamic_map() -> Code:
-    """The signed dynamic map of bitsandbytes, by its own functions; ImportError without it."""
+    """Return the signed dynamic map of bitsandbytes, by its functions; may raise ImportError."""
     from bitsandbytes import functional
 
     table = functional.create_dynamic_map(signed=True)
@@ -110,7 +110,7 @@ def min_max() -> Code:
 
 
 def kernel() -> Code:
-    """The compiled square-root code; its operator has no decay rule, only the step has."""
+    """Return the compiled square-root code; its operator has no decay rule, only the step has."""
     if not came8bit.kernel_status().cpu.loaded:
         raise ImportError(came8bit.kernel_status().cpu.reason)
     return Code(
@@ -122,7 +122,7 @@ def kernel() -> Code:
 
 
 def all_codes() -> tuple[list[Code], dict[str, str]]:
-    """The codes whose error is compared, and by name the ones that cannot run, with the reason."""
+    """Return the codes to compare, and by name those that cannot run, with the reason."""
     codes = [
         blockwise("square root", "sqrt"),
         blockwise(NEAREST, "sqrt", rule=False),

@@ -45,7 +45,7 @@ class Momenta:
         return self.history[-1]
 
     def updates(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """What each of the last steps added to ``beta1*m``, and where it added nothing."""
+        """Return what each of the last steps added to ``beta1*m``, and where it added nothing."""
         steps = [m[name] for m in self.history]
         pairs = []
         for before, after in itertools.pairwise(steps):

@@ -1,5 +1,5 @@
-// Registers the kernels for CPU tensors; the schemas are in came8bit/ops/schema.py. Everything is checked
-// here, before the first thread starts and the first byte changes.
+// Registers the kernels for CPU tensors; the schemas are in came8bit/ops/schema.py. Everything is
+// checked here, before the first thread starts and the first byte changes.
 #include <torch/csrc/stable/library.h>
 
 #include "../op_arguments.h"

@@ -35,7 +35,7 @@ inline int64_t thread_count() {
 
 enum class Order { kForwards, kBackwards };
 
-// A worker's tasks, and how many of them somebody has begun. On a cache line of its own.
+// A worker's tasks, and how many of them have been started. On a cache line of its own.
 struct alignas(64) Share {
   int64_t first, end;
   std::atomic<int64_t> begun{0};
@@ -43,8 +43,8 @@ struct alignas(64) Share {
 
 // Calls run(task, worker) for every task in [0, tasks), on up to `workers` threads. Each has a
 // share of neighbouring tasks, the same one in every sweep, so that it finds in its caches what it
-// has left there; whoever is done helps the next. `run` must not throw: an exception would lose its
-// text.
+// has left there; a worker that is done helps the next. `run` must not throw: an exception would
+// lose its text.
 template <class Run>
 void for_each_task(int64_t tasks, int64_t workers, Order order, const Run& run) {
   const bool forwards = order == Order::kForwards;

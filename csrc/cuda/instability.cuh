@@ -117,7 +117,7 @@ __device__ __forceinline__ void instability_tile(const Parameter& p, const Setti
   Tile tile = sweep_tile(p, task);
   const float sign = s.maximize ? -1.0f : 1.0f, root_mean_r = p.root_mean[tile.matrix];
   const float kappa_0 = p.scalars->kappa_0;
-  __syncthreads();  // whoever used the factors before is done
+  __syncthreads();  // the previous user of the factors is done
   for (int r = static_cast<int>(threadIdx.x); r < tile.rows; r += kThreads) {
     row_factors[r] = row_factor(p.row_new[tile.first_row + r], root_mean_r, sign);
   }

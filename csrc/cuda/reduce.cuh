@@ -80,7 +80,7 @@ __device__ __forceinline__ float warp_sum(const float* x, int64_t count) {
 __device__ __forceinline__ float block_sum(const float* x, int64_t count, float* buffer) {
   float sum = 0.0f;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += x[i];
-  __syncthreads();  // whoever used the buffer before is done
+  __syncthreads();  // the previous user of the buffer is done
   buffer[threadIdx.x] = sum;
   halve(buffer, kThreads, 1);
   return buffer[0];

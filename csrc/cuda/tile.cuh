@@ -125,7 +125,7 @@ __device__ __forceinline__ void store_row_sums(const Tile& tile, int row, const 
 // Adds up what the streams of a block have for each column of the tile; buffer[c] is then the sum
 // of column c of the strip. `buffer` holds kRoundVectors values.
 __device__ __forceinline__ void sum_streams(const Tile& tile, const float* x, float* buffer) {
-  __syncthreads();  // whoever used the buffer before is done
+  __syncthreads();  // the previous user of the buffer is done
   const int width = tile.lanes * kVector;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {

@@ -47,7 +47,7 @@ __device__ __forceinline__ void flat_sum_tile(const Parameter& p, const Settings
     }
     sum += sum_vector(square);
   }
-  __syncthreads();  // whoever used the buffer before is done
+  __syncthreads();  // the previous user of the buffer is done
   buffer[threadIdx.x] = sum;
   halve(buffer, kThreads, 1);
   if (threadIdx.x == 0) p.tile_sum[(of_u ? flat_tiles(p) : 0) + task] = buffer[0];

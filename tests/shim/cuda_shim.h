@@ -69,7 +69,8 @@ void run(const void* kernel, unsigned blocks, unsigned threads, void (*body)(voi
 template <class... P>
 void run_grid(void (*kernel)(P...), unsigned blocks, unsigned threads, const P&... arguments) {
   auto body = [&] { kernel(arguments...); };  // each thread has its own copies
-  run(reinterpret_cast<const void*>(kernel), blocks, threads,
+  run(
+      reinterpret_cast<const void*>(kernel), blocks, threads,
       [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body);
 }
 

@@ -209,7 +209,8 @@ CAME8BIT_EXPORT int64_t came8bit_shim_launches(int64_t* out, int64_t capacity) {
   using namespace came8bit_shim;
   const std::lock_guard<std::mutex> lock(one_grid_at_a_time);
   const int64_t count = static_cast<int64_t>(launches.size());
-  for (int64_t i = 0; i < std::min(count, capacity); ++i) memcpy(out + 4 * i, &launches[i], sizeof(Launch));
+  for (int64_t i = 0; i < std::min(count, capacity); ++i)
+    memcpy(out + 4 * i, &launches[i], sizeof(Launch));
   launches.clear();
   return count;
 }
