@@ -19,9 +19,6 @@ storage once.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.util
-import os
 import statistics
 import sys
 import time
@@ -33,7 +30,18 @@ from typing import Any
 import torch
 
 import came8bit
-from benchmarks.harness import append, quantiles
+from benchmarks.harness import (
+    Params,
+    append,
+    load,
+    moment,
+    quantiles,
+    ratios,
+    some_of,
+    state_bytes,
+    turns,
+)
+from benchmarks.peers import ADAMW, BITSANDBYTES, OURS, PEERS
 from benchmarks.process_memory import in_a_process
 from benchmarks.state_bytes import Shape, gpt2_small
 from came8bit import environment
@@ -51,56 +59,8 @@ WARM_UP = 3
 SECONDS = 20.0
 """Aim of a round without ``--repeats``."""
 
-Params = list[torch.nn.Parameter]
-
-
-def _adamw(params: Params) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=1e-4, weight_decay=0.01, fused=True)
-
-
-def _came8bit(params: Params) -> torch.optim.Optimizer:
-    return came8bit.CAME8bit(params, lr=1e-4, weight_decay=0.01)
-
-
-def _came8bit_nearest(params: Params) -> torch.optim.Optimizer:
-    return came8bit.CAME8bit(params, lr=1e-4, weight_decay=0.01, rounding="nearest")
-
-
-def _came(params: Params) -> torch.optim.Optimizer:
-    return came8bit.CAME32bit(params, lr=1e-4, weight_decay=0.01)
-
-
-def _came_pytorch(params: Params) -> torch.optim.Optimizer:
-    from came_pytorch import CAME
-
-    return CAME(params, lr=1e-4, weight_decay=0.01)
-
-
-def _bitsandbytes(params: Params) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(params, lr=1e-4, weight_decay=0.01)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An optimizer: how it is made, and the module it comes from."""
-
-    make: Callable[[Params], torch.optim.Optimizer]
-    module: str = "torch"
-    slow: bool = False
-    only_16_bit: bool = False
-
-
-REFERENCE, OURS = "AdamW(fused)", "CAME8bit"
-OPTIMIZERS = {
-    REFERENCE: Entry(_adamw),
-    OURS: Entry(_came8bit),
-    "CAME8bit nearest": Entry(_came8bit_nearest, only_16_bit=True),  # fp32 is not rounded
-    "CAME32bit": Entry(_came),
-    "came-pytorch": Entry(_came_pytorch, "came_pytorch", slow=True),
-    "bitsandbytes AdamW8bit": Entry(_bitsandbytes, "bitsandbytes", slow=True),
-}
+FAST = (ADAMW, OURS, "CAME8bit nearest", "CAME32bit")
+SLOW = ("came-pytorch", BITSANDBYTES)
 
 
 @dataclass
@@ -152,7 +112,7 @@ def make(name: str, case: str, dtype: str) -> tuple[torch.optim.Optimizer, Param
         params.append(torch.nn.Parameter(weight))
         grad = torch.randn(shape, generator=generator).mul_(0.01)
         params[-1].grad = grad.to(DTYPES[dtype])
-    return OPTIMIZERS[name].make(params), params
+    return PEERS[name].make(params), params
 
 
 def seconds(step: Callable[[], object]) -> float:
@@ -162,32 +122,19 @@ def seconds(step: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the state; a storage that several share counts once."""
-    storages = {
-        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    }
-    return sum(storages.values())
-
-
 def run_round(names: list[str], case: str, dtype: str, repeats: int | None) -> list[Row]:
     """Let the optimizers take turns; times and ratios are relative to the first."""
     made = {name: make(name, case, dtype) for name in names}
     for optimizer, _ in made.values():
         for _ in range(WARM_UP):
-            last = seconds(optimizer.step)
+            optimizer.step()
     if repeats is None:
         once = sum(seconds(optimizer.step) for optimizer, _ in made.values())
         repeats = max(5, min(200, int(SECONDS / once)))
     times: dict[str, list[float]] = {name: [] for name in names}
-    for repetition in range(repeats):
-        first = repetition % len(names)
-        for name in names[first:] + names[:first]:
-            last = seconds(made[name][0].step)
-            times[name].append(last)
+    for turn in turns(names, 0.0, fewest=repeats):
+        for name in turn:
+            times[name].append(seconds(made[name][0].step))
     rows = []
     for name, (optimizer, params) in made.items():
         base, own = times[names[0]], times[name]
@@ -202,7 +149,7 @@ def run_round(names: list[str], case: str, dtype: str, repeats: int | None) -> l
                 state_bytes(optimizer) / numel,
                 own,
                 names[0],
-                [a / b for a, b in zip(own, base, strict=True)],
+                ratios(own, base),
                 min(own) / min(base),
             )
         )
@@ -234,8 +181,7 @@ def about() -> dict[str, Any]:
     versions, hardware = environment.versions(), environment.hardware()
     status = came8bit.kernel_status().cpu
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "git": environment.git_revision() or "",
+        **moment(),
         "came8bit": versions["came8bit"],
         "torch": versions["torch"],
         "came-pytorch": versions["came-pytorch"] or "",
@@ -245,7 +191,7 @@ def about() -> dict[str, Any]:
         "cores": hardware["cores"],
         "threads": torch.get_num_threads(),
         "isa": status.isa or f"none: {status.reason}",
-        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
+        "load": load(),
         "seed": SEED,
     }
 
@@ -282,10 +228,10 @@ def targets(rows: Iterable[Row]) -> list[str]:
     for row in rows:
         ratio = statistics.median(row.ratios)
         minima = f" (of minima {row.ratio_min:.3f})"
-        if row.optimizer in (OURS, "CAME8bit nearest") and row.relative_to == REFERENCE:
-            line(row, f"{row.optimizer} / {REFERENCE}", ratio, "≤", 1.0, minima)
+        if row.optimizer in (OURS, "CAME8bit nearest") and row.relative_to == ADAMW:
+            line(row, f"{row.optimizer} / {ADAMW}", ratio, "≤", 1.0, minima)
             if row.case == "gpt2":
-                line(row, f"{row.optimizer} / {REFERENCE}, stretch", ratio, "≤", 0.7, minima)
+                line(row, f"{row.optimizer} / {ADAMW}, stretch", ratio, "≤", 0.7, minima)
                 line(
                     row, f"{row.optimizer} state bytes/param", row.state_bytes_per_param, "≤", 1.037
                 )
@@ -303,23 +249,23 @@ def targets(rows: Iterable[Row]) -> list[str]:
 
 def rounds(case: str, dtype: str, slow_gpt2: bool) -> list[list[str]]:
     """Who takes turns with whom."""
-    usable = [name for name, entry in OPTIMIZERS.items() if importlib.util.find_spec(entry.module)]
-    for name in OPTIMIZERS.keys() - set(usable):
-        print(f"{name} is not installed: skipped", file=sys.stderr)
-    fast = [
-        name
-        for name in usable
-        if not OPTIMIZERS[name].slow and (dtype != "float32" or not OPTIMIZERS[name].only_16_bit)
-    ]
-    slow = [[OURS, name] for name in usable if OPTIMIZERS[name].slow]
-    return [fast, *(slow if case != "gpt2" or slow_gpt2 else [])]
+
+    def usable(names: Iterable[str]) -> list[str]:
+        why = {name: PEERS[name].missing() for name in names}
+        for name in filter(why.get, names):
+            print(f"{name} is skipped: {why[name]}", file=sys.stderr)
+        return [name for name, text in why.items() if not text]
+
+    # What is rounded to the nearest is in fp32 the same as what is not.
+    fast = [name for name in FAST if dtype != "float32" or name != "CAME8bit nearest"]
+    slow = [[OURS, name] for name in usable(SLOW)]
+    return [usable(fast), *(slow if case != "gpt2" or slow_gpt2 else [])]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    several: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
-    parser.add_argument("--shapes", help=f"of {', '.join(CASES)}", **several)
-    parser.add_argument("--dtypes", help=f"of {', '.join(DTYPES)}", **several)
+    for name, known in (("--shapes", CASES), ("--dtypes", DTYPES)):
+        parser.add_argument(name, type=some_of(known), help=f"of {', '.join(known)}")
     parser.add_argument("--repeats", type=int, help="repetitions of a round (default: about 20 s)")
     parser.add_argument("--slow-repeats", type=int, help="of a round with a slow optimizer")
     parser.add_argument("--slow-gpt2", action="store_true", help="slow optimizers on gpt2, too")
@@ -329,10 +275,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.shapes = options.shapes or (["1024"] if options.quick else list(CASES))
     options.dtypes = options.dtypes or list(DTYPES)
-    for name, known in (("shapes", CASES), ("dtypes", DTYPES)):
-        unknown = [x for x in getattr(options, name) if x not in known]
-        if unknown:
-            parser.error(f"--{name}: got {', '.join(unknown)}, expected some of {', '.join(known)}")
     if options.quick:
         options.repeats = options.repeats or 20
         options.slow_repeats = options.slow_repeats or 5
@@ -357,7 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
         for dtype in options.dtypes:
             for names in rounds(case, dtype, options.slow_gpt2):
                 print(f"{case} {dtype}: {', '.join(names)} ...", file=sys.stderr, flush=True)
-                slow = OPTIMIZERS[names[-1]].slow
+                slow = names[-1] in SLOW
                 repeats = options.slow_repeats if slow else options.repeats
                 rows = run_round(names, case, dtype, repeats)
                 for row in rows[1:] if slow else rows:

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 import came8bit
-from benchmarks.cpu_step import DTYPES, SEED, about, seconds, state_bytes
-from benchmarks.harness import append, quantiles
+from benchmarks.cpu_step import DTYPES, SEED, about, seconds
+from benchmarks.harness import append, quantiles, ratios, some_of, state_bytes, turns
 from benchmarks.process_memory import MAPPED, in_a_process
 from came8bit import environment
 
@@ -155,8 +155,8 @@ def run_round(name: str, dtype: str, tokens: int, repeats: int) -> list[Row]:
         for _ in range(WARM_UP):
             training.step()
     times: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for repetition in range(repeats):
-        for mode in MODES if repetition % 2 else MODES[::-1]:
+    for turn in turns(MODES, 0.0, fewest=repeats):
+        for mode in turn:
             times[mode].append(seconds(made[mode].step))
     params = [list(training.model.parameters()) for training in made.values()]
     if not all(torch.equal(p, q) for p, q in zip(*params, strict=True)):
@@ -172,7 +172,7 @@ def run_round(name: str, dtype: str, tokens: int, repeats: int) -> list[Row]:
             sum(p.nbytes for p in params[0]),
             state_bytes(made[mode].optimizer) / sum(p.numel() for p in params[0]),
             own,
-            [a / b for a, b in zip(own, base, strict=True)],
+            ratios(own, base),
             min(own) / min(base),
         )
         for mode, own in times.items()
@@ -229,9 +229,8 @@ def table(rows: list[Row]) -> list[str]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    several: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
-    parser.add_argument("--models", help=f"of {', '.join(MODELS)}", **several)
-    parser.add_argument("--dtypes", help=f"of {', '.join(DTYPES)}", **several)
+    for name, known in (("--models", MODELS), ("--dtypes", DTYPES)):
+        parser.add_argument(name, type=some_of(known), help=f"of {', '.join(known)}")
     parser.add_argument("--repeats", type=int, help="timed steps of each way (default: 7)")
     parser.add_argument("--tokens", type=int, default=128, help="of the batch, up to 128")
     parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
@@ -241,10 +240,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.models = options.models or (["gpt-tiny"] if options.quick else ["gpt", "llama"])
     options.dtypes = options.dtypes or list(DTYPES)
     options.repeats = options.repeats or 7
-    for name, known in (("models", MODELS), ("dtypes", DTYPES)):
-        unknown = [x for x in getattr(options, name) if x not in known]
-        if unknown:
-            parser.error(f"unknown {name} {unknown}; expected some of {', '.join(known)}")
     if options.csv is None and not options.quick:
         options.csv = RESULTS
     return options

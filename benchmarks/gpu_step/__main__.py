@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,11 +38,12 @@ from benchmarks.gpu_step.cases import (
     largest_swept,
     streamed_bytes,
 )
-from benchmarks.gpu_step.measure import Device, DeviceLost, make_params, param_bytes, state_bytes
-from benchmarks.gpu_step.peers import BITSANDBYTES, OPTIMIZERS, OURS, missing, remark, unhindered
+from benchmarks.gpu_step.measure import Device, DeviceLost, make_params, param_bytes
+from benchmarks.gpu_step.peers import MAIN, ONLY_ON, OPTIMIZERS, remark, unhindered
 from benchmarks.gpu_step.run import Case, Run, start
 from benchmarks.gpu_step.scans import run_scans
-from benchmarks.harness import quantiles
+from benchmarks.harness import quantiles, ratios, some_of, state_bytes, turns
+from benchmarks.peers import BITSANDBYTES, OURS
 
 DTYPES = ("bfloat16", "float32")
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -107,12 +107,9 @@ def run_round(run: Run, case: Case, names: list[str], seconds: float) -> None:
         with unhindered(name):
             times[name] = Times(run.device.pause_for(optimizer.step))
     names = list(made)
-    begin, repetition = time.monotonic(), 0
-    while repetition < 5 or (time.monotonic() - begin < seconds and repetition < 100):
-        first = repetition % len(names)
-        for name in names[first:] + names[:first]:
+    for turn in turns(names, seconds):
+        for name in turn:
             times[name].measure(run.device, name, made[name].step)
-        repetition += 1
     known = {(row["case"], row["dtype"]) for row in run.rows if row["optimizer"] == OURS}
     for name in names:
         # In the rounds of the others ours is measured again, but for their ratios only.
@@ -130,10 +127,9 @@ def row_of(
     numel = sum(p.numel() for p in case.params)
     p50 = quantiles(own.covered)["p50"]
     # Plain times are compared with plain times.
+    plain = ratios(own.plain, ours.plain)
     both = own.pause is not None and ours.pause is not None
-    pairs = zip(own.covered, ours.covered, strict=True) if both else None
-    ratios = quantiles([a / b for a, b in pairs or zip(own.plain, ours.plain, strict=True)])
-    plain_ratio = quantiles([a / b for a, b in zip(own.plain, ours.plain, strict=True)])["p50"]
+    compared = quantiles(ratios(own.covered, ours.covered) if both else plain)
     row = {
         "case": case.name,
         "dtype": case.dtype,
@@ -148,8 +144,8 @@ def row_of(
         **{f"plain_{q}_ms": 1e3 * t for q, t in quantiles(own.plain).items()},
         "host_p50_ms": 1e3 * quantiles(own.host)["p50"],
         "ms_per_1e9": 1e12 * p50 / numel,
-        **{f"time_over_ours_{q}": r for q, r in ratios.items()},
-        "plain_over_ours_p50": plain_ratio,
+        **{f"time_over_ours_{q}": r for q, r in compared.items()},
+        "plain_over_ours_p50": quantiles(plain)["p50"],
         "extra_bytes": run.device.extra_bytes(optimizer.step),
         "state_bytes_per_param": state_bytes(optimizer) / numel,
         "counted_bytes": None,
@@ -188,11 +184,10 @@ def line_of(row: dict[str, Any]) -> str:
 def usable(run: Run, main: bool) -> list[str]:
     """Optimizers of a kind that are installed; the others are noted."""
     found = []
-    for name, entry in OPTIMIZERS.items():
-        if entry.main != main:
+    for name, peer in OPTIMIZERS.items():
+        if (name in MAIN) != main:
             continue
-        why = missing(name)
-        if why:
+        if why := peer.missing():
             run.skip(name, why)
         else:
             found.append(name)
@@ -227,7 +222,7 @@ def run_others(run: Run, options: argparse.Namespace) -> None:
     for name in names:
         for dtype in options.dtypes:
             for case_name in cases:
-                if OPTIMIZERS[name].cases and case_name not in OPTIMIZERS[name].cases:
+                if case_name not in ONLY_ON.get(name, cases):
                     continue
                 what = f"{case_name} {dtype} {name}"
                 if run.left() < 2:
@@ -252,22 +247,19 @@ PIECES: dict[str, Callable[[Run, argparse.Namespace], None]] = {
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    several: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
-    parser.add_argument("--pieces", help=f"of {', '.join(PIECES)}", **several)
-    parser.add_argument("--cases", help=f"of {', '.join(CASES)}", **several)
-    parser.add_argument("--dtypes", help=f"of {', '.join(DTYPES)}", **several)
+    for name, names in (("--pieces", PIECES), ("--cases", {**CASES, **TINY}), ("--dtypes", DTYPES)):
+        parser.add_argument(name, type=some_of(names), help=f"of {', '.join(names)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seconds", type=float, default=300.0, help="for everything, about")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu.json and gpu.csv")
     parser.add_argument("--add", action="store_true", help="keep what gpu.json has, if it fits")
     options = parser.parse_args(arguments)
     known = CASES if options.device == "cuda" else TINY
-    for name, names in (("pieces", PIECES), ("cases", known), ("dtypes", DTYPES)):
-        chosen = getattr(options, name) or list(names)
-        setattr(options, name, chosen)
-        unknown = [x for x in chosen if x not in names]
-        if unknown:
-            parser.error(f"--{name}: got {', '.join(unknown)}, expected some of {', '.join(names)}")
+    options.pieces = options.pieces or list(PIECES)
+    options.dtypes = options.dtypes or list(DTYPES)
+    options.cases = options.cases or list(known)
+    if not known.keys() >= set(options.cases):
+        parser.error(f"--cases: on this device, expected some of {', '.join(known)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --device cpu tries the plumbing without one")
     options.shapes = {name: known[name] for name in options.cases}

@@ -11,14 +11,14 @@ import functools
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.gpu_step.cases import ITEM, SWEEPS
-from benchmarks.gpu_step.peers import Params
+from benchmarks.harness import Params
 from benchmarks.state_bytes import Shape
 
 Step = Callable[[], object]
@@ -197,15 +197,14 @@ class SweepTime:
 
     def flat(self, copy_bandwidth: float) -> dict[str, Any]:
         """Return a line of the report; bytes are counted, so caches can lift them above a copy."""
+        rate = self.bytes / self.seconds if self.seconds else None
         return {
             "sweep": self.sweep,
             "launches": self.launches,
             "ms": round(1e3 * self.seconds, 4),
             "counted_bytes": self.bytes,
-            "GB_per_s": round(self.bytes / self.seconds / 1e9, 1) if self.seconds else None,
-            "of_copy": round(self.bytes / self.seconds / copy_bandwidth, 3)
-            if self.seconds
-            else None,
+            "GB_per_s": None if rate is None else round(rate / 1e9, 1),
+            "of_copy": None if rate is None else round(rate / copy_bandwidth, 3),
         }
 
 
@@ -251,30 +250,6 @@ def by_sweep(kernels: list[tuple[str, float]], shapes: list[Shape], dtype: str) 
         found.append(SweepTime(sweep.name, sum(t for _, t in mine), len(mine), counted))
     found.append(SweepTime("everything else", sum(t for _, t in rest), len(rest), 0))
     return found
-
-
-# --- bytes ----------------------------------------------------------------------------------------
-
-
-def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Return the tensors that a tensor is made of: itself, or those inside a quantized one."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        yield tensor
-    else:
-        for name in flatten()[0]:
-            yield from _plain(getattr(tensor, name))
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the state; a storage that several share counts once."""
-    storages = {}
-    for state in optimizer.state.values():
-        for value in state.values():
-            for tensor in _plain(value) if isinstance(value, torch.Tensor) else ():
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def param_bytes(shapes: list[Shape], dtype: str) -> int:

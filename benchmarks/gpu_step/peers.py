@@ -1,102 +1,25 @@
-"""The optimizers of the GPU benchmark, and what has to be true for them to count."""
+"""How the optimizers of the GPU benchmark are measured, and what has to be true for it to count."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-
-import torch
+from collections.abc import Iterator
 
 import came8bit
+from benchmarks.peers import ADAMW, BITSANDBYTES, OURS, PEERS
 
-Params = list[torch.nn.Parameter]
-
-LR = 1e-5
-DECAY = 0.01
-
-
-def _ours(params: Params) -> torch.optim.Optimizer:
-    return came8bit.CAME8bit(params, lr=LR, weight_decay=DECAY)
-
-
-def _ours_32(params: Params) -> torch.optim.Optimizer:
-    return came8bit.CAME32bit(params, lr=LR, weight_decay=DECAY)
+MAIN = (OURS, ADAMW, BITSANDBYTES)
+"""Measured on all cases, in turns; the others with CAME8bit alone, on some, when all else is."""
+OTHERS = ("CAME32bit", "came-pytorch", "adafactor8bit CAME", "torchao AdamW8bit")
+"""torchao compiles its step anew for each shape, within the first step, where no clock can stop it:
+so it comes last."""
+ONLY_ON = {"torchao AdamW8bit": ("8192x8192", "tiny-matrix")}
+"""And gets one case."""
+OPTIMIZERS = {name: PEERS[name] for name in (*MAIN, *OTHERS)}
 
 
-def _adamw(params: Params) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True)
-
-
-def _bitsandbytes(params: Params) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(params, lr=LR, weight_decay=DECAY)
-
-
-def _came_pytorch(params: Params) -> torch.optim.Optimizer:
-    from came_pytorch import CAME
-
-    return CAME(params, lr=LR, weight_decay=DECAY)
-
-
-def _adafactor8bit(params: Params) -> torch.optim.Optimizer:
-    """Its CAME path; the values are those of its own preset."""
-    from adafactor8bit import Adafactor8Bit
-
-    return Adafactor8Bit(
-        params,
-        lr=LR,
-        weight_decay=DECAY,
-        beta1=0.9,
-        beta2=0.999,
-        beta2_decay=None,
-        beta3=0.9999,
-        factored=True,
-        relative_step=False,
-        scale_parameter=False,
-        scale_weight_decay=False,
-        d=1.0,
-    )
-
-
-def _torchao(params: Params) -> torch.optim.Optimizer:
-    from torchao.optim import AdamW8bit
-
-    return AdamW8bit(params, lr=LR, weight_decay=DECAY)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An optimizer: how it is made, the module it comes from, how it is measured."""
-
-    make: Callable[[Params], torch.optim.Optimizer]
-    module: str = "torch"
-    main: bool = False
-    """Measured on all cases, in turns with the others of this kind; the rest with CAME8bit alone,
-    on some cases, when all else is measured."""
-    cases: tuple[str, ...] = ()
-    """The only ones it runs; empty for all."""
-
-
-OURS = "CAME8bit"
-BITSANDBYTES = "bitsandbytes AdamW8bit"
-OPTIMIZERS = {
-    OURS: Entry(_ours, main=True),
-    "AdamW(fused)": Entry(_adamw, main=True),
-    BITSANDBYTES: Entry(_bitsandbytes, "bitsandbytes", main=True),
-    "CAME32bit": Entry(_ours_32),
-    "came-pytorch": Entry(_came_pytorch, "came_pytorch"),
-    "adafactor8bit CAME": Entry(_adafactor8bit, "adafactor8bit"),
-    # It compiles its step anew for each shape, within the first step, where no clock can stop it:
-    # so it gets one, and comes last.
-    "torchao AdamW8bit": Entry(_torchao, "torchao", cases=("8192x8192", "tiny-matrix")),
-}
-
-
-def _nothing(tensor: torch.Tensor) -> None:
+def _nothing(tensor: object) -> None:
     """Instead of waiting for the device of ``tensor``."""
 
 
@@ -117,18 +40,6 @@ def unhindered(name: str) -> Iterator[None]:
         yield
     finally:
         module.sync_gpu = before
-
-
-def missing(name: str) -> str:
-    """Return why an optimizer cannot be measured, or ''."""
-    module = OPTIMIZERS[name].module
-    if importlib.util.find_spec(module) is None:
-        return f"{module} is not installed"
-    try:
-        importlib.import_module(module)
-    except Exception as error:
-        return f"{module} cannot be imported: {type(error).__name__}: {error}"
-    return ""
 
 
 def remark(name: str, device: str) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import gc
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,9 +15,8 @@ import torch
 
 import came8bit
 from benchmarks.gpu_step.measure import Device, DeviceLost
-from benchmarks.gpu_step.peers import Params
 from benchmarks.gpu_step.targets import judge
-from benchmarks.harness import append
+from benchmarks.harness import Params, append, moment
 from came8bit import environment
 
 LISTS = ("rows", "sweeps", "scans", "not_run")
@@ -55,12 +52,11 @@ class Run:
     not_run: list[dict[str, str]] = field(default_factory=list)
     failures: int = 0
     """Of what is ours."""
-    other: dict[str, Any] = field(default_factory=dict)
-    """What an earlier run has put into the file, and this one leaves alone."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By piece."""
 
     def __post_init__(self) -> None:
         self._begin = time.monotonic()
-        self._written = 0
 
     def left(self) -> float:
         """Seconds until the deadline."""
@@ -116,10 +112,8 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """All of it, judged."""
-        found = {name: getattr(self, name) for name in LISTS}
-        seconds = {self.piece: round(time.monotonic() - self._begin, 1)}
-        seconds = {**self.other.get("seconds", {}), **seconds}
-        found = {**self.other, "about": self.about, "copy": self.copy, **found, "seconds": seconds}
+        self.seconds[self.piece] = round(time.monotonic() - self._begin, 1)
+        found = {name: getattr(self, name) for name in ("about", "copy", "seconds", *LISTS)}
         return {**found, "targets": judge(found)}
 
     def write(self) -> None:
@@ -139,8 +133,7 @@ def about(device: Device) -> dict[str, Any]:
     """Return what the figures belong to."""
     status = came8bit.kernel_status().cuda
     facts: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "git": environment.git_revision() or os.environ.get("CAME8BIT_GIT", ""),
+        **moment(),
         "device": "cpu: plumbing only, the figures mean nothing",
         "kernels": status.isa or f"none: {status.reason}",
         "versions": environment.versions(),
@@ -166,11 +159,8 @@ def start(device: Device, seconds: float, folder: Path, add: bool) -> Run:
         return run
     earlier = json.loads(path.read_text(encoding="utf-8"))
     same = ("git", "device", "kernels")
-    if "about" in earlier and any(earlier["about"].get(k) != facts[k] for k in same):
+    if any(earlier["about"].get(k) != facts[k] for k in same):
         return run
-    for name in LISTS:
-        setattr(run, name, earlier.pop(name, []))
-    run.other = earlier
-    # All shares of a copy are of the same one.
-    run.copy = earlier.get("copy", run.copy)
+    for name in ("copy", "seconds", *LISTS):  # all shares of a copy are of the same one
+        setattr(run, name, earlier[name])
     return run

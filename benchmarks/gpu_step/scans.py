@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from typing import Any
 import came8bit
 from benchmarks.gpu_step.cases import ALONE
 from benchmarks.gpu_step.measure import Step, by_name, by_sweep, kernel_times, make_params
-from benchmarks.gpu_step.peers import BITSANDBYTES, OPTIMIZERS, OURS, missing
+from benchmarks.gpu_step.peers import OPTIMIZERS
 from benchmarks.gpu_step.run import Case, Run
-from benchmarks.harness import quantiles
+from benchmarks.harness import quantiles, turns
+from benchmarks.peers import BITSANDBYTES, OURS
 
 GROUP = "CAME8BIT_CUDA_GROUP_BYTES"
 SMALL = "CAME8BIT_CUDA_SMALL_ELEMENTS"
@@ -100,17 +100,15 @@ def run_scan(run: Run, scan: Scan, case: Case, seconds: float) -> None:
                     graphs[value] = run.device.captured(optimizer.step)
     times: dict[str, list[float]] = {value: [] for value in values}
     graph_times: dict[str, list[float]] = {value: [] for value in values}
-    begin, repetition = time.monotonic(), 0
-    while repetition < 5 or (time.monotonic() - begin < seconds and repetition < 40):
-        for value in values:
+    for turn in turns(values, seconds, most=40):
+        for value in turn:
             with environment(scan.variable, value):
                 times[value].append(run.device.covered(optimizer.step, pauses[value])[0])
             if value in graphs:
                 graph_times[value].append(run.device.plain(graphs[value])[0])
-        repetition += 1
     for value in values:
         row: dict[str, Any] = {"piece": run.piece, "variable": scan.variable, "value": value}
-        row |= {"case": case.name, "dtype": case.dtype, "repeats": repetition}
+        row |= {"case": case.name, "dtype": case.dtype, "repeats": len(times[value])}
         row |= {f"{q}_ms": round(1e3 * t, 4) for q, t in quantiles(times[value]).items()}
         own = graph_times[value]
         row["graph_p50_ms"] = round(1e3 * quantiles(own)["p50"], 4) if own else None
@@ -143,7 +141,7 @@ def run_profiles(run: Run, options: argparse.Namespace) -> None:
         run.skip("sweeps", "no CUDA kernels" if run.device.is_cuda else "no GPU")
         return
     # The sum of theirs is what ours is measured by.
-    usable = [x for x in (OURS, BITSANDBYTES) if x in OPTIMIZERS and not missing(x)]
+    usable = [x for x in (OURS, BITSANDBYTES) if x in OPTIMIZERS and not OPTIMIZERS[x].missing()]
     for name in PROFILED:
         for dtype in options.dtypes:
             if name not in options.cases or (name in ALONE and dtype != "bfloat16"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.gpu_step.peers import BITSANDBYTES, OURS
+from benchmarks.peers import BITSANDBYTES, OURS
 
 LARGE = 64 << 20
 """Elements of a tensor from which the bandwidth is judged."""
