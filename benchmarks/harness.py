@@ -42,7 +42,7 @@ def turns(
 
 
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that a tensor is made of: itself, or those inside a quantized one."""
+    """Yield the tensors that a tensor is made of: itself, or those inside a quantized one."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield tensor
