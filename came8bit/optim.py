@@ -27,11 +27,14 @@ from .validation import (
     DEFAULT_SEED,
     FORMAT_VERSION,
     check_finite,
+    check_foreign,
     check_options,
     check_params,
     moved_error,
+    normalized,
     unusable_error,
     usable,
+    warn_of_options,
 )
 
 _UNCHANGED = "Nothing has been changed"
@@ -158,6 +161,7 @@ class CAME(Optimizer):
         nesterov: bool = False,
         factored_view: str = "smallest",
         seed: int = DEFAULT_SEED,
+        **other: object,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -177,7 +181,10 @@ class CAME(Optimizer):
             "seed": seed,
             "format_version": FORMAT_VERSION,
         }
+        check_foreign(other)
+        defaults.update(normalized(defaults))
         check_options(defaults)
+        warn_of_options(defaults)
         paged = self._settled("is_paged", is_paged, self._is_paged, False)
         self._store = store_for(paged, page_dir, page_budget)
         self._skip_warning = SkipWarning()
@@ -317,11 +324,11 @@ class CAME(Optimizer):
         """
         if isinstance(param_group, dict):
             params = param_group.get("params", [])
+            param_group.update(normalized(param_group))
             check_options({**self.defaults, **param_group})
             if not isinstance(params, (Tensor, set)):
                 params = param_group["params"] = list(params)
-            present = {id(param) for param in self._params()}
-            check_params([params] if isinstance(params, Tensor) else params, present)
+            check_params([params] if isinstance(params, Tensor) else params, self._params())
         super().add_param_group(param_group)
         if self._release is not None:
             self._release.attach(self)

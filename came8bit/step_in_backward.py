@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -284,6 +285,8 @@ class GradientRelease:
             for param in group["params"]:
                 present.add(id(param))
                 known = self._hooks.get(id(param))
+                if is_lazy(param) or not param.is_floating_point():
+                    continue  # cannot have a gradient, or not yet
                 if known is None or known[0]() is not param:
                     # Autograd takes no hook for a frozen parameter, but keeps one while it is.
                     needs_gradient = param.requires_grad

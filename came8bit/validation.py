@@ -6,14 +6,20 @@ schedulers and users write into ``param_groups`` as they like.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .overlap import elements_overlap, sharing
 from .state.layout import FACTORED_VIEWS, OPTIM_BITS
 from .state.store import StepItem
 
@@ -34,9 +40,75 @@ _FLAGS = ("cautious", "maximize", "bias_correction", "nesterov")
 ADDED_OPTIONS: dict[str, object] = {"nesterov": False}
 """Options that older versions did not save, with the values that describe what they did."""
 
+_FLOATS = ("lr", "clip_threshold", "weight_decay")
+_INTEGERS = ("optim_bits", "min_8bit_size", "seed")
+_DEFAULT_BETAS = (0.9, 0.999, 0.9999)
+_WORDS = {"true": True, "false": False}
+
+# What bitsandbytes and torch optimizers take besides, with the values that mean what happens here.
+_FOREIGN: dict[str, tuple[object, ...]] = {
+    "amsgrad": (False,),
+    "args": (None,),
+    "block_wise": (True,),
+    "capturable": (None, False),
+    "differentiable": (False,),
+    "foreach": (None, False),
+    "fused": (None, False),
+    "percentile_clipping": (100,),
+}
+
 _LARGEST = 3.4028235677973366e38  # rounds to infinity in fp32 from here on
 _SMALLEST = 2.0**-150  # rounds to 0 in fp32 up to here
 _ONE = 1.0 - 2.0**-25  # rounds to 1 in fp32 from here on
+_LARGE_VECTOR = 1 << 20
+_LARGEST_EPS = 1.0  # sums of squares stay far from infinity
+_ADAM_EPS = 1e-16  # above it, eps[0] looks like Adam's, which is not added to squares
+
+
+def normalized(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options in ``group`` that are written otherwise than :func:`check_options` wants.
+
+    Configuration files and command lines turn numbers into strings, and Adam's users give two
+    betas: ``"1e-4"`` is a number, ``"true"`` a flag, ``8.0`` an integer, and the third of two betas
+    is CAME's default. What means nothing else is left for :func:`check_options` to refuse.
+    """
+    changed: dict[str, Any] = {}
+    for name in _FLOATS:
+        if isinstance(group.get(name), (str, Decimal)):
+            changed[name] = _number(group[name])
+    for name in _INTEGERS:
+        value = _number(group.get(name))
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        changed[name] = value
+    for name in _FLAGS:
+        value = group.get(name)
+        if isinstance(value, str):
+            changed[name] = _WORDS.get(value.strip().lower(), value)
+    for name in ("betas", "eps"):
+        value = group.get(name)
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            numbers = tuple(map(_number, value))
+            if name == "betas" and len(numbers) == 2:
+                numbers += _DEFAULT_BETAS[2:]
+            changed[name] = numbers
+    return {name: value for name, value in changed.items() if name in group}
+
+
+def check_foreign(options: Mapping[str, object]) -> None:
+    """Check keyword arguments of other optimizers: those that mean the same here are fine.
+
+    Raises:
+        TypeError: one is unknown, or asks for something that CAME does not have.
+    """
+    for name, value in options.items():
+        if name not in _FOREIGN:
+            raise TypeError(f"got an unexpected keyword argument {name!r}")
+        if value not in _FOREIGN[name]:
+            raise TypeError(
+                f"got {name}={value!r}, which CAME does not have; leave it out or pass "
+                f"{name}={_FOREIGN[name][0]!r}"
+            )
 
 
 def check_options(group: Mapping[str, Any]) -> None:
@@ -45,32 +117,49 @@ def check_options(group: Mapping[str, Any]) -> None:
     betas, eps = group["betas"], group["eps"]
     if not (_numbers(betas, 3) and all(0.0 <= float(beta) < _ONE for beta in betas)):
         raise ValueError(
-            f"got betas {betas!r}, expected three numbers in [0, 1) that fp32 tells from 1, "
-            "such as (0.9, 0.999, 0.9999)"
+            f"got betas {betas!r}, expected three numbers in [0, 1) that stay below 1 in float32, "
+            f"such as {_DEFAULT_BETAS}"
         )
-    if not (_numbers(eps, 2) and all(_SMALLEST < float(value) < _LARGEST for value in eps)):
+    if _is_number(eps):
         raise ValueError(
-            f"got eps {eps!r}, expected two finite positive numbers that are not 0 in fp32, "
-            "such as (1e-30, 1e-16)"
+            f"got eps {eps!r}, expected two finite positive numbers: the first is added to squared "
+            "gradients. Leave eps out, or write eps=(1e-30, 1e-16)"
+        )
+    if not (_numbers(eps, 2) and all(_SMALLEST < float(value) <= _LARGEST_EPS for value in eps)):
+        raise ValueError(
+            f"got eps {eps!r}, expected two finite positive numbers up to {_LARGEST_EPS} that are "
+            "not 0 in float32, such as (1e-30, 1e-16)"
         )
     threshold, decay = group["clip_threshold"], group["weight_decay"]
-    if not (isinstance(threshold, Real) and float(threshold) > _SMALLEST):
+    if not (_is_number(threshold) and float(threshold) > _SMALLEST):
         raise ValueError(
             f"got clip_threshold {threshold!r}, expected a positive number (inf: no clipping)"
         )
-    if not (isinstance(decay, Real) and 0.0 <= float(decay) < _LARGEST):
+    if not (_is_number(decay) and 0.0 <= float(decay) < _LARGEST):
         raise ValueError(f"got weight_decay {decay!r}, expected a finite number >= 0")
     for name, allowed in CHOICES.items():
-        if group[name] not in allowed:
-            raise ValueError(f"got {name} {group[name]!r}, expected one of {allowed}")
+        value = group[name]
+        if value not in allowed or isinstance(value, (bool, float)):
+            raise ValueError(f"got {name} {value!r}, expected one of {allowed}")
     for name in _FLAGS:
         if not isinstance(group[name], bool):
             raise ValueError(f"got {name} {group[name]!r}, expected True or False")
     size, seed = group["min_8bit_size"], group["seed"]
-    if not (isinstance(size, Integral) and int(size) >= 0):
+    if not (_is_integer(size) and int(size) >= 0):
         raise ValueError(f"got min_8bit_size {size!r}, expected an integer >= 0")
-    if not (isinstance(seed, Integral) and 0 <= int(seed) < 2**63):
+    if not (_is_integer(seed) and 0 <= int(seed) < 2**63):
         raise ValueError(f"got seed {seed!r}, expected an integer in [0, 2**63)")
+
+
+def warn_of_options(group: Mapping[str, Any]) -> None:
+    """Warn of options that are allowed and hardly ever meant."""
+    if float(group["eps"][0]) > _ADAM_EPS:
+        warnings.warn(
+            f"eps[0]={group['eps'][0]!r} is added to squared gradients; Adam's eps is not. The "
+            "default is 1e-30",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def check_lr(lr: object) -> None:
@@ -83,44 +172,64 @@ def check_lr(lr: object) -> None:
         if lr.device.type != "cpu":
             return
         value = float(lr)
-    elif isinstance(lr, Real):
-        value = float(lr)
+    elif _is_number(lr):
+        value = float(lr)  # type: ignore[arg-type]
     else:
         raise ValueError(f"got lr {lr!r}, expected a number or a tensor with one element")
     if not 0.0 <= value < _LARGEST:
         raise ValueError(f"got lr {lr!r}, expected a finite number >= 0")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _numbers(value: object, count: int) -> bool:
-    return (
-        isinstance(value, (tuple, list))
-        and len(value) == count
-        and all(isinstance(number, Real) for number in value)
-    )
+    return isinstance(value, (tuple, list)) and len(value) == count and all(map(_is_number, value))
+
+
+def _number(value: Any) -> Any:
+    """Return the number that a string or a Decimal stands for; anything else as it is."""
+    if isinstance(value, (str, Decimal)):
+        for kind in (int, float):
+            with suppress(ValueError):
+                return kind(value) if isinstance(value, str) else float(value)
+    return value
 
 
 PARAM_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 GRAD_DTYPES = PARAM_DTYPES | {torch.float64}
 
 
-def check_params(params: Iterable[object], present: Collection[int]) -> None:
+def check_params(params: Iterable[object], present: Iterable[Tensor]) -> None:
     """Check the parameters of a new group.
 
     Args:
         params: tensors or ``(name, tensor)``; other things are left to the base class.
-        present: ``id`` of every parameter that the optimizer has already.
+        present: every parameter that the optimizer has already.
+
+    Parameters that need no gradient are left alone: 4-bit weights beside adapters, for instance.
 
     Raises:
-        TypeError: wrong dtype or layout.
-        ValueError: a parameter is there twice, or its elements share memory.
+        TypeError: wrong dtype or layout, or a subclass that wraps other tensors.
+        ValueError: a parameter is there twice, or elements share memory.
+        NotImplementedError: a parameter is sharded.
     """
+    present = list(present)
+    known = {id(param) for param in present}
     seen: set[int] = set()
+    looked_at: list[tuple[str, Tensor]] = []
     for position, entry in enumerate(params):
         param = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
         if not isinstance(param, Tensor):
             continue
-        what = f"parameter {position} of the group (shape {tuple(param.shape)})"
-        if id(param) in present:
+        shape = "not known yet" if is_lazy(param) else tuple(param.shape)
+        what = f"parameter {position} of the group (shape {shape})"
+        if id(param) in known:
             raise ValueError(
                 f"some parameters appear in more than one parameter group: {what} does; "
                 "list every parameter once"
@@ -131,17 +240,48 @@ def check_params(params: Iterable[object], present: Collection[int]) -> None:
                 "list every parameter once"
             )
         seen.add(id(param))
+        if is_lazy(param) or not param.requires_grad:
+            continue  # looked at when it has a shape, or a gradient
+        if hasattr(param, "placements"):
+            raise NotImplementedError(
+                f"{what} is a sharded {type(param).__name__}, which came8bit cannot update yet; "
+                "use DistributedDataParallel, or ZeroRedundancyOptimizer with optimizer_class="
+            )
+        if is_traceable_wrapper_subclass(param):
+            raise TypeError(
+                f"{what} is a {type(param).__name__}, which wraps other tensors; expected an "
+                "ordinary tensor. Optimize the tensors that it wraps, or freeze it"
+            )
         if param.layout != torch.strided or param.dtype not in PARAM_DTYPES:
             raise TypeError(
                 f"{what} is {param.dtype} with layout {param.layout}, expected a dense tensor "
                 "of torch.float32, torch.bfloat16 or torch.float16"
             )
-        strides = zip(param.shape, param.stride(), strict=True)
-        if any(size > 1 and stride == 0 for size, stride in strides):
+        if elements_overlap(param):
             raise ValueError(
                 f"{what} has strides {param.stride()}: several elements share memory, so it "
                 "cannot be updated in place; use param.contiguous()"
             )
+        looked_at.append((what, param))
+    pair = sharing([*(("a parameter of another group", p) for p in present), *looked_at])
+    if pair is not None:
+        raise ValueError(
+            f"{pair[0]} and {pair[1]} share memory, so each would undo the other's update; tie "
+            "weights by using one nn.Parameter in both places"
+        )
+    _warn_of_large_vectors(looked_at)
+
+
+def _warn_of_large_vectors(params: Sequence[tuple[str, Tensor]]) -> None:
+    vectors = [(what, p) for what, p in params if p.dim() == 1 and p.numel() >= _LARGE_VECTOR]
+    if vectors:
+        warnings.warn(
+            f"{vectors[0][0]} is a vector, as FSDP1 and DeepSpeed ZeRO make of matrices: nothing "
+            "in it is factored or coded, and its state takes 8 bytes per element. Shard with "
+            "torch's ZeroRedundancyOptimizer, or use DistributedDataParallel",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def usable(param: Tensor, grad: Tensor) -> bool:
