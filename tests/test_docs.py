@@ -12,12 +12,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from doc_pages import DOCS, PAGES, blocks
+from doc_pages import DOCS, PAGES, PRELUDE, blocks
 from paths import ROOT
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import came8bit
+from came8bit.cli import build_parser, main
 
 SCRIPT = ROOT / "tests" / "support" / "doc_pages.py"
 SECONDS = 300
@@ -48,6 +51,58 @@ def commands(path: Path) -> list[str]:
     lines += re.findall(r"^    (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
     lines = [re.sub(r"\s+# .*", "", line).removeprefix("$ ") for line in lines]
     return [line for line in lines if re.match(r"(make|came8bit|python|pytest)\b", line)]
+
+
+def commands_of(program: str) -> list[str]:
+    """Return every command of ``program`` in the blocks of README and docs, once."""
+    found = {command for path in PAGES for command in commands(path)}
+    return sorted(command for command in found if command.startswith(program))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that commands in the docs name."""
+    folder = tmp_path_factory.mktemp("files")
+    names: dict[str, Any] = {}
+    exec(next(blocks(PRELUDE)).text, names)
+    optimizer = came8bit.CAME32bit(names["model"].named_parameters())
+    names["loss_of"](names["model"], names["batches"][0]).backward()
+    optimizer.step()
+    came8bit.save_checkpoint(optimizer, folder / "old.safetensors")
+    (folder / "path" / "to").mkdir(parents=True)
+    config = GPT2Config(n_layer=2, n_head=4, n_embd=64, n_positions=128)
+    config.architectures = ["GPT2LMHeadModel"]
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(folder / "path" / "to", max_shard_size="5MB")
+    return folder
+
+
+@pytest.mark.parametrize("command", commands_of("came8bit"))
+def test_command(command: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs; what takes minutes is only parsed."""
+    monkeypatch.chdir(files)
+    words = shlex.split(command)[1:]
+    if words[0] == "tradeoff":
+        build_parser().parse_args(words)
+    elif words[0] != "inspect" or main(["convert", "old.safetensors", words[1], "--force"]) == 0:
+        assert main(words) == 0
+
+
+def test_options_of_benchmarks_exist() -> None:
+    source = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("benchmarks", "tools", "build_tools")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    found = {
+        option
+        for path in [*PAGES, ROOT / "CONTRIBUTING.md"]
+        for command in commands(path)
+        if re.match(r"make (bench-|gpu-)|python -m benchmarks", command)
+        for option in re.findall(r"(--[a-z][a-z0-9-]*)", command)
+    }
+    assert len(found) > 5
+    assert {option for option in found if f'"{option}"' not in source} == set()
 
 
 def test_targets_of_make_exist() -> None:
