@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import printable
 from .pages import AddressRanges, both_readable, readable
 
 try:
@@ -307,13 +309,20 @@ def _open_locked(directory: Path, wanted: int) -> tuple[int, Path]:
 def _lock(path: Path, directory: Path, wanted: int) -> int | None:
     """Open and lock a page file; ``None`` if its last user has deleted it just now."""
     _refuse_stranger(path)
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fd, made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+        except FileExistsError:
+            fd, made = os.open(path, flags), False
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise _cannot_open(error, str(path), directory, wanted) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        gone = os.fstat(fd).st_nlink == 0
+        status = os.fstat(fd)
+        gone = status.st_nlink == 0
         start = os.pread(fd, len(_MAGIC), 0)
     except BlockingIOError as error:
         lines = os.pread(fd, 512, 0).decode(errors="replace").split("\n")
@@ -321,17 +330,43 @@ def _lock(path: Path, directory: Path, wanted: int) -> int | None:
         holder = lines[1] if len(lines) > 2 else "a process that has just begun"
         raise BlockingIOError(
             errno.EWOULDBLOCK,
-            f"paged state: {path} is held by another run ({holder}). Wait for it, or give this "
-            "run a page_dir= of its own, every rank of a distributed one too",
+            f"paged state: {path} is held by another run ({printable(holder, 200)}). Wait for it, "
+            "or give this run a page_dir= of its own, every rank of a distributed one too",
         ) from error
     except OSError as error:  # a file system without locks
         os.close(fd)
         raise _cannot_open(error, str(path), directory, wanted) from error
-    if not gone and start in (b"", _MAGIC):
+    if made and not gone:
+        return fd
+    fault = _fault(path, status, start)
+    if not (gone or fault) and _is_private(fd, path, status):
         return fd
     os.close(fd)
-    if gone:
-        return None
-    raise FileExistsError(
-        errno.EEXIST, f"paged state: {path} exists and is no page file; move it away"
-    )
+    if fault and not gone:
+        raise FileExistsError(errno.EEXIST, f"paged state: {path} exists and {fault}; move it away")
+    return None
+
+
+def _fault(path: Path, status: os.stat_result, start: bytes) -> str | None:
+    """Say why an open file that was there before is not one to keep state in."""
+    if start not in (b"", _MAGIC):
+        return "is no page file"
+    if status.st_uid != os.geteuid():
+        return f"belongs to user {status.st_uid}, who could read the state"
+    return "has another name, too, by a hard link" if status.st_nlink > 1 else None
+
+
+def _is_private(fd: int, path: Path, status: os.stat_result) -> bool:
+    """Return whether only this user can have opened a locked file; else remove it.
+
+    Taking the permissions of others away would leave what they have opened already. A file system
+    without permissions cannot do better.
+    """
+    if not status.st_mode & 0o077:
+        return True
+    with contextlib.suppress(OSError):
+        os.fchmod(fd, 0o600)
+    if os.fstat(fd).st_mode & 0o077:
+        return True
+    os.unlink(path)
+    return False

@@ -448,6 +448,47 @@ def test_a_file_that_is_none_of_ours_is_left_alone(tmp_path):
     train(optimizer, 1)
 
 
+def dead_run_left(directory, mode=0o600):
+    path = directory / "came8bit-0.pages"
+    path.write_bytes(b"came8bit pages\nprocess 1 on \x1b[2J\n".ljust(4096, b"\0"))
+    path.chmod(mode)
+    return path
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o640, 0o604, 0o620])
+def test_a_file_that_others_may_have_opened_is_not_used(mode, tmp_path):
+    path = dead_run_left(tmp_path, mode)
+    with open(path, "rb") as others:
+        optimizer = make(PagedCAME8bit, page_dir=tmp_path)
+        train(optimizer, 1)
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert not os.path.samestat(path.stat(), os.fstat(others.fileno()))
+        assert len(others.read()) == 4096  # as it was
+
+
+def test_a_file_system_without_permissions_is_used(tmp_path, monkeypatch):
+    path = dead_run_left(tmp_path, 0o777)
+    monkeypatch.setattr(os, "fchmod", lambda *arguments: None)
+    optimizer = make(PagedCAME8bit, page_dir=tmp_path)
+    train(optimizer, 1)
+    assert path.stat().st_size > 4096
+
+
+def test_files_of_others_and_with_other_names_are_refused(tmp_path, monkeypatch):
+    path = dead_run_left(tmp_path)
+    os.link(path, tmp_path / "other")
+    optimizer = make(PagedCAME8bit, page_dir=tmp_path)
+    with unchanged(optimizer, FileExistsError, "has another name, too, by a hard link; move it"):
+        train(optimizer, 1)
+    (tmp_path / "other").unlink()
+    own = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    with unchanged(optimizer, FileExistsError, f"belongs to user {own}, who could read the state"):
+        train(optimizer, 1)
+    monkeypatch.undo()
+    train(optimizer, 1)
+
+
 KINDS = {
     "directory": Path.mkdir,
     "pipe": os.mkfifo,
