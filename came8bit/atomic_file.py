@@ -10,24 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import secrets
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 if sys.platform != "win32":
     import fcntl
 
 _PREFIX, _SUFFIX = ".came8bit-", ".tmp"
 _BUFFER = 1 << 20
+_NO_ROOM = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[BinaryIO]:
     """Yield a new file; when the block ends without error, it takes the place of ``path``.
 
     The file can be written and sought.  A symbolic link stays one: what it points to is replaced.
@@ -35,37 +38,83 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     system allows that; else what the umask leaves.  A file that is read-only is replaced, too: who
     may write to the folder may do that.
 
+    Args:
+        path: of the new file.
+        nbytes: how large it is going to be, where that is known; for the error of a full disk.
+
     Raises:
-        OSError: the folder is missing, ``path`` is not a file, or writing failed.  What was at
-            ``path`` is there unchanged, and the temporary file is gone.
+        OSError: the folder is missing, ``path`` is not a file, or writing failed; it names
+            ``path``.  What was there is unchanged, and the temporary file is gone.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {target.parent} does not exist; create it")
+        raise FileNotFoundError(
+            errno.ENOENT, f"the folder {target.parent} does not exist; create it", f"{path}"
+        )
     old: os.stat_result | None = None
     with contextlib.suppress(FileNotFoundError):
         old = target.stat()
     if old is not None and not stat.S_ISREG(old.st_mode):
-        raise OSError(f"{path} exists and is not a file; name a file in a folder")
+        raise OSError(errno.EEXIST, "exists and is not a file; name a file in a folder", f"{path}")
     remove_leftovers(target.parent)
     # Until it has its permissions, nobody may read it who may not read what it replaces.
-    temporary, file = _create(target.parent, 0o666 if old is None else 0o600)
+    temporary, file = _create(target, 0o666 if old is None else 0o600)
     try:
         with file:
             yield file
             file.flush()
             if old is not None:
                 _become_like(old, file.fileno())
-            os.fsync(file.fileno())
+            with _naming(target):
+                os.fsync(file.fileno())
             if sys.platform == "win32":
                 file.close()  # an open file cannot be renamed there
             # Under its old name the file must not be without its lock.
             os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
+        size = _size_of(temporary)
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename == target:
+            text = _explained(error, max(nbytes, size), target.parent)
+            raise OSError(error.errno, text, os.fspath(path)) from error
         raise
     _sync_folder(target.parent)
+
+
+def _size_of(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+def _explained(error: OSError, wanted: int, folder: Path) -> str:
+    """The words of ``error``, for which there was no room, and how much was wanted and is free."""
+    free = shutil.disk_usage(folder).free
+    return (
+        f"{error.strerror}: wanted {wanted:,} bytes, {free:,} are free in {folder}; what was there "
+        "has not been changed"
+    )
+
+
+class _NamedFile(io.FileIO):
+    """A file whose errors name ``target``: whoever writes may get others from elsewhere."""
+
+    target: Path
+
+    def write(self, content: Any) -> int:
+        """Write as :meth:`io.FileIO.write`."""
+        with _naming(self.target):
+            return super().write(content)
+
+
+@contextlib.contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = target
+        raise
 
 
 def _become_like(old: os.stat_result, descriptor: int) -> None:
@@ -118,18 +167,20 @@ def _remove_if_dead(path: Path) -> None:
         os.close(descriptor)
 
 
-def _create(folder: Path, mode: int) -> tuple[Path, BinaryIO]:
-    """A new temporary file in ``folder``, locked for as long as it is open.
+def _create(target: Path, mode: int) -> tuple[Path, BinaryIO]:
+    """A new temporary file in the folder of ``target``, locked for as long as it is open.
 
     Its permissions are what the umask leaves of ``mode``.
     """
     while True:
-        path = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+        path = target.parent / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         descriptor = os.open(path, flags, mode)
         if _lock(descriptor, path):
-            return path, os.fdopen(descriptor, "wb", _BUFFER)
+            raw = _NamedFile(descriptor, "wb")
+            raw.target = target
+            return path, io.BufferedWriter(raw, _BUFFER)
         os.close(descriptor)
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..errors import CheckpointError, listed
 from ..optim import CAME
-from ..state.layout import plan
+from ..state.layout import Layout, plan
 from ..state_dict.merge import check_group
 from ..state_dict.values import convert_momentum, with_momentum
 from ..validation import ADDED_OPTIONS, CHOICES, FORMAT_VERSION
-from .format import Entry, label
+from .format import Entry, label, stored_bytes
 from .load import FreedMemory
 from .load import verify as read_all
 from .reader import open_source
@@ -89,40 +89,51 @@ def convert_checkpoint(
                 raise CheckpointError(str(error)) from error
             groups.append(group)
         faults = read_all(opened)
-        converted: list[str] = []
+        wanted = [
+            _wanted(entry, groups[entry.group], opened.groups[entry.group])
+            for entry in opened.entries
+        ]
         freed = FreedMemory()
 
         def read(position: int) -> dict[str, Tensor]:
-            entry = opened.entries[position]
-            layout, group = entry.layout, groups[entry.group]
-            if layout is None or entry.shape is None:
+            layout = wanted[position]
+            if layout is None:
                 return {}
-            freed.add(4 * math.prod(entry.shape))  # what came before it
-            wanted = layout
-            if group["optim_bits"] != opened.groups[entry.group].get("optim_bits"):
-                planned = plan(
-                    entry.shape,
-                    optim_bits=group["optim_bits"],
-                    min_8bit_size=group["min_8bit_size"],
-                )
-                wanted = with_momentum(layout, planned.momentum_bits, entry.shape)
-            if wanted != layout:
-                converted.append(label(entry, position))
-            return convert_momentum(opened.read(position), wanted)
+            freed.add(layout.nbytes)  # what came before it
+            try:
+                return convert_momentum(opened.read(position), layout)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, os.fspath(source)) from error
 
         entries = [
             replace(entry, step=None, skipped=0, sha256=None, tensors={})
             for entry in opened.entries
         ]
-        written = write_checkpoint(target, groups, entries, read, opened.user)
+        state_bytes = sum(stored_bytes(layout) for layout in wanted if layout)
+        written = write_checkpoint(target, groups, entries, read, opened.user, state_bytes)
         return ConvertReport(
             kind=opened.kind,
             parameters=len(entries),
-            converted=converted,
+            converted=[
+                label(entry, place)
+                for place, (entry, layout) in enumerate(zip(opened.entries, wanted, strict=True))
+                if layout != entry.layout
+            ],
             faults=_named(faults, opened.entries),
             bytes_read=opened.nbytes,
             bytes_written=written,
         )
+
+
+def _wanted(entry: Entry, group: Mapping[str, Any], saved: Mapping[str, Any]) -> Layout | None:
+    """The layout that ``entry`` gets under the options of ``group``; None without state."""
+    layout = entry.layout
+    if layout is None or entry.shape is None or group["optim_bits"] == saved.get("optim_bits"):
+        return layout
+    planned = plan(
+        entry.shape, optim_bits=group["optim_bits"], min_8bit_size=group["min_8bit_size"]
+    )
+    return with_momentum(layout, planned.momentum_bits, entry.shape)
 
 
 def _named(faults: Mapping[int, str | None], entries: Sequence[Entry]) -> dict[str, str]:

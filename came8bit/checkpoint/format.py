@@ -116,6 +116,11 @@ def stored_buffers(layout: Layout) -> list[Buffer]:
     return sorted(buffers, key=lambda buffer: -buffer.dtype.itemsize)
 
 
+def stored_bytes(layout: Layout) -> int:
+    """Bytes of a parameter's tensors in the file."""
+    return sum(buffer.nbytes for buffer in stored_buffers(layout))
+
+
 def find_layout(
     shape: Sequence[int], tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> Layout | None:

@@ -15,7 +15,9 @@ from torch import Tensor
 from ..atomic_file import atomic_file
 from ..errors import CheckpointError
 from ..optim import CAME
+from ..state.layout import plan_state
 from ..state_dict.names import names_of
+from ..validation import FORMAT_VERSION
 from .format import (
     NO_DIGEST,
     Entry,
@@ -27,6 +29,7 @@ from .format import (
     label,
     place,
     reserved_bytes,
+    stored_bytes,
 )
 
 
@@ -57,20 +60,22 @@ def save_checkpoint(
     names = names_of(optimizer.param_groups)
     params: list[Tensor] = []
     entries: list[Entry] = []
+    groups: list[dict[str, Any]] = []
+    state_bytes = 0
     for index, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
             name = None if names is None else names[len(params)]
             entries.append(Entry(name, index, tuple(param.shape), dtype_name(param.dtype)))
             params.append(param)
-    groups = [
-        {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for group in optimizer.param_groups
-    ]
+            if optimizer.state.get(param):
+                state_bytes += stored_bytes(plan_state(param, group))
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        groups.append({**options, "format_version": FORMAT_VERSION})
 
     def read(position: int) -> dict[str, Tensor]:
         return optimizer._store.read(params[position])
 
-    return write_checkpoint(path, groups, entries, read, metadata or {})
+    return write_checkpoint(path, groups, entries, read, metadata or {}, state_bytes)
 
 
 def check_optimizer(optimizer: object, function: str) -> None:
@@ -94,6 +99,7 @@ def write_checkpoint(
     entries: Sequence[Entry],
     read: Callable[[int], Mapping[str, Tensor]],
     user: Mapping[str, str],
+    state_bytes: int,
 ) -> int:
     """Write a checkpoint; what is at ``path`` is replaced when all has been written.
 
@@ -104,6 +110,7 @@ def write_checkpoint(
         read: from the position of a parameter to its state, empty if there is none.  Called once
             for each, in order; the state is dropped before the next call.
         user: strings to keep beside it.
+        state_bytes: of all tensors together, for the error of a full disk.
 
     Returns:
         Bytes of the file.
@@ -121,7 +128,7 @@ def write_checkpoint(
     _check_user(user)
     size = reserved_bytes(Header(groups, entries, user))
     written: list[Entry] = []
-    with atomic_file(path) as file:
+    with atomic_file(path, 8 + size + state_bytes) as file:
         file.write(bytes(8 + size))
         begin = 0
         for position, entry in enumerate(entries):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -122,14 +124,22 @@ def test_a_new_file_that_is_taken_for_a_leftover_is_made_again(tmp_path, monkeyp
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, optimizer):
     path = tmp_path / "x"
+    size = save_checkpoint(optimizer, path)
     path.write_bytes(b"old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(OSError, match="too large") as caught:
             save_checkpoint(optimizer, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(path)
+    said = re.search(
+        r"wanted ([\d,]+) bytes, ([\d,]+) are free in .*; what was there", str(caught.value)
+    )
+    wanted, free = (int(number.replace(",", "")) for number in said.groups())
+    assert wanted == size
+    assert abs(free - shutil.disk_usage(tmp_path).free) < 1 << 30
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["x"]
 
