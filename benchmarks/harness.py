@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -88,6 +89,14 @@ def moment() -> dict[str, str]:
 def load() -> str:
     """Return how busy the machine is: the mean number of runnable threads of the last minute."""
     return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+
+
+def write_json(content: object, path: Path) -> None:
+    """Write a file of which there is always a whole one, whenever the program is stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def append(rows: Iterable[Mapping[str, Any]], path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 import came8bit
 from benchmarks.gpu_step.measure import Device, DeviceLost
 from benchmarks.gpu_step.targets import judge
-from benchmarks.harness import Params, append, moment
+from benchmarks.harness import Params, append, moment, write_json
 from came8bit import environment
 
 LISTS = ("rows", "sweeps", "scans", "not_run")
@@ -118,10 +118,7 @@ class Run:
 
     def write(self) -> None:
         """Write gpu.json; whenever it is stopped, one that is whole is there."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        new = self.folder / "gpu.json.new"
-        new.write_text(json.dumps(self.result(), indent=1) + "\n", encoding="utf-8")
-        new.replace(self.folder / "gpu.json")
+        write_json(self.result(), self.folder / "gpu.json")
 
 
 def key_of(row: dict[str, Any]) -> tuple[str, str, str]:

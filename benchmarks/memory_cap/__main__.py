@@ -30,7 +30,6 @@ import importlib.util
 import json
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,123 +37,72 @@ from typing import Any
 import torch
 
 from benchmarks.harness import append
-from benchmarks.memory_cap.gpu import Plan, resumes
+from benchmarks.memory_cap.gpu import Plan
 from benchmarks.memory_cap.job import Job
 from benchmarks.memory_cap.launch import Worker
 from benchmarks.memory_cap.model import SHAPES
 from benchmarks.memory_cap.optimizers import Choice
 from benchmarks.memory_cap.proof import Proof, failing, fitting, prove, run_limited
-from benchmarks.memory_cap.rows import about, line, name_of, row, target
+from benchmarks.memory_cap.rows import Findings, about, losses, name_of, row
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
-def on_cpu(worker: Worker, options: argparse.Namespace) -> dict[str, Any]:
-    """Run the proof under a limit, then without one what others need and what paging costs."""
+def job_of(options: argparse.Namespace, *choices: Choice, **changes: Any) -> Job:
+    """Return the job of the command line, on a CPU."""
+    sizes = {name: getattr(options, name) for name in ("batch", "sequence", "steps")}
+    return Job(options.shape, choices, warm_up=1, **sizes, **changes)
+
+
+def on_cpu(worker: Worker, options: argparse.Namespace, found: Findings) -> None:
+    """Prove what fits under a limit; then run others, and what paging costs, without one."""
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(
-            options.shape,
-            (),
-            batch=options.batch,
-            sequence=options.sequence,
-            steps=options.steps,
-            warm_up=1,
-            folder=folder,
-            save_after=options.steps // 2,
-        )
-        proof = prove(worker, job)
+        proof = prove(worker, job_of(options, folder=folder, save_after=options.steps // 2))
     job = replace(proof.job, folder=None, save_after=None)
     (fits,) = job.choices
     others = failing(fits)
     print(f"limit: {proof.allowed}", flush=True)
+    found.extra["limit"] = vars(proof.allowed)
     cap = ("address space", proof.allowed.total)
-    rows = [
-        row("free", job, others[0], proof.free),
-        row("cap", job, fits, proof.fits, cap),
-        row("resumed", job, fits, proof.resumed, cap),
-        *(
-            row("counter", job, other, result, cap)
-            for other, result in zip(others, proof.failed, strict=True)
-        ),
-    ]
-    not_run = []
-    for choice in (fits, others[1], *theirs()):
-        if choice.name == "PagedAdamW8bit" and not installed(choice):
-            not_run.append({"what": name_of(choice), "why": "bitsandbytes is not installed"})
-            continue
-        for part, limit in (("free", None), ("counter", proof.allowed.total)):
-            if part == "counter" and choice in (fits, others[1]):
+    found.add(row("free", job, others[0], proof.free))
+    found.add(row("cap", job, fits, proof.fits, cap))
+    found.add(row("resumed", job, fits, proof.resumed, cap))
+    for other, result in zip(others, proof.failed, strict=True):
+        found.add(row("counter", job, other, result, cap))
+    judge(proof, found)
+    for choice in (fits, others[1]):
+        found.add(row("free", job, choice, worker.run(replace(job, choices=(choice,)))))
+    for name in ("PagedAdamW8bit", "AdamW"):  # on a CPU the first one does not page
+        for released in (False, True):
+            choice = Choice(name, released)
+            if name == "PagedAdamW8bit" and importlib.util.find_spec("bitsandbytes") is None:
+                found.skip(name_of(choice), "bitsandbytes is not installed")
                 continue
             one = replace(job, choices=(choice,))
-            result = run_limited(worker, one, limit) if limit else worker.run(one)
-            rows.append(row(part, job, choice, result, cap if limit else ("", None)))
-    rows += compare(worker, job, (others[1], replace(fits, page_budget=1 << 40), fits))
-    return {
-        "rows": rows,
-        "targets": judge(proof),
-        "not_run": not_run,
-        "limit": vars(proof.allowed),
-        "text": worker.text,
-        "failures": 0,
-    }
+            found.add(row("free", job, choice, worker.run(one)))
+            result = run_limited(worker, one, proof.allowed.total)
+            found.add(row("counter", job, choice, result, cap))
+    ways = (others[1], replace(fits, page_budget=1 << 40), fits)
+    job = replace(job, choices=ways, turns=5, steps=3, warm_up=1)
+    found.compared(job, worker.run(job))
 
 
-def within(worker: Worker, options: argparse.Namespace) -> dict[str, Any]:
+def within(worker: Worker, options: argparse.Namespace, found: Findings) -> None:
     """Run what has to fit, alone, in a process of ``options.limit`` bytes."""
     choice = fitting(options.shape)
-    job = Job(
-        options.shape,
-        (choice,),
-        batch=options.batch,
-        sequence=options.sequence,
-        steps=options.steps,
-        warm_up=1,
-    )
+    job = job_of(options, choice)
     result = worker.run(job, limit=options.limit, seconds=3600)
+    found.add(row("cap", job, choice, result, ("whole process", options.limit)))
     what = f"{options.shape}: {name_of(choice)} fits in {options.limit / 1e9:g} GB"
     got = result.get("message", f"{result.get('peak_address_space', 0) / 1e9:.2f} GB and Python")
-    targets = [target(what, result["outcome"] == "ok", got)]
+    found.judge(what, result["outcome"] == "ok", got)
     if result["outcome"] == "ok":
         fell = result["loss_after"] < result["loss_before"]
-        got = f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} on text not trained on"
-        targets.append(target(f"{options.shape}: the loss falls", fell, got))
-    return {
-        "rows": [row("cap", job, choice, result, ("whole process", options.limit))],
-        "targets": targets,
-        "not_run": [],
-        "text": worker.text,
-        "failures": 0,
-    }
+        found.judge(f"{options.shape}: the loss falls", fell, losses(result))
 
 
-def theirs() -> tuple[Choice, ...]:
-    """Other optimizers; on a CPU bitsandbytes' paged one does not page."""
-    return tuple(
-        Choice(name, released) for name in ("PagedAdamW8bit", "AdamW") for released in (False, True)
-    )
-
-
-def installed(choice: Choice) -> bool:
-    """Whether the module it needs is there."""
-    return choice.name != "PagedAdamW8bit" or importlib.util.find_spec("bitsandbytes") is not None
-
-
-def compare(worker: Worker, job: Job, choices: tuple[Choice, ...]) -> list[dict[str, Any]]:
-    """In turns: resident, paged with room for everything, paged. Ratios are of medians of turns."""
-    job = replace(job, choices=choices, turns=5, steps=3, warm_up=1)
-    result = worker.run(job)
-    rows = []
-    for choice, times, turns, pages in zip(
-        choices, result["times"], result["turns"], result["paging"], strict=True
-    ):
-        ratios = [a / b for a, b in zip(turns, result["turns"][0], strict=True)]
-        shown = {**result, **pages}
-        rows.append(row("compare", job, choice, shown, times=times, ratios=ratios))
-    return rows
-
-
-def judge(proof: Proof) -> list[dict[str, Any]]:
-    """Return what the proof has to show."""
+def judge(proof: Proof, found: Findings) -> None:
+    """Judge what the proof has to show."""
     shape, fits, free = proof.job.shape, proof.fits, proof.free
     (choice,) = proof.job.choices
     ok = fits["outcome"] == "ok"
@@ -162,46 +110,27 @@ def judge(proof: Proof) -> list[dict[str, Any]]:
         f"{fits['peak_address_space'] / 1e6:.1f} MB of {proof.allowed.total / 1e6:.1f}; without a "
         f"limit {name_of(failing(choice)[0])} takes {free['peak_address_space'] / 1e6:.1f}"
     )
-    found = [target(f"{shape}: {name_of(choice)} fits", ok, got)]
+    found.judge(f"{shape}: {name_of(choice)} fits", ok, got)
     for other, result in zip(failing(choice), proof.failed, strict=True):
         ran_out = result["outcome"] == "out of memory"
         what = f"{shape}: {name_of(other)} does not fit"
-        found.append(target(what, ran_out, result.get("message", "it fits")))
+        found.judge(what, ran_out, result.get("message", "it fits"))
     if ok:
         same = fits["losses"] == free["losses"] and fits["digest"] == free["digest"]
-        got = f"{len(fits['losses'])} losses, the last {fits['losses'][-1]:.6f}"
         what = f"{shape}: losses and parameters are those of the unlimited run, to the bit"
-        found.append(target(what, same, got))
+        found.judge(what, same, f"{len(fits['losses'])} losses, the last {fits['losses'][-1]:.6f}")
         fell = fits["loss_after"] < fits["loss_before"]
-        got = f"{fits['loss_before']:.3f} -> {fits['loss_after']:.3f} on text not trained on"
-        found.append(target(f"{shape}: the loss falls", fell, got))
-        found.append(resumes(shape, fits, proof.resumed))
-    return found
+        found.judge(f"{shape}: the loss falls", fell, losses(fits))
+        found.resumed(shape, fits, proof.resumed)
 
 
-def on_gpu(worker: Worker | None, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the plan of the GPU, or with a worker for CPUs its rehearsal."""
+def on_gpu(worker: Worker | None, options: argparse.Namespace, found: Findings) -> None:
+    """Run the plan of the GPU, or with a worker for CPUs its rehearsal."""
 
     def start() -> Worker:
         return worker or Worker("cuda", options.corpus, options.data_dir)
 
-    plan = Plan("cpu" if worker else "cuda", start, options.seconds, options.steps)
-    plan.run()
-    return {
-        "rows": plan.rows,
-        "targets": plan.targets,
-        "not_run": plan.not_run,
-        "copy": plan.copy,
-        "text": plan.text,
-        "failures": plan.failures,
-    }
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Return the rows in a file written by ``--out``, or in a report with a part ``capped``."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    rows: list[dict[str, Any]] = content.get("capped", content)["rows"]
-    return rows
+    Plan("cpu" if worker else "cuda", start, options.seconds, options.steps, found).run()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -219,9 +148,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--corpus", default="stdlib", help="of `came8bit tradeoff`")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="of fetched corpora")
     parser.add_argument("--out", type=Path, help="folder for memory_cap.csv and memory_cap.json")
-    parser.add_argument(
-        "--append", type=Path, help="a memory_cap.json or gpu.json: only add its rows"
-    )
+    parser.add_argument("--append", type=Path, help="a memory_cap.json: only add its rows")
     options = parser.parse_args(arguments)
     if options.device is None:
         gpu = torch.cuda.is_available() and not options.rehearse
@@ -244,36 +171,26 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for; 1 if a piece failed or a run is not the other's equal."""
     options = parse(arguments)
     if options.append:
-        append(rows_of(options.append), RESULTS / "memory_cap.csv")
+        rows = json.loads(options.append.read_text(encoding="utf-8"))["rows"]
+        append(rows, RESULTS / "memory_cap.csv")
         return 0
-    begin = time.monotonic()
+    found = Findings(options.device)
+    if options.out:
+        found.json = options.out / "memory_cap.json"
+    if options.out or not options.rehearse:
+        found.csv = (options.out or RESULTS) / "memory_cap.csv"
+    found.extra["rehearsal"] = options.rehearse
     if options.device == "cuda":
-        result = on_gpu(None, options)
+        on_gpu(None, options, found)
     else:
         with Worker("cpu", options.corpus, options.data_dir) as worker:
-            if options.rehearse:
-                result = on_gpu(worker, options)
-            else:
-                result = within(worker, options) if options.limit else on_cpu(worker, options)
-    common = about(options.device, result["text"])
-    print(json.dumps(common))
-    if options.device == "cpu" and not options.rehearse:
-        print("\n".join(map(line, result["rows"])))
-    result["rows"] = [{**common, **one} for one in result["rows"]]
-    result |= {"rehearsal": options.rehearse, "seconds": round(time.monotonic() - begin, 1)}
-    for one in result["targets"]:
-        print(one["text"])
-    for one in result["not_run"]:
-        print(f"not run: {one['what']}: {one['why'].splitlines()[0]}")
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1) + "\n"
-        (options.out / "memory_cap.json").write_text(text, encoding="utf-8")
-    if options.out or not options.rehearse:
-        append(result["rows"], (options.out or RESULTS) / "memory_cap.csv")
-    proven = all(one["holds"] for one in result["targets"])
+            found.text = worker.text
+            run = on_gpu if options.rehearse else within if options.limit else on_cpu
+            run(worker, options, found)
+    print(json.dumps(about(options.device, found.text)))
+    proven = all(one["holds"] for one in found.targets)
     # On a CPU everything is decided; on a GPU a target that is missed is a figure like others.
-    return int(result["failures"] > 0 or (options.device == "cpu" and not proven))
+    return int(found.failures > 0 or (options.device == "cpu" and not proven))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.harness import quantiles
+from benchmarks.harness import quantiles, ratios
 from benchmarks.memory_cap.job import Job
 from benchmarks.memory_cap.launch import Worker, WorkerError
 from benchmarks.memory_cap.optimizers import Choice
 from benchmarks.memory_cap.proof import planned_state
-from benchmarks.memory_cap.rows import line, name_of, row, target
+from benchmarks.memory_cap.rows import Findings, losses, name_of, row
 
 PAGED = Choice("PagedCAME8bit", released=True)
 RESIDENT = Choice("CAME8bit", released=True)
@@ -48,12 +48,8 @@ class Plan:
     start: Start
     seconds: float
     steps: int = 12
-    text: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    targets: list[dict[str, Any]] = field(default_factory=list)
-    not_run: list[dict[str, str]] = field(default_factory=list)
+    found: Findings = field(default_factory=lambda: Findings(""))
     copy: dict[str, Any] = field(default_factory=dict)
-    failures: int = 0
 
     def __post_init__(self) -> None:
         self._deadline = time.monotonic() + self.seconds
@@ -81,18 +77,13 @@ class Plan:
         what = f"{work.__name__} {', '.join(words)}"
         left = self._deadline - time.monotonic()
         if left < needs:
-            self.skip(what, f"out of time: {left:.0f} s left, may need {needs:.0f}")
+            self.found.skip(what, f"out of time: {left:.0f} s left, may need {needs:.0f}")
             return
         try:
             work(*arguments)
         except (WorkerError, OSError) as error:
-            self.failures += 1
-            self.skip(what, f"failed: {error}")
-
-    def skip(self, what: str, why: str) -> None:
-        """Note something that was not measured."""
-        print(f"not run: {what}: {why}", flush=True)
-        self.not_run.append({"what": what, "why": why})
+            self.found.failures += 1
+            self.found.skip(what, f"failed: {error}")
 
     # --- pieces -----------------------------------------------------------------------------------
 
@@ -102,15 +93,14 @@ class Plan:
         result = self._run(job)
         what = f"{shape}, {sequence} tokens, {name_of(choice)}"
         if result["outcome"] == "refused":
-            self.skip(what, result["message"])
+            self.found.skip(what, result["message"])
             return
-        self._add(row("cap", job, choice, result, ("card", job.cap)))
+        self.found.add(row("cap", job, choice, result, ("card", job.cap)))
         if result["outcome"] != "ok":
             self._judge(f"{what}: fits", False, result["message"], choice)
             return
         fell = result["loss_after"] < result["loss_before"]
-        got = f"{result['loss_before']:.3f} -> {result['loss_after']:.3f}"
-        self._judge(f"{what}: the loss falls", fell, got, choice)
+        self._judge(f"{what}: the loss falls", fell, losses(result), choice)
         if job.cap is None:
             return
         reserved, managed = result["peak_reserved"], result.get("managed", 0)
@@ -134,7 +124,7 @@ class Plan:
         """Tokens per second beside those of bitsandbytes, once both are there."""
         found = {
             r["optimizer"]: r
-            for r in self.rows
+            for r in self.found.rows
             if (r["part"], r["shape"], r["sequence"]) == ("cap", shape, sequence)
             and r["outcome"] == "ok"
         }
@@ -150,8 +140,8 @@ class Plan:
                     f"step besides {found[BITSANDBYTES.name]['p50_ms']}"
                 )
             what = f"{shape}, {sequence} tokens: tokens/s of {PAGED.name} / {BITSANDBYTES.name}"
-            if not any(t["what"] == what for t in self.targets):
-                self.targets.append(target(what, ours >= theirs, got, "goal"))
+            if not any(t["what"] == what for t in self.found.targets):
+                self.found.judge(what, ours >= theirs, got, "goal")
 
     def fail(self, shape: str, choice: Choice) -> None:
         """Without one of the savings it must not fit, or the cap proves nothing."""
@@ -159,12 +149,12 @@ class Plan:
         result = self._run(job)
         what = f"{shape}, 1024 tokens, {name_of(choice)}: does not fit"
         if result["outcome"] == "refused":
-            self.skip(what, result["message"])
+            self.found.skip(what, result["message"])
             return
-        self._add(row("counter", job, choice, result, ("card", job.cap)))
+        self.found.add(row("counter", job, choice, result, ("card", job.cap)))
         if job.cap is not None:
             ran_out = result["outcome"] == "out of memory"
-            self.targets.append(target(what, ran_out, result.get("message", "it fits")))
+            self.found.judge(what, ran_out, result.get("message", "it fits"))
 
     def compare(self, shape: str, sequence: int) -> None:
         """Resident, paged with room for everything, and paged, in turns and without a cap."""
@@ -175,21 +165,15 @@ class Plan:
         result = self._run(job)
         if result["outcome"] != "ok":
             raise WorkerError(result["message"])
-        turns, times = result["turns"], result["times"]
-        for choice, own, of_turns, pages in zip(
-            choices, times, turns, result["paging"], strict=True
-        ):
-            ratios = [a / b for a, b in zip(of_turns, turns[0], strict=True)]
-            shown = {**result, **pages}
-            self._add(row("compare", job, choice, shown, times=own, ratios=ratios))
+        self.found.compared(job, result)
         what = f"{shape}, {sequence} tokens: "
         if self.device == "cpu":
             return
-        ratio = quantiles([a / b for a, b in zip(turns[1], turns[0], strict=True)])["p50"]
+        ratio = quantiles(ratios(result["turns"][1], result["turns"][0]))["p50"]
         got = f"{100 * (ratio - 1):+.2f} % (up to {100 * NOISE:g} % is noise)"
-        self.targets.append(target(what + "paging costs 0 % if all fits", ratio <= 1 + NOISE, got))
-        self.copy = result["copy"]
-        compute, paged = (statistics.median(times[i]) for i in (0, 2))
+        self.found.judge(what + "paging costs 0 % if all fits", ratio <= 1 + NOISE, got)
+        self.copy = self.found.extra["copy"] = result["copy"]
+        compute, paged = (statistics.median(result["times"][i]) for i in (0, 2))
         carried = result["paging"][2]["moved"] / self.copy["both"]
         over = paged / max(compute, carried) - 1
         got = (
@@ -199,7 +183,7 @@ class Plan:
             "resident"
         )
         what += "paged at most 15 % above max(compute, bytes/PCIe)"
-        self.targets.append(target(what, over <= 0.15, got))
+        self.found.judge(what, over <= 0.15, got)
 
     def resume(self, shape: str, sequence: int) -> None:
         """Save in the middle, go on in another process: the same losses."""
@@ -209,8 +193,8 @@ class Plan:
             whole = self._run(replace(job, save_after=3))
             rest = self._run(replace(job, resume=True))
         for part, result in (("saved", whole), ("resumed", rest)):
-            self._add(row(part, job, PAGED, result))
-        self.targets.append(resumes(shape, whole, rest))
+            self.found.add(row(part, job, PAGED, result))
+        self.found.resumed(shape, whole, rest)
 
     # --- how they run -----------------------------------------------------------------------------
 
@@ -233,30 +217,14 @@ class Plan:
     def _run(self, job: Job) -> dict[str, Any]:
         worker = self.start()
         try:
-            self.text = worker.text
+            self.found.text = worker.text
             left = self._deadline - time.monotonic()
             return worker.run(job, seconds=max(10.0, left))
         finally:
             if self.device == "cuda":  # a process for each job
                 worker.close()
 
-    def _add(self, new: dict[str, Any]) -> None:
-        self.rows.append(new)
-        print(line(new), flush=True)
-
     def _judge(self, what: str, holds: bool, got: str, choice: Choice) -> None:
         """Ours are targets; what others do is told."""
         kind = "target" if choice.name == PAGED.name else "of others"
-        self.targets.append(target(what, holds, got, kind))
-
-
-def resumes(shape: str, whole: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
-    """Whether a resumed run gives the losses and the parameters of the whole one."""
-    what = f"{shape}: resumed in another process, losses and parameters are the same to the bit"
-    if whole["outcome"] != "ok" or rest["outcome"] != "ok":
-        return target(what, False, f"{whole['outcome']}, then {rest['outcome']}")
-    tail = whole["losses"][-len(rest["losses"]) :]
-    same = tail == rest["losses"] and whole.get("digest") == rest.get("digest")
-    same = same and whole["loss_after"] == rest["loss_after"]
-    difference = max(abs(a - b) for a, b in zip(tail, rest["losses"], strict=True))
-    return target(what, same, f"{len(tail)} steps, losses differ by up to {difference:g}")
+        self.found.judge(what, holds, got, kind)

@@ -164,12 +164,12 @@ def managed_bytes() -> int:
 def paged_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of all pages of one of ours, of those that move in each step, and of the device's."""
     pager = getattr(optimizer._store, "pager", None)
-    lanes = [] if pager is None else list(pager._lanes.values())
     found = {"pages": 0, "moved": 0, "staging": 0}
-    for lane in lanes:
-        sizes = {key: page.nbytes for key, page in lane.pages.items()}
-        kept = () if lane._schedule is None else lane._schedule.kept
+    for device in pager._by_device.values() if pager else ():
+        sizes, schedule = {k: p.nbytes for k, p in device.pages.items()}, device._schedule
         found["pages"] += sum(sizes.values())
-        found["moved"] += sum(size for key, size in sizes.items() if key not in kept)
-        found["staging"] += 0 if lane._schedule is None else lane._schedule.capacity
+        found["moved"] += sum(
+            n for key, n in sizes.items() if not schedule or key not in schedule.kept
+        )
+        found["staging"] += schedule.capacity if schedule else 0
     return found

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-from dataclasses import replace
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import came8bit
-from benchmarks.harness import quantiles
+from benchmarks.harness import append, load, moment, quantiles, ratios, write_json
 from benchmarks.memory_cap.job import Job
 from benchmarks.memory_cap.model import SHAPES
 from benchmarks.memory_cap.optimizers import NONE, PLANNED, Choice
@@ -34,8 +34,7 @@ def about(device: str, text: dict[str, Any]) -> dict[str, Any]:
     kernel = kernels.cuda if device == "cuda" else kernels.cpu
     name = hardware["gpus"][0]["name"] if device == "cuda" else hardware["cpu"]
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "git": environment.git_revision() or os.environ.get("CAME8BIT_GIT", ""),
+        **moment(),
         **{
             package: versions[package] or ""
             for package in ("came8bit", "torch", "transformers", "bitsandbytes", "python")
@@ -44,7 +43,7 @@ def about(device: str, text: dict[str, Any]) -> dict[str, Any]:
         "cores": hardware["cores"],
         "threads": 1 if device == "cpu" else torch.get_num_threads(),
         "kernels": kernel.isa or f"none: {kernel.reason}",
-        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
+        "load": load(),
         "text": text["source"],
         "text_sha256": text["sha256"][:16],
     }
@@ -77,7 +76,7 @@ def row(
     result: dict[str, Any],
     cap: tuple[str, int | None] = ("", None),
     times: list[float] | None = None,
-    ratios: list[float] | None = None,
+    relative: list[float] | None = None,
 ) -> dict[str, Any]:
     """One line of the CSV. Times in ms, memory in bytes.
 
@@ -87,18 +86,17 @@ def row(
         result: of ``job.run``.
         cap: what limits it, and bytes.
         times: seconds of timed steps; None: those of ``result`` after the warm-up.
-        ratios: of times to those of the first way in the same run.
+        relative: ratios of times to those of the first way in the same run.
     """
     if times is None:
         times = result.get("seconds", [])[job.warm_up :]
     tokens = job.batch * job.sequence
     ms = {f"{q}_ms": f"{1e3 * t:.4g}" for q, t in quantiles(times).items()} if times else {}
     rates = quantiles([tokens / t for t in times]) if times else {}
-    ratio = quantiles(ratios) if ratios else {}
+    ratio = quantiles(relative) if relative else {}
     quantities = ("p20", "p50", "p80")
     compared = len(job.choices) > 1  # in one process: its peaks cannot be attributed
     peaks = [*ALL_OF_THEM, "context", "managed", "pages", "moved", "staging"]
-    losses = {key: f"{result[key]:.6f}" for key in ("loss_before", "loss_after") if key in result}
     return {
         "part": part,
         "shape": job.shape,
@@ -116,8 +114,10 @@ def row(
         **{f"{q}_ms": ms.get(f"{q}_ms", "") for q in quantities},
         **{f"tokens_per_s_{q}": f"{rates[q]:.5g}" if rates else "" for q in quantities},
         **{f"ratio_{q}": f"{ratio[q]:.4f}" if ratio else "" for q in quantities},
-        "loss_before": losses.get("loss_before", ""),
-        "loss_after": losses.get("loss_after", ""),
+        **{
+            key: f"{result[key]:.6f}" if key in result else ""
+            for key in ("loss_before", "loss_after")
+        },
         **{key: "" if compared and key in ALL_OF_THEM else result.get(key, "") for key in peaks},
         "planned_peak": "" if compared else planned_peak(job, choice) or "",
         "message": " ".join(str(result.get("message", "")).split())[:200],
@@ -140,8 +140,83 @@ def line(row: dict[str, Any]) -> str:
     return f"{what}{cap}: {row['outcome']}{used}{speed}{loss}"
 
 
-def target(what: str, holds: bool, got: str, kind: str = "target") -> dict[str, Any]:
-    """One line of judgement."""
-    verdict = "holds " if holds else "MISSED"
-    text = f"{verdict} {kind}: {what}: {got}"
-    return {"what": what, "kind": kind, "holds": holds, "got": got, "text": text}
+def losses(result: dict[str, Any]) -> str:
+    """Return the losses on text that is not trained on."""
+    return f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} on text not trained on"
+
+
+@dataclass
+class Findings:
+    """What a run has found so far, kept in its files after every row and judgement.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        csv, json: files to append to and to write, or None.
+        text: what the text is.
+        extra: what else the JSON file says.
+        failures: pieces that did not come to their end.
+    """
+
+    device: str
+    csv: Path | None = None
+    json: Path | None = None
+    text: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    targets: list[dict[str, Any]] = field(default_factory=list)
+    not_run: list[dict[str, str]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+    failures: int = 0
+
+    def __post_init__(self) -> None:
+        self._begin = time.monotonic()
+        self._about: dict[str, Any] = {}
+
+    def add(self, new: dict[str, Any]) -> None:
+        """Keep and print a row."""
+        self.rows.append(new)
+        print(line(new), flush=True)
+        if self.csv or self.json:
+            self._about = self._about or about(self.device, self.text)
+        if self.csv:
+            append([{**self._about, **new}], self.csv)
+        self._write()
+
+    def judge(self, what: str, holds: bool, got: str, kind: str = "target") -> None:
+        """Keep and print whether a target holds."""
+        text = f"{'holds ' if holds else 'MISSED'} {kind}: {what}: {got}"
+        self.targets.append({"what": what, "kind": kind, "holds": holds, "got": got, "text": text})
+        print(text, flush=True)
+        self._write()
+
+    def skip(self, what: str, why: str) -> None:
+        """Note something that was not measured."""
+        print(f"not run: {what}: {why.splitlines()[0]}", flush=True)
+        self.not_run.append({"what": what, "why": why})
+        self._write()
+
+    def compared(self, job: Job, result: dict[str, Any]) -> None:
+        """Add a row for each of the ways that took turns."""
+        found = zip(job.choices, result["times"], result["turns"], result["paging"], strict=True)
+        for choice, own, turns, pages in found:
+            relative = ratios(turns, result["turns"][0])
+            shown = {**result, **pages}
+            self.add(row("compare", job, choice, shown, times=own, relative=relative))
+
+    def resumed(self, shape: str, whole: dict[str, Any], rest: dict[str, Any]) -> None:
+        """Judge whether a resumed run gives the losses and the parameters of the whole one."""
+        what = f"{shape}: resumed in another process, losses and parameters are the same to the bit"
+        if whole["outcome"] != "ok" or rest["outcome"] != "ok":
+            self.judge(what, False, f"{whole['outcome']}, then {rest['outcome']}")
+            return
+        tail = whole["losses"][-len(rest["losses"]) :]
+        same = tail == rest["losses"] and whole.get("digest") == rest.get("digest")
+        same = same and whole["loss_after"] == rest["loss_after"]
+        difference = max(abs(a - b) for a, b in zip(tail, rest["losses"], strict=True))
+        self.judge(what, same, f"{len(tail)} steps, losses differ by up to {difference:g}")
+
+    def _write(self) -> None:
+        if self.json:
+            content = {"rows": [{**self._about, **one} for one in self.rows], **self.extra}
+            content |= {name: getattr(self, name) for name in ("targets", "not_run", "failures")}
+            seconds = round(time.monotonic() - self._begin, 1)
+            write_json({**content, "text": self.text, "seconds": seconds}, self.json)

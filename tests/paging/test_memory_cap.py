@@ -89,10 +89,11 @@ def test_resumed_under_the_limit_to_the_same_bits(proof):
 
 
 def test_the_benchmark_judges_what_it_sees(proof):
-    targets = bench.judge(proof)
-    assert [one["holds"] for one in targets] == [True] * 7
+    found = rows_module.Findings("cpu")
+    bench.judge(proof, found)
     wrong = {**proof.resumed, "losses": [loss + 1e-6 for loss in proof.resumed["losses"]]}
-    assert not gpu.resumes(SHAPE, proof.fits, wrong)["holds"]
+    found.resumed(SHAPE, proof.fits, wrong)
+    assert [one["holds"] for one in found.targets] == [True] * 7 + [False]
 
 
 def test_parameters_are_bf16_from_the_beginning(proof):
@@ -124,9 +125,10 @@ def test_a_death_is_for_want_of_memory_if_the_limit_is_to_blame(without, outcome
 @pytest.mark.parametrize(("limit", "holds"), [(4 << 30, [True, True]), (64 << 20, [False])])
 def test_a_limit_of_the_whole_process(worker, limit, holds):
     options = ["--device", "cpu", "--shape", "llama-7b/16", "--steps", "6", "--limit", str(limit)]
-    found = bench.within(worker, bench.parse(options))
-    assert [one["holds"] for one in found["targets"]] == holds, found["targets"]
-    assert found["rows"][0]["cap_bytes"] == limit
+    found = rows_module.Findings("cpu")
+    bench.within(worker, bench.parse(options), found)
+    assert [one["holds"] for one in found.targets] == holds, found.targets
+    assert found.rows[0]["cap_bytes"] == limit
 
 
 def test_a_job_that_fails_says_why(worker):
@@ -142,9 +144,15 @@ def test_rehearsal_of_the_gpu_part(worker):
     plan.compare("llama-7b", 256)
     plan.resume("llama-7b/8", 256)
     plan.fail("llama-7b", gpu.RESIDENT)
-    assert {row["part"] for row in plan.rows} == {"cap", "compare", "saved", "resumed", "counter"}
-    assert all(row["outcome"] == "ok" for row in plan.rows)
-    resumed = [one for one in plan.targets if "resumed" in one["what"]]
+    assert {row["part"] for row in plan.found.rows} == {
+        "cap",
+        "compare",
+        "saved",
+        "resumed",
+        "counter",
+    }
+    assert all(row["outcome"] == "ok" for row in plan.found.rows)
+    resumed = [one for one in plan.found.targets if "resumed" in one["what"]]
     assert [one["holds"] for one in resumed] == [True]
 
 
@@ -174,7 +182,7 @@ def judged(**answers):
     plan.copy = {"both": 50e9}
     plan.fit("llama-7b", gpu.PAGED, 1024)
     plan.fit("llama-7b", gpu.BITSANDBYTES, 1024)
-    return plan, {target["what"]: target for target in plan.targets}
+    return plan, {target["what"]: target for target in plan.found.targets}
 
 
 OURS_FITS = "llama-7b, 1024 tokens, PagedCAME8bit, in backward: fits"
@@ -185,7 +193,7 @@ def test_the_whole_card_counts():
     plan, targets = judged()
     assert targets[OURS_FITS]["holds"]
     assert "15.00 GB of the card of 16" in targets[OURS_FITS]["got"]
-    assert [row["cap_bytes"] for row in plan.rows] == [16_000_000_000] * 2
+    assert [row["cap_bytes"] for row in plan.found.rows] == [16_000_000_000] * 2
     _, targets = judged(beside=1_600_000_000)
     assert not targets[OURS_FITS]["holds"]
     _, targets = judged(outcome="out of memory", message="OutOfMemoryError: tried")
@@ -204,14 +212,14 @@ def test_managed_memory_is_told_apart():
     assert "not counted: 13.50 GB of managed memory" in theirs["got"]
     (beside,) = [t for name, t in targets.items() if "tokens/s" in name]
     assert "would take 270 ms of each step besides 500" in beside["got"]
-    assert plan.rows[1]["managed"] == 13_500_000_000
+    assert plan.found.rows[1]["managed"] == 13_500_000_000
 
 
 def test_what_is_refused_is_no_result():
     plan, targets = judged(outcome="refused", message="a cap of 16000000000 bytes, on a card of 8")
-    assert plan.rows == []
+    assert plan.found.rows == []
     assert targets == {}
-    assert len(plan.not_run) == 2
+    assert len(plan.found.not_run) == 2
 
 
 @pytest.mark.parametrize(
@@ -227,11 +235,15 @@ def test_paging_is_judged_by_what_bounds_it(paged, moved, holds):
     }
     plan = gpu.Plan("cuda", lambda: Scripted(**answers), seconds=100)
     plan.compare("llama-7b", 1024)
-    resident, bounded = plan.targets
+    resident, bounded = plan.found.targets
     assert resident["holds"]
     assert "+0.50 %" in resident["got"]
     assert bounded["holds"] == holds
-    assert [row["ratio_p50"] for row in plan.rows] == ["1.0000", "1.0050", f"{paged / 0.2:.4f}"]
+    assert [row["ratio_p50"] for row in plan.found.rows] == [
+        "1.0000",
+        "1.0050",
+        f"{paged / 0.2:.4f}",
+    ]
 
 
 def test_the_cap_leaves_room_for_the_driver(monkeypatch):
@@ -252,32 +264,35 @@ def test_the_cap_leaves_room_for_the_driver(monkeypatch):
     meter.begin()
     assert meter.context == context
     assert shares == [((16 << 30) - context - memory_module.LATER) / total]
-    with pytest.raises(memory_module.Refused, match="on a card of"):
+    with pytest.raises(memory_module.Refused, match="on a GPU of"):
         memory_module.CudaMeter(141 << 30).begin()
 
 
 def test_pieces_that_have_no_time_are_named(worker):
     plan = gpu.Plan("cpu", lambda: worker, seconds=1)
     plan.run()
-    assert plan.rows == []
-    assert plan.not_run[0]["what"] == "fit llama-7b, PagedCAME8bit, in backward, 1024"
-    assert len(plan.not_run) > 10
-    assert all("out of time" in one["why"] for one in plan.not_run)
+    assert plan.found.rows == []
+    assert plan.found.not_run[0]["what"] == "fit llama-7b, PagedCAME8bit, in backward, 1024"
+    assert len(plan.found.not_run) > 10
+    assert all("out of time" in one["why"] for one in plan.found.not_run)
 
 
-def test_rows_go_to_a_csv_once_more(proof, tmp_path):
+def test_every_row_is_written_when_it_is_found(worker, proof, tmp_path):
     (choice,) = proof.job.choices
     row = rows_module.row("cap", proof.job, choice, proof.fits, ("address space", 1))
-    for _ in range(2):
-        harness.append([row], tmp_path / "capped.csv")
-    lines = (tmp_path / "capped.csv").read_text().splitlines()
-    assert len(lines) == 3
-    assert lines[1] == lines[2]
+    found = rows_module.Findings("cpu", tmp_path / "x.csv", tmp_path / "x.json", worker.text)
+    for number in (1, 2):
+        found.add(row)
+        assert len((tmp_path / "x.csv").read_text().splitlines()) == 1 + number
+        content = json.loads((tmp_path / "x.json").read_text())
+        assert [one["part"] for one in content["rows"]] == ["cap"] * number
+    found.judge("it fits", False, "it does not")
+    found.skip("another", "out of time")
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert content["targets"][0]["text"] == "MISSED target: it fits: it does not"
+    assert content["not_run"] == [{"what": "another", "why": "out of time"}]
     with pytest.raises(SystemExit, match="other columns"):
-        harness.append([{"other": 1}], tmp_path / "capped.csv")
-    report = tmp_path / "gpu.json"
-    report.write_text(json.dumps({"rows": [], "capped": {"rows": [row]}}))
-    assert bench.rows_of(report) == [json.loads(json.dumps(row))]
+        harness.append([{"other": 1}], tmp_path / "x.csv")
 
 
 @pytest.mark.parametrize(
