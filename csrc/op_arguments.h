@@ -9,7 +9,9 @@
 #include <optional>
 #include <vector>
 
+#include "param_arguments.h"
 #include "quant.h"
+#include "step_settings.h"
 
 namespace came8bit {
 
@@ -25,29 +27,6 @@ constexpr size_t kOptionInts = 6;
 struct Device {
   const char* name;
   bool (*holds)(const Tensor&);
-};
-
-// One parameter with its state. Matrices: b of n x k; what does not apply is null.
-struct Arguments {
-  const Tensor *param, *grad;  // of the caller's lists
-  Dtype param_dtype, grad_dtype;
-  int64_t b, n, k;
-  uint32_t index;
-  uint64_t offset;            // row-major index of the first element in the full parameter
-  int64_t slices, slice_len;  // the first dimension, and what lies behind it: 8-bit blocks
-  void* exp_avg;              // int8 codes with `absmax`, or fp32
-  float* absmax;
-  float *sq_row, *sq_col, *res_row, *res_col, *rms_ratio;
-  float* exp_avg_sq;
-  int64_t *step, *skipped;
-};
-
-// Hyper-parameters as they came.
-struct HyperArguments {
-  double beta1, beta2, beta3, eps1, eps2, clip_threshold, lr, weight_decay;
-  const float* lr_tensor;  // null, or on the device
-  bool stochastic, cautious, propagate, maximize, bias_correction;
-  uint64_t seed;
 };
 
 class Checker {
@@ -86,9 +65,10 @@ class Checker {
   }
 
   // What both kinds of step have: parameter, gradient, momentum, counters, geometry.
-  std::vector<Arguments> common(const Tensors& params, const Tensors& grads, const Tensors& exp_avg,
-                                const Tensors& absmax, const Tensors& step, const Tensors& skipped,
-                                const std::vector<int64_t>& views) const {
+  std::vector<ParamArguments> common(const Tensors& params, const Tensors& grads,
+                                     const Tensors& exp_avg, const Tensors& absmax,
+                                     const Tensors& step, const Tensors& skipped,
+                                     const std::vector<int64_t>& views) const {
     const size_t count = params.size();
     length(grads, count, "grads");
     length(exp_avg, count, "exp_avg");
@@ -97,12 +77,10 @@ class Checker {
     length(skipped, count, "skipped");
     STD_TORCH_CHECK(views.size() == count * kViewInts, "views: got ", views.size(),
                     " integers, expected ", count * kViewInts);
-    std::vector<Arguments> all(count);
+    std::vector<ParamArguments> all(count);
     for (size_t i = 0; i < count; ++i) {
-      Arguments& a = all[i];
+      ParamArguments& a = all[i];
       const int64_t* view = views.data() + i * kViewInts;
-      a.param = &params[i];
-      a.grad = &grads[i];
       a.param_dtype = dtype(params[i], "parameter", i);
       a.grad_dtype = dtype(grads[i], "gradient", i);
       a.b = view[0];
@@ -116,12 +94,12 @@ class Checker {
                       " elements and a view of ", a.b * a.n * a.k);
       a.slices = params[i].dim() < 2 ? 1 : params[i].size(0);
       a.slice_len = a.slices > 0 ? numel / a.slices : 0;
+      a.blocks_per_slice = (a.slice_len + kBlockSize - 1) / kBlockSize;
       if (absmax.empty()) {
         a.exp_avg = state<float>(exp_avg, i, numel, "exp_avg");
       } else {
-        const int64_t blocks = a.slices * ((a.slice_len + kBlockSize - 1) / kBlockSize);
         a.exp_avg = state<int8_t>(exp_avg, i, numel, "exp_avg");
-        a.absmax = state<float>(absmax, i, blocks, "absmax");
+        a.absmax = state<float>(absmax, i, a.slices * a.blocks_per_slice, "absmax");
       }
       a.step = state<int64_t>(step, i, 1, "step");
       a.skipped = state<int64_t>(skipped, i, 1, "skipped");
@@ -130,7 +108,7 @@ class Checker {
   }
 
   // Adds the row and column statistics.
-  void factored(std::vector<Arguments>& all, const Tensors& sq_row, const Tensors& sq_col,
+  void factored(std::vector<ParamArguments>& all, const Tensors& sq_row, const Tensors& sq_col,
                 const Tensors& res_row, const Tensors& res_col, const Tensors& rms_ratio) const {
     length(sq_row, all.size(), "exp_avg_sq_row");
     length(sq_col, all.size(), "exp_avg_sq_col");
@@ -138,7 +116,7 @@ class Checker {
     length(res_col, all.size(), "exp_avg_res_col");
     length(rms_ratio, all.size(), "rms_ratio");
     for (size_t i = 0; i < all.size(); ++i) {
-      Arguments& a = all[i];
+      ParamArguments& a = all[i];
       a.sq_row = state<float>(sq_row, i, a.b * a.n, "exp_avg_sq_row");
       a.sq_col = state<float>(sq_col, i, a.b * a.k, "exp_avg_sq_col");
       a.res_row = state<float>(res_row, i, a.b * a.n, "exp_avg_res_row");
@@ -148,27 +126,24 @@ class Checker {
   }
 
   // Adds the full second moment.
-  void unfactored(std::vector<Arguments>& all, const Tensors& exp_avg_sq) const {
+  void unfactored(std::vector<ParamArguments>& all, const Tensors& exp_avg_sq) const {
     length(exp_avg_sq, all.size(), "exp_avg_sq");
     for (size_t i = 0; i < all.size(); ++i) {
-      Arguments& a = all[i];
+      ParamArguments& a = all[i];
       a.exp_avg_sq = state<float>(exp_avg_sq, i, a.b * a.n * a.k, "exp_avg_sq");
     }
   }
 
-  HyperArguments hyper(const std::optional<Tensor>& lr_tensor, const std::vector<double>& values,
-                       const std::vector<int64_t>& options) const {
-    STD_TORCH_CHECK(values.size() == kHyperFloats, "hyper: got ", values.size(),
-                    " values, expected ", kHyperFloats);
+  StepSettings settings(const std::optional<Tensor>& lr_tensor, const std::vector<double>& hyper,
+                        const std::vector<int64_t>& options) const {
+    STD_TORCH_CHECK(hyper.size() == kHyperFloats, "hyper: got ", hyper.size(), " values, expected ",
+                    kHyperFloats);
     STD_TORCH_CHECK(options.size() == kOptionInts, "options: got ", options.size(),
                     " values, expected ", kOptionInts);
-    HyperArguments h = {values[0],       values[1],       values[2],
-                        values[3],       values[4],       values[5],
-                        values[6],       values[7],       nullptr,
-                        options[0] != 0, options[1] != 0, options[2] != 0,
-                        options[3] != 0, options[4] != 0, static_cast<uint64_t>(options[5])};
-    if (lr_tensor.has_value()) h.lr_tensor = state<float>({*lr_tensor}, 0, 1, "lr_tensor");
-    return h;
+    const float* lr = lr_tensor ? state<float>({*lr_tensor}, 0, 1, "lr_tensor") : nullptr;
+    return StepSettings(lr, hyper[6], hyper[0], hyper[1], hyper[2], hyper[3], hyper[4], hyper[5],
+                        hyper[7], options[0] != 0, options[1] != 0, options[2] != 0,
+                        options[3] != 0, options[4] != 0, options[5]);
   }
 
  private:

@@ -11,43 +11,21 @@ namespace {
 
 const Checker kCheck({"CPU", [](const Tensor& t) { return t.is_cpu(); }});
 
-StridedRuns strided(const Tensor& t, Dtype dtype, const char* what, size_t i) {
+StridedRuns strided(const Tensor& t, const char* what, size_t i) {
   STD_TORCH_CHECK(t.dim() <= kMaxDims, what, " ", i, ": got ", t.dim(),
                   " dimensions, expected at most ", kMaxDims);
-  return StridedRuns(t.data_ptr(), dtype, static_cast<int>(t.dim()), t.sizes().data(),
-                     t.strides().data());
+  return StridedRuns(t.data_ptr(), static_cast<int>(t.element_size()), static_cast<int>(t.dim()),
+                     t.sizes().data(), t.strides().data());
 }
 
-std::vector<Parameter> parameters_of(const std::vector<Arguments>& all) {
+std::vector<Parameter> parameters_of(const std::vector<ParamArguments>& all, const Tensors& params,
+                                     const Tensors& grads) {
   std::vector<Parameter> parameters;
   for (size_t i = 0; i < all.size(); ++i) {
-    const Arguments& a = all[i];
-    parameters.push_back({strided(*a.param, a.param_dtype, "parameter", i),
-                          strided(*a.grad, a.grad_dtype, "gradient", i), a.b, a.n, a.k, a.index,
-                          a.offset, a.slices, a.slice_len, a.exp_avg, a.absmax, a.sq_row, a.sq_col,
-                          a.res_row, a.res_col, a.rms_ratio, a.exp_avg_sq, a.step, a.skipped});
+    parameters.push_back(
+        {all[i], strided(params[i], "parameter", i), strided(grads[i], "gradient", i)});
   }
   return parameters;
-}
-
-Settings settings_of(const HyperArguments& h) {
-  Settings s = {};
-  s.beta1 = h.beta1;
-  s.beta2 = h.beta2;
-  s.beta3 = h.beta3;
-  s.eps1 = static_cast<float>(h.eps1);
-  s.eps2 = static_cast<float>(h.eps2);
-  s.clip_threshold = static_cast<float>(h.clip_threshold);
-  s.lr = h.lr_tensor ? *h.lr_tensor : static_cast<float>(h.lr);
-  s.shrink = h.lr_tensor ? shrink_of(s.lr, static_cast<float>(h.weight_decay))
-                         : shrink_of(h.lr, h.weight_decay);
-  s.stochastic = h.stochastic;
-  s.cautious = h.cautious;
-  s.propagate = h.propagate;
-  s.maximize = h.maximize;
-  s.bias_correction = h.bias_correction;
-  s.seed = h.seed;
-  return s;
 }
 
 void factored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
@@ -56,10 +34,11 @@ void factored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absm
                     std::vector<int64_t> views, std::optional<Tensor> lr_tensor,
                     std::vector<double> hyper, std::vector<int64_t> options) {
   const FloatEnvironment environment;  // also for the scalars of a call
-  std::vector<Arguments> all = kCheck.common(params, grads, exp_avg, absmax, step, skipped, views);
+  std::vector<ParamArguments> all =
+      kCheck.common(params, grads, exp_avg, absmax, step, skipped, views);
   kCheck.factored(all, exp_avg_sq_row, exp_avg_sq_col, exp_avg_res_row, exp_avg_res_col, rms_ratio);
-  const Settings settings = settings_of(kCheck.hyper(lr_tensor, hyper, options));
-  factored_step(parameters_of(all), settings);
+  const StepSettings settings = kCheck.settings(lr_tensor, hyper, options);
+  factored_step(parameters_of(all, params, grads), settings);
 }
 
 void unfactored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
@@ -67,10 +46,11 @@ void unfactored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors ab
                       std::optional<Tensor> lr_tensor, std::vector<double> hyper,
                       std::vector<int64_t> options) {
   const FloatEnvironment environment;  // also for the scalars of a call
-  std::vector<Arguments> all = kCheck.common(params, grads, exp_avg, absmax, step, skipped, views);
+  std::vector<ParamArguments> all =
+      kCheck.common(params, grads, exp_avg, absmax, step, skipped, views);
   kCheck.unfactored(all, exp_avg_sq);
-  const Settings settings = settings_of(kCheck.hyper(lr_tensor, hyper, options));
-  std::vector<Parameter> parameters = parameters_of(all);
+  const StepSettings settings = kCheck.settings(lr_tensor, hyper, options);
+  std::vector<Parameter> parameters = parameters_of(all, params, grads);
   for (Parameter& p : parameters) {
     p.k = p.numel();  // rows do not matter here
     p.b = p.n = 1;

@@ -81,8 +81,8 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
   const auto& of_dtype = p.exp_avg_sq
                              ? (p.absmax ? table.apply8_unfactored : table.apply32_unfactored)
                              : (p.absmax ? table.apply8 : table.apply32);
-  const auto apply = of_dtype[p.param.dtype()][p.grad.dtype()];
-  const bool draws = constants.stochastic && p.param.dtype() != kFloat32;
+  const auto apply = of_dtype[p.param_dtype][p.grad_dtype];
+  const bool draws = constants.stochastic && p.param_dtype != kFloat32;
   // A block is encoded after the next one has been applied: the processor then has work while the
   // largest magnitude of the first is on its way to become a scale.
   Buffers both[2];
@@ -112,7 +112,7 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
     if (p.absmax == nullptr) return;
     if (block_applied.decays) {
       for_each_segment(p, factors, *buffers, first, size, [&](Segment& s, int64_t, int done) {
-        table.steps[p.grad.dtype()](s, buffers->step + done);
+        table.steps[p.grad_dtype](s, buffers->step + done);
       });
     }
     encode_pending();
@@ -128,7 +128,7 @@ int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const
   const auto& of_dtype = p.exp_avg_sq
                              ? (p.absmax ? table.agreeing8_unfactored : table.agreeing32_unfactored)
                              : (p.absmax ? table.agreeing8 : table.agreeing32);
-  const auto agreeing = of_dtype[p.grad.dtype()];
+  const auto agreeing = of_dtype[p.grad_dtype];
   Buffers buffers;
   int64_t total = 0;
   for_each_block(Blocks(p), task, [&](int64_t block, int64_t first, int size) {

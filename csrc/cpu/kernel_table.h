@@ -4,6 +4,7 @@
 
 #include "../quant.h"
 #include "../rounding.h"
+#include "../step_settings.h"
 
 namespace came8bit {
 
@@ -37,12 +38,10 @@ struct InstabilityTile {
   float* col_sum[3];  // [cols], added to
 };
 
-// What is the same for all elements of a parameter in one step.
-struct StepConstants {
-  float gain, beta1, shrink;
-  float beta2, one_minus_beta2, eps1, sign, correction2, scale;  // only unfactored
-  bool cautious, stochastic;
-  uint64_t seed;
+// What is the same for all elements of a parameter in one step; `lr` and `shrink` are those of
+// rate().
+struct StepConstants : StepSettings {
+  float gain, correction2, scale;
   uint32_t index, step;
 };
 

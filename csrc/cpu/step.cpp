@@ -15,31 +15,18 @@ namespace {
 constexpr int64_t kSerialElements = 1 << 16;
 constexpr int64_t kChunksPerTask = 16;
 
-float correction(const Settings& s, double beta, int64_t step) {
-  return s.bias_correction ? bias_correction(beta, step) : 1.0f;
-}
-
-StepConstants constants_of(const Parameter& p, const Settings& s, int64_t step, float kappa) {
-  StepConstants c = {};
-  c.gain = gain(kappa, static_cast<float>(1.0 - s.beta1));
-  c.beta1 = static_cast<float>(s.beta1);
-  c.shrink = s.shrink;
-  c.beta2 = static_cast<float>(s.beta2);
-  c.one_minus_beta2 = static_cast<float>(1.0 - s.beta2);
-  c.eps1 = s.eps1;
-  c.sign = s.maximize ? -1.0f : 1.0f;
-  c.correction2 = correction(s, s.beta2, step);
-  c.scale = s.lr / correction(s, s.beta1, step);
-  c.cautious = s.cautious;
-  c.stochastic = s.stochastic;
-  c.seed = s.seed;
-  c.index = p.index;
-  c.step = static_cast<uint32_t>(step);
+StepConstants constants_of(const Parameter& p, const StepSettings& s, int64_t step, float kappa) {
+  StepConstants c = {s,       gain(kappa, s.one_minus_beta1), s.correction(1, step), 0.0f,
+                     p.index, static_cast<uint32_t>(step)};
+  const StepSettings::Rate rate = s.rate();
+  c.lr = rate.lr;
+  c.shrink = rate.shrink;
+  c.scale = rate.lr / s.correction(0, step);
   return c;
 }
 
 // Whether the step has to be left out because a sum is not finite; counts it.
-bool skip(const Parameter& p, const Settings& s, float sum) {
+bool skip(const Parameter& p, const StepSettings& s, float sum) {
   if (s.propagate || is_finite(sum)) return false;
   ++*p.skipped;
   return true;
@@ -64,7 +51,7 @@ void apply_all(const Parameter& p, const StepConstants& c, const Factors& factor
 
 // Sweep A, then r, c, the factors of u, and the RMS that u is expected to have before scaling.
 // Returns false if the gradient is not finite.
-bool second_moment(const Parameter& p, const Settings& s, const CpuGrid& grid, Workspace& w,
+bool second_moment(const Parameter& p, const StepSettings& s, const CpuGrid& grid, Workspace& w,
                    int64_t workers, float* predicted_rms) {
   const Kernels& table = kernels();
   for_each_task(grid.tasks(), workers,
@@ -73,12 +60,11 @@ bool second_moment(const Parameter& p, const Settings& s, const CpuGrid& grid, W
   const int64_t rows = p.b * p.n, cols = p.b * p.k;
   if (skip(p, s, table.lane_sum(w.row_sum[0], rows))) return false;
 
-  const float beta2 = static_cast<float>(s.beta2), rest2 = static_cast<float>(1.0 - s.beta2);
-  table.second_moment_ema(w.row_new, p.sq_row, w.row_sum[0], rows, static_cast<float>(p.k), beta2,
-                          rest2, s.eps1);
-  table.second_moment_ema(w.col_new, p.sq_col, w.col_sum[0], cols, static_cast<float>(p.n), beta2,
-                          rest2, s.eps1);
-  const float correction2 = correction(s, s.beta2, *p.step + 1);
+  table.second_moment_ema(w.row_new, p.sq_row, w.row_sum[0], rows, static_cast<float>(p.k), s.beta2,
+                          s.one_minus_beta2, s.eps1);
+  table.second_moment_ema(w.col_new, p.sq_col, w.col_sum[0], cols, static_cast<float>(p.n), s.beta2,
+                          s.one_minus_beta2, s.eps1);
+  const float correction2 = s.correction(1, *p.step + 1);
   table.col_factors(w.col_factor, w.col_new, cols, correction2);
   // One value per matrix; the parts of sum 1 are free until sweep B and hold at least b values.
   float* predicted = w.row_part[1];
@@ -86,7 +72,7 @@ bool second_moment(const Parameter& p, const Settings& s, const CpuGrid& grid, W
     const float* r = w.row_new + i * p.n;
     float* factor = w.row_factor + i * p.n;
     const float mean = table.lane_sum(r, p.n) / static_cast<float>(p.n);
-    table.row_factors(factor, r, p.n, sqrt(mean), s.maximize ? -1.0f : 1.0f);
+    table.row_factors(factor, r, p.n, sqrt(mean), s.sign());
     const float* sum = w.row_sum[0] + i * p.n;
     const float row_ratio = table.lane_sum_of_ratios(sum, r, p.n);
     const float col_ratio =
@@ -99,7 +85,7 @@ bool second_moment(const Parameter& p, const Settings& s, const CpuGrid& grid, W
 }
 
 // Sweep B, then kappa, R, C; commits r, c. Returns false if u is not finite.
-bool instability(const Parameter& p, const Settings& s, const CpuGrid& grid, Workspace& w,
+bool instability(const Parameter& p, const StepSettings& s, const CpuGrid& grid, Workspace& w,
                  int64_t workers, float predicted_rms, float* kappa) {
   const Kernels& table = kernels();
   const float kappa_0 = clip_scale(*p.rms_ratio * predicted_rms, s.clip_threshold);
@@ -114,19 +100,19 @@ bool instability(const Parameter& p, const Settings& s, const CpuGrid& grid, Wor
   const float rms = root_mean(total_u2, static_cast<float>(p.numel()));
   *kappa = clip_scale(rms, s.clip_threshold);
   const float delta = *kappa - kappa_0;
-  const float beta1_squared = static_cast<float>(s.beta1 * s.beta1);
-  const float beta3 = static_cast<float>(s.beta3), rest3 = static_cast<float>(1.0 - s.beta3);
   table.instability_ema(p.res_row, w.row_sum[0], w.row_sum[1], w.row_sum[2], rows, delta,
-                        static_cast<float>(p.k), beta1_squared, s.eps2, beta3, rest3);
+                        static_cast<float>(p.k), s.beta1_squared, s.eps2, s.beta3,
+                        s.one_minus_beta3);
   table.instability_ema(p.res_col, w.col_sum[0], w.col_sum[1], w.col_sum[2], cols, delta,
-                        static_cast<float>(p.n), beta1_squared, s.eps2, beta3, rest3);
+                        static_cast<float>(p.n), s.beta1_squared, s.eps2, s.beta3,
+                        s.one_minus_beta3);
   std::copy(w.row_new, w.row_new + rows, p.sq_row);
   std::copy(w.col_new, w.col_new + cols, p.sq_col);
   *p.rms_ratio = next_rms_ratio(rms, predicted_rms);
   return true;
 }
 
-void step_factored(const Parameter& p, const Settings& s, Workspace& w, int64_t workers) {
+void step_factored(const Parameter& p, const StepSettings& s, Workspace& w, int64_t workers) {
   const CpuGrid grid(p);
   w.lay_out(grid);
   float predicted_rms, kappa;
@@ -145,7 +131,7 @@ void step_factored(const Parameter& p, const Settings& s, Workspace& w, int64_t 
     const float mean = table.lane_sum(r, p.n) / static_cast<float>(p.n);
     table.row_factors(w.row_new + i * p.n, r, p.n, sqrt(mean), scale);
   }
-  table.col_factors(w.col_new, p.res_col, p.b * p.k, correction(s, s.beta3, *p.step));
+  table.col_factors(w.col_new, p.res_col, p.b * p.k, s.correction(2, *p.step));
   factors.update_row = w.row_new;
   factors.update_col = w.col_new;
   apply_all(p, c, factors, workers);
@@ -176,9 +162,9 @@ float sum_chunks(const Parameter& p, float* parts, int64_t workers, const Sum& s
   return total;
 }
 
-void step_unfactored(const Parameter& p, const Settings& s, Workspace& w, int64_t workers) {
+void step_unfactored(const Parameter& p, const StepSettings& s, Workspace& w, int64_t workers) {
   const Kernels& table = kernels();
-  const Dtype dtype = p.grad.dtype();
+  const Dtype dtype = p.grad_dtype;
   const float total_g2 = sum_chunks(p, w.scratch(), workers, [&](int64_t, int size, const void* g) {
     return table.sum_g2[dtype](g, size);
   });
@@ -191,7 +177,7 @@ void step_unfactored(const Parameter& p, const Settings& s, Workspace& w, int64_
   if (skip(p, s, total_u2)) return;
   ++*p.step;
   const float rms = root_mean(total_u2, static_cast<float>(p.numel()));
-  c.gain = gain(clip_scale(rms, s.clip_threshold), static_cast<float>(1.0 - s.beta1));
+  c.gain = gain(clip_scale(rms, s.clip_threshold), s.one_minus_beta1);
   const Factors none = {};
   if (s.cautious) c.scale = c.scale * cautious_factor(p, c, none, workers);
   apply_all(p, c, none, workers);
@@ -225,7 +211,7 @@ void step_list(const std::vector<Parameter>& parameters, const Floats& floats, c
 
 }  // namespace
 
-void factored_step(const std::vector<Parameter>& parameters, const Settings& settings) {
+void factored_step(const std::vector<Parameter>& parameters, const StepSettings& settings) {
   step_list(
       parameters, [](const Parameter& p) { return Workspace::floats(CpuGrid(p)); },
       [&](const Parameter& p, Workspace& w, int64_t workers) {
@@ -233,7 +219,7 @@ void factored_step(const std::vector<Parameter>& parameters, const Settings& set
       });
 }
 
-void unfactored_step(const std::vector<Parameter>& parameters, const Settings& settings) {
+void unfactored_step(const std::vector<Parameter>& parameters, const StepSettings& settings) {
   step_list(
       parameters, [](const Parameter& p) { return chunks_of(p); },
       [&](const Parameter& p, Workspace& w, int64_t workers) {

@@ -10,8 +10,8 @@ constexpr int kMaxDims = 24;
 class StridedRuns {
  public:
   StridedRuns() = default;
-  StridedRuns(void* data, Dtype dtype, int dims, const int64_t* sizes, const int64_t* strides)
-      : data_(static_cast<char*>(data)), dtype_(dtype) {
+  StridedRuns(void* data, int itemsize, int dims, const int64_t* sizes, const int64_t* strides)
+      : data_(static_cast<char*>(data)), itemsize_(itemsize) {
     // Neighbouring dimensions that lie behind each other in memory become one.
     for (int d = 0; d < dims; ++d) {
       if (sizes[d] == 1) continue;
@@ -26,8 +26,7 @@ class StridedRuns {
     }
   }
 
-  Dtype dtype() const { return dtype_; }
-  int itemsize() const { return dtype_ == kFloat32 ? 4 : 2; }
+  int itemsize() const { return itemsize_; }
   bool contiguous() const { return dims_ == 0 || (dims_ == 1 && strides_[0] == 1); }
 
   // Where element `e` is; only for a contiguous tensor.
@@ -80,7 +79,7 @@ class StridedRuns {
   }
 
   char* data_ = nullptr;
-  Dtype dtype_ = kFloat32;
+  int itemsize_ = 4;
   int dims_ = 0;
   int64_t sizes_[kMaxDims] = {};
   int64_t strides_[kMaxDims] = {};

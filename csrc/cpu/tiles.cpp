@@ -118,7 +118,7 @@ void Workspace::lay_out(const CpuGrid& g) {
 void second_moment_task(const Parameter& p, const CpuGrid& grid, Workspace& w, int64_t task) {
   const Tile t(grid, task);
   const int64_t first = (t.batch * p.n + t.row) * p.k + t.col;
-  const auto second_moment = kernels().second_moment[p.grad.dtype()];
+  const auto second_moment = kernels().second_moment[p.grad_dtype];
   SecondMomentTile tile = {};
   tile.cols = t.cols;
   tile.row_sum = row_part(grid, w, 0, t);
@@ -148,7 +148,7 @@ void instability_task(const Parameter& p, const CpuGrid& grid, Workspace& w, flo
   const bool coded = p.absmax != nullptr && blocks_begin_with_rows(p);
   const bool decoded = p.absmax != nullptr && !coded;
   const Kernels& table = kernels();
-  const auto instability = (coded ? table.instability8 : table.instability32)[p.grad.dtype()];
+  const auto instability = (coded ? table.instability8 : table.instability32)[p.grad_dtype];
   const int64_t itemsize = coded ? sizeof(int8_t) : sizeof(float);
 
   InstabilityTile tile = {};

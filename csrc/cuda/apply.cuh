@@ -79,7 +79,7 @@ struct MomentumVectorOf<int8_t> {
 // A tile of rows whose blocks of the 8-bit code end where the rows do. With `count_only` the tile
 // only counts the elements that the cautious mask keeps.
 template <class P, class G, class M, bool count_only>
-__device__ __forceinline__ int apply_tile(const Parameter& p, const Settings& s, int64_t task) {
+__device__ __forceinline__ int apply_tile(const Parameter& p, const StepSettings& s, int64_t task) {
   constexpr bool is8bit = sizeof(M) == 1;
   const int64_t slabs = (p.n + p.apply_rows() - 1) / p.apply_rows();
   const Tile tile(p, task, p.apply_rows(), slabs, p.grid.strips, 1);
@@ -222,7 +222,8 @@ __device__ __forceinline__ void store_block(const Parameter& p, const BlockPlace
 
 // The same for any layout: eight blocks, a warp each.
 template <class M, bool count_only>
-__device__ __forceinline__ int apply_blocks(const Parameter& p, const Settings& s, int64_t task) {
+__device__ __forceinline__ int apply_blocks(const Parameter& p, const StepSettings& s,
+                                            int64_t task) {
   const BlockPlace place(p.slices, p.slice_len, task);
   const bool stochastic = s.stochastic, cautious = s.cautious;
   float g[kVector], m[kVector], w[kVector] = {}, x[kVector] = {};
@@ -263,7 +264,7 @@ __device__ __forceinline__ int apply_blocks(const Parameter& p, const Settings& 
 
 // The same where a thread's eight elements are in one row and aligned; 8-bit momentum.
 template <class P, class G, bool count_only>
-__device__ __forceinline__ int apply_vector_blocks(const Parameter& p, const Settings& s,
+__device__ __forceinline__ int apply_vector_blocks(const Parameter& p, const StepSettings& s,
                                                    int64_t task) {
   const BlockPlace place(p.slices, p.slice_len, task);
   const bool there = place.count > 0;  // all eight, then
@@ -307,7 +308,7 @@ __device__ __forceinline__ int apply_vector_blocks(const Parameter& p, const Set
 }
 
 template <class P, class G, class M, Access access, bool count_only>
-__device__ __forceinline__ int apply_task(const Parameter& p, const Settings& s, int64_t task) {
+__device__ __forceinline__ int apply_task(const Parameter& p, const StepSettings& s, int64_t task) {
   if constexpr (access == kTiles) {
     return apply_tile<P, G, M, count_only>(p, s, task);
   } else if constexpr (access == kBlocks) {

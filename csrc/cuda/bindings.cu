@@ -29,70 +29,25 @@ Strides strides_of(const Tensor& t, const char* what, size_t i) {
   return s;
 }
 
-std::vector<HostParameter> parameters_of(const std::vector<Arguments>& all) {
+std::vector<HostParameter> parameters_of(const std::vector<ParamArguments>& all,
+                                         const Tensors& params, const Tensors& grads) {
   std::vector<HostParameter> parameters(all.size());
   for (size_t i = 0; i < all.size(); ++i) {
-    const Arguments& a = all[i];
+    const Tensor &param = params[i], &grad = grads[i];
     HostParameter& h = parameters[i];
-    STD_TORCH_CHECK(a.param->get_device_index() == all[0].param->get_device_index() &&
-                        a.grad->get_device_index() == all[0].param->get_device_index(),
+    STD_TORCH_CHECK(param.get_device_index() == params[0].get_device_index() &&
+                        grad.get_device_index() == params[0].get_device_index(),
                     "parameter ", i, ": expected all parameters and gradients on one device");
-    h.param_strides = strides_of(*a.param, "parameter", i);
-    h.grad_strides = strides_of(*a.grad, "gradient", i);
-    h.is8bit = a.absmax != nullptr;
+    h.param_strides = strides_of(param, "parameter", i);
+    h.grad_strides = strides_of(grad, "gradient", i);
+    h.is8bit = all[i].absmax != nullptr;
     Parameter& p = h.parameter;
-    p = {};
-    p.param = {a.param->data_ptr(), nullptr, a.param_dtype};
-    p.grad = {a.grad->data_ptr(), nullptr, a.grad_dtype};
-    p.exp_avg = a.exp_avg;
-    p.absmax = a.absmax;
-    p.sq_row = a.sq_row;
-    p.sq_col = a.sq_col;
-    p.res_row = a.res_row;
-    p.res_col = a.res_col;
-    p.rms_ratio = a.rms_ratio;
-    p.exp_avg_sq = a.exp_avg_sq;
-    p.step = a.step;
-    p.skipped = a.skipped;
-    p.b = a.b;
-    p.n = a.n;
-    p.k = a.k;
-    p.slices = a.slices;
-    p.slice_len = a.slice_len;
-    p.blocks_per_slice = (a.slice_len + kBlockSize - 1) / kBlockSize;
-    p.offset = a.offset;
+    p = {all[i]};
+    p.param = {param.data_ptr(), nullptr, all[i].param_dtype};
+    p.grad = {grad.data_ptr(), nullptr, all[i].grad_dtype};
     p.byte_pattern = kBytePattern;
-    p.index = a.index;
   }
   return parameters;
-}
-
-Settings settings_of(const HyperArguments& h) {
-  Settings s = {};
-  s.betas[0] = h.beta1;
-  s.betas[1] = h.beta2;
-  s.betas[2] = h.beta3;
-  s.beta1 = static_cast<float>(h.beta1);
-  s.beta2 = static_cast<float>(h.beta2);
-  s.beta3 = static_cast<float>(h.beta3);
-  s.one_minus_beta1 = static_cast<float>(1.0 - h.beta1);
-  s.one_minus_beta2 = static_cast<float>(1.0 - h.beta2);
-  s.one_minus_beta3 = static_cast<float>(1.0 - h.beta3);
-  s.beta1_squared = static_cast<float>(h.beta1 * h.beta1);
-  s.eps1 = static_cast<float>(h.eps1);
-  s.eps2 = static_cast<float>(h.eps2);
-  s.clip_threshold = static_cast<float>(h.clip_threshold);
-  s.lr = static_cast<float>(h.lr);
-  s.shrink = shrink_of(h.lr, h.weight_decay);
-  s.weight_decay = static_cast<float>(h.weight_decay);
-  s.lr_tensor = h.lr_tensor;
-  s.stochastic = h.stochastic;
-  s.cautious = h.cautious;
-  s.propagate = h.propagate;
-  s.maximize = h.maximize;
-  s.bias_correction = h.bias_correction;
-  s.seed = h.seed;
-  return s;
 }
 
 void factored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
@@ -100,10 +55,11 @@ void factored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absm
                     Tensors exp_avg_res_col, Tensors rms_ratio, Tensors step, Tensors skipped,
                     std::vector<int64_t> views, std::optional<Tensor> lr_tensor,
                     std::vector<double> hyper, std::vector<int64_t> options) {
-  std::vector<Arguments> all = kCheck.common(params, grads, exp_avg, absmax, step, skipped, views);
+  std::vector<ParamArguments> all =
+      kCheck.common(params, grads, exp_avg, absmax, step, skipped, views);
   kCheck.factored(all, exp_avg_sq_row, exp_avg_sq_col, exp_avg_res_row, exp_avg_res_col, rms_ratio);
-  const Settings settings = settings_of(kCheck.hyper(lr_tensor, hyper, options));
-  std::vector<HostParameter> parameters = parameters_of(all);
+  const StepSettings settings = kCheck.settings(lr_tensor, hyper, options);
+  std::vector<HostParameter> parameters = parameters_of(all, params, grads);
   if (!parameters.empty()) factored_step(parameters, settings, params[0]);
 }
 
@@ -111,10 +67,11 @@ void unfactored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors ab
                       Tensors exp_avg_sq, Tensors step, Tensors skipped, std::vector<int64_t> views,
                       std::optional<Tensor> lr_tensor, std::vector<double> hyper,
                       std::vector<int64_t> options) {
-  std::vector<Arguments> all = kCheck.common(params, grads, exp_avg, absmax, step, skipped, views);
+  std::vector<ParamArguments> all =
+      kCheck.common(params, grads, exp_avg, absmax, step, skipped, views);
   kCheck.unfactored(all, exp_avg_sq);
-  const Settings settings = settings_of(kCheck.hyper(lr_tensor, hyper, options));
-  std::vector<HostParameter> parameters = parameters_of(all);
+  const StepSettings settings = kCheck.settings(lr_tensor, hyper, options);
+  std::vector<HostParameter> parameters = parameters_of(all, params, grads);
   if (!parameters.empty()) unfactored_step(parameters, settings, params[0]);
 }
 

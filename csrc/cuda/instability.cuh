@@ -112,10 +112,10 @@ struct MomentumRows<M, false, loads> {
 // One tile: sums into row_part, col_part, and that of u*u over each strip into tile_sum.
 // `row_factors` holds kMaxSlabRows values.
 template <class G, class M, bool fast>
-__device__ __forceinline__ void instability_tile(const Parameter& p, const Settings& s,
+__device__ __forceinline__ void instability_tile(const Parameter& p, const StepSettings& s,
                                                  int64_t task, float* buffer, float* row_factors) {
   Tile tile = sweep_tile(p, task);
-  const float sign = s.maximize ? -1.0f : 1.0f, root_mean_r = p.root_mean[tile.matrix];
+  const float sign = s.sign(), root_mean_r = p.root_mean[tile.matrix];
   const float kappa_0 = p.scalars->kappa_0;
   __syncthreads();  // the previous user of the factors is done
   for (int r = static_cast<int>(threadIdx.x); r < tile.rows; r += kThreads) {
@@ -182,7 +182,7 @@ __device__ __forceinline__ void instability_tile(const Parameter& p, const Setti
 
 // Every block adds up the same sums of u*u to know kappa, which it returns; one (`writes`) leaves
 // it and what belongs to it in the scalars. False where the sum is not finite and that matters.
-__device__ __forceinline__ bool find_kappa(const Parameter& p, const Settings& s, bool writes,
+__device__ __forceinline__ bool find_kappa(const Parameter& p, const StepSettings& s, bool writes,
                                            float* buffer, float* kappa) {
   const float total_u2 = block_sum(p.tile_sum, p.tile_sums(), buffer);
   const bool finite = s.propagate || is_finite(total_u2);
@@ -198,7 +198,7 @@ __device__ __forceinline__ bool find_kappa(const Parameter& p, const Settings& s
 }
 
 // Tasks as of second_moment_combine: R, C, and the factors of w; r and c are kept from here on.
-__device__ __forceinline__ void instability_combine(const Parameter& p, const Settings& s,
+__device__ __forceinline__ void instability_combine(const Parameter& p, const StepSettings& s,
                                                     int64_t task, float kappa) {
   const Chunk chunk(p, task);
   if (!chunk.there) return;
@@ -217,7 +217,7 @@ __device__ __forceinline__ void instability_combine(const Parameter& p, const Se
     if (is_row) {
       const float r = p.row_new[at];
       p.sq_row[at] = r;
-      const float factor = row_factor(r, p.root_mean[chunk.matrix], s.maximize ? -1.0f : 1.0f);
+      const float factor = row_factor(r, p.root_mean[chunk.matrix], s.sign());
       p.row_gain[at] = factor * gain(kappa, s.one_minus_beta1);
     } else {
       p.sq_col[at] = p.col_new[at];
@@ -230,7 +230,7 @@ __device__ __forceinline__ void instability_combine(const Parameter& p, const Se
 }
 
 // Tasks: 256 rows of a matrix. Writes the row factors of the update; task 0 also closes the books.
-__device__ __forceinline__ void update_rows(const Parameter& p, const Settings& s, int64_t task,
+__device__ __forceinline__ void update_rows(const Parameter& p, const StepSettings& s, int64_t task,
                                             int64_t agreeing_tiles, float* buffer) {
   const Scalars& scalars = *p.scalars;
   const bool done = scalars.alive && scalars.u_finite;

@@ -57,25 +57,18 @@ __global__ void __launch_bounds__(kThreads)
 
 // Writes parameters to the workspace, and the scalars of this step that do not depend on gradients.
 __global__ void __launch_bounds__(kThreads)
-    describe(ParameterBatch batch, int count, Settings s, Parameter* out) {
+    describe(ParameterBatch batch, int count, StepSettings s, Parameter* out) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
     const Parameter& p = batch.parameters[i];
     out[i] = p;
     const int64_t step = *p.step + 1;
-    const auto correction = [&](int which) {
-      return s.bias_correction ? bias_correction(s.betas[which], step) : 1.0f;
-    };
-    float lr = s.lr, shrink = s.shrink;
-    if (s.lr_tensor != nullptr) {
-      lr = *s.lr_tensor;
-      shrink = shrink_of(lr, s.weight_decay);
-    }
+    const StepSettings::Rate rate = s.rate();
     Scalars scalars = {};
     scalars.step = static_cast<uint32_t>(step);
-    scalars.lr_scale = lr / correction(0);
-    scalars.shrink = shrink;
-    scalars.correction2 = correction(1);
-    scalars.correction3 = correction(2);
+    scalars.lr_scale = rate.lr / s.correction(0, step);
+    scalars.shrink = rate.shrink;
+    scalars.correction2 = s.correction(1, step);
+    scalars.correction3 = s.correction(2, step);
     *p.scalars = scalars;
   }
 }
@@ -92,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, fast ? 4 : 1)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    second_moment_combine_kernel(const Parameter* parameters, int count, Settings s) {
+    second_moment_combine_kernel(const Parameter* parameters, int count, StepSettings s) {
   __shared__ Parameter p;
   const int64_t task = find_task(parameters, count, kCombine, blockIdx.x, &p);
   second_moment_combine(p, s, task);
@@ -100,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // One block per parameter.
 __global__ void __launch_bounds__(kThreads)
-    second_moment_scalars_kernel(const Parameter* parameters, Settings s) {
+    second_moment_scalars_kernel(const Parameter* parameters, StepSettings s) {
   __shared__ Parameter p;
   copy_parameter(parameters[blockIdx.x], &p);
   second_moment_scalars(p, s);
@@ -109,7 +102,7 @@ __global__ void __launch_bounds__(kThreads)
 // Walks backwards: what sweep A read last is still in the cache.
 template <class G, class M, bool fast>
 __global__ void __launch_bounds__(kThreads, fast ? 2 : 1)
-    instability_kernel(const Parameter* parameters, int count, Settings s) {
+    instability_kernel(const Parameter* parameters, int count, StepSettings s) {
   __shared__ Parameter p;
   __shared__ float buffer[kRoundVectors];
   __shared__ float row_factors[kMaxSlabRows];
@@ -120,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, fast ? 2 : 1)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    instability_combine_kernel(const Parameter* parameters, int count, Settings s) {
+    instability_combine_kernel(const Parameter* parameters, int count, StepSettings s) {
   __shared__ Parameter p;
   __shared__ float buffer[kThreads];
   const int64_t task = find_task(parameters, count, kCombine, blockIdx.x, &p);
@@ -131,7 +124,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class M, Access access>
 __global__ void __launch_bounds__(kThreads, 3)
-    agreeing_kernel(const Parameter* parameters, int count, Settings s) {
+    agreeing_kernel(const Parameter* parameters, int count, StepSettings s) {
   __shared__ Parameter p;
   __shared__ float buffer[kThreads];
   const int64_t task = find_task(parameters, count, kSweepC, blockIdx.x, &p);
@@ -141,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    update_rows_kernel(const Parameter* parameters, int count, Settings s, Access access) {
+    update_rows_kernel(const Parameter* parameters, int count, StepSettings s, Access access) {
   __shared__ Parameter p;
   __shared__ float buffer[kThreads];
   const int64_t task = find_task(parameters, count, kRows, blockIdx.x, &p);
@@ -150,7 +143,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class P, class G, class M, Access access>
 __global__ void __launch_bounds__(kThreads, access == kTiles ? 2 : 1)
-    apply_kernel(const Parameter* parameters, int count, Settings s) {
+    apply_kernel(const Parameter* parameters, int count, StepSettings s) {
   __shared__ Parameter p;
   const int64_t task = find_task(parameters, count, kSweepC, blockIdx.x, &p);
   if (!p.scalars->alive || !p.scalars->u_finite) return;
@@ -160,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, access == kTiles ? 2 : 1)
 // All of it for one small parameter per block.
 template <class M>
 __global__ void __launch_bounds__(kThreads, 1)
-    small_factored_kernel(const Parameter* parameters, Settings s) {
+    small_factored_kernel(const Parameter* parameters, StepSettings s) {
   constexpr bool fast = true;
   __shared__ Parameter p;
   __shared__ float buffer[kRoundVectors];
@@ -209,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <bool fast, bool of_u>
 __global__ void __launch_bounds__(kThreads, 1)
-    flat_sum_kernel(const Parameter* parameters, int count, Settings s) {
+    flat_sum_kernel(const Parameter* parameters, int count, StepSettings s) {
   __shared__ Parameter p;
   __shared__ float buffer[kThreads];
   const int64_t task = find_task(parameters, count, kSweepA, blockIdx.x, &p);
@@ -219,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class M, bool fast>
 __global__ void __launch_bounds__(kThreads, 3)
-    flat_agreeing_kernel(const Parameter* parameters, int count, Settings s) {
+    flat_agreeing_kernel(const Parameter* parameters, int count, StepSettings s) {
   __shared__ Parameter p;
   __shared__ float buffer[kThreads];
   const int64_t task = find_task(parameters, count, kSweepC, blockIdx.x, &p);
@@ -231,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 template <class M, bool fast>
 __global__ void __launch_bounds__(kThreads, 3)
-    flat_apply_kernel(const Parameter* parameters, int count, Settings s) {
+    flat_apply_kernel(const Parameter* parameters, int count, StepSettings s) {
   __shared__ Parameter p;
   __shared__ float buffer[kThreads];
   const int64_t task = find_task(parameters, count, kSweepC, blockIdx.x, &p);
@@ -242,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    small_flat_kernel(const Parameter* parameters, Settings s) {
+    small_flat_kernel(const Parameter* parameters, StepSettings s) {
   using M = float;
   constexpr bool fast = true;
   __shared__ Parameter p;

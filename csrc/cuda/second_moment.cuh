@@ -41,7 +41,7 @@ __device__ __forceinline__ void second_moment_tile(const Parameter& p, int64_t t
 
 // Adds the parts, and writes r, c, the column factors of u, and the sums over each chunk that
 // `second_moment_scalars` needs.
-__device__ __forceinline__ void second_moment_combine(const Parameter& p, const Settings& s,
+__device__ __forceinline__ void second_moment_combine(const Parameter& p, const StepSettings& s,
                                                       int64_t task) {
   const Chunk chunk(p, task);
   if (!chunk.there) return;
@@ -72,7 +72,7 @@ __device__ __forceinline__ void second_moment_combine(const Parameter& p, const 
 
 // One block: sqrt(mean(r)) of each matrix, the RMS that u is expected to have, whether the gradient
 // is finite.
-__device__ __forceinline__ void second_moment_scalars(const Parameter& p, const Settings& s) {
+__device__ __forceinline__ void second_moment_scalars(const Parameter& p, const StepSettings& s) {
   const int64_t row_chunks = p.row_chunks(), col_chunks = p.col_chunks();
   for (int64_t i = threadIdx.x / kWarp; i < p.b; i += kWarps) {
     const float* rows = p.row_chunk + i * row_chunks;

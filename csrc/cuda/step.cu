@@ -60,7 +60,7 @@ struct Launches {
 };
 
 template <class M, Access access>
-void run_factored(const Kind& kind, const Launches& l, const Settings& s) {
+void run_factored(const Kind& kind, const Launches& l, const StepSettings& s) {
   constexpr bool fast = access != kOneByOne;
   // Types are known in the fast kernels only.
   const auto with_grad = [&](const auto& call) {
@@ -93,7 +93,7 @@ void run_factored(const Kind& kind, const Launches& l, const Settings& s) {
   }
 }
 
-void run_factored(const Kind& kind, const Launches& l, const Settings& s) {
+void run_factored(const Kind& kind, const Launches& l, const StepSettings& s) {
   with_momentum(kind.is8bit, [&](auto m) {
     using M = typename decltype(m)::type;
     if (kind.small) return l.run(small_factored_kernel<M>, l.count, s);
@@ -104,14 +104,14 @@ void run_factored(const Kind& kind, const Launches& l, const Settings& s) {
 }
 
 template <class M, bool fast>
-void run_flat(const Launches& l, const Settings& s) {
+void run_flat(const Launches& l, const StepSettings& s) {
   l.run(flat_sum_kernel<fast, false>, l.blocks[kSweepA], l.count, s);
   l.run(flat_sum_kernel<fast, true>, l.blocks[kSweepA], l.count, s);
   if (s.cautious) l.run(flat_agreeing_kernel<M, fast>, l.blocks[kSweepC], l.count, s);
   l.run(flat_apply_kernel<M, fast>, l.blocks[kSweepC], l.count, s);
 }
 
-void run_flat(const Kind& kind, const Launches& l, const Settings& s) {
+void run_flat(const Kind& kind, const Launches& l, const StepSettings& s) {
   if (kind.small) return l.run(small_flat_kernel, l.count, s);
   with_momentum(kind.is8bit, [&](auto m) {
     using M = typename decltype(m)::type;
@@ -144,7 +144,7 @@ void upload(const std::vector<Item>& items, const Run& run) {
 }
 
 template <class LayOut>
-void step(std::vector<HostParameter>& parameters, const Settings& s, const Tensor& any,
+void step(std::vector<HostParameter>& parameters, const StepSettings& s, const Tensor& any,
           bool factored, const LayOut& lay_out) {
   int64_t param_bytes = 0;
   for (const HostParameter& h : parameters) {
@@ -246,7 +246,7 @@ Tuning tuning_of(const Tensor& any) {
   return tuning;
 }
 
-void factored_step(std::vector<HostParameter>& parameters, const Settings& settings,
+void factored_step(std::vector<HostParameter>& parameters, const StepSettings& settings,
                    const Tensor& any) {
   for (HostParameter& h : parameters) {
     Parameter& p = h.parameter;
@@ -257,7 +257,7 @@ void factored_step(std::vector<HostParameter>& parameters, const Settings& setti
   step(parameters, settings, any, true, lay_out_factored);
 }
 
-void unfactored_step(std::vector<HostParameter>& parameters, const Settings& settings,
+void unfactored_step(std::vector<HostParameter>& parameters, const StepSettings& settings,
                      const Tensor& any) {
   for (HostParameter& h : parameters) {
     if (h.is8bit) continue;  // without codes any cut into blocks will do

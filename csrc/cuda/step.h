@@ -27,9 +27,9 @@ struct Tuning {
 Tuning tuning_of(const torch::stable::Tensor& any);
 
 // `any` is a tensor on the device, from which the workspace is made.
-void factored_step(std::vector<HostParameter>& parameters, const Settings& settings,
+void factored_step(std::vector<HostParameter>& parameters, const StepSettings& settings,
                    const torch::stable::Tensor& any);
-void unfactored_step(std::vector<HostParameter>& parameters, const Settings& settings,
+void unfactored_step(std::vector<HostParameter>& parameters, const StepSettings& settings,
                      const torch::stable::Tensor& any);
 
 // Codec of contiguous memory: slices x slice_len values.

@@ -11,7 +11,7 @@ CAME8BIT_INLINE int64_t flat_tiles(const Parameter& p) {
 
 // Gradients, and (with `second_moments`) the new second moments, of eight elements.
 template <bool fast>
-__device__ __forceinline__ int load_flat(const Parameter& p, const Settings& s, int64_t e,
+__device__ __forceinline__ int load_flat(const Parameter& p, const StepSettings& s, int64_t e,
                                          bool second_moments, float* g, float* v) {
   const int64_t left = p.numel() - e;
   const int count = static_cast<int>(left < 0 ? 0 : left < kVector ? left : kVector);
@@ -31,9 +31,9 @@ __device__ __forceinline__ int load_flat(const Parameter& p, const Settings& s, 
 
 // Sum over a tile of g*g, or (`of_u`) of u*u, into tile_sum or behind it.
 template <bool fast, bool of_u>
-__device__ __forceinline__ void flat_sum_tile(const Parameter& p, const Settings& s, int64_t task,
-                                              float* buffer) {
-  const float sign = s.maximize ? -1.0f : 1.0f, correction2 = p.scalars->correction2;
+__device__ __forceinline__ void flat_sum_tile(const Parameter& p, const StepSettings& s,
+                                              int64_t task, float* buffer) {
+  const float sign = s.sign(), correction2 = p.scalars->correction2;
   float sum = 0.0f;
   for (int round = 0; round < kFlatRounds; ++round) {
     const int64_t e =
@@ -54,7 +54,8 @@ __device__ __forceinline__ void flat_sum_tile(const Parameter& p, const Settings
 }
 
 // Whether the gradient is finite, known to all threads alike.
-__device__ __forceinline__ bool flat_alive(const Parameter& p, const Settings& s, float* buffer) {
+__device__ __forceinline__ bool flat_alive(const Parameter& p, const StepSettings& s,
+                                           float* buffer) {
   return is_finite(block_sum(p.tile_sum, flat_tiles(p), buffer)) || s.propagate;
 }
 
@@ -64,7 +65,7 @@ struct FlatState {
   float gain, scale;
 };
 
-__device__ __forceinline__ FlatState flat_state(const Parameter& p, const Settings& s,
+__device__ __forceinline__ FlatState flat_state(const Parameter& p, const StepSettings& s,
                                                 int64_t agreeing_tiles, float* buffer) {
   FlatState state = {};
   if (!flat_alive(p, s, buffer)) return state;
@@ -83,11 +84,11 @@ __device__ __forceinline__ FlatState flat_state(const Parameter& p, const Settin
 
 // Sweep C of eight blocks, a warp each.
 template <class M, bool fast, bool count_only>
-__device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const Settings& s,
+__device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const StepSettings& s,
                                                  const FlatState& state, int64_t task) {
   const BlockPlace place(p.slices, p.slice_len, task);
   const bool stochastic = s.stochastic, cautious = s.cautious;
-  const float sign = s.maximize ? -1.0f : 1.0f;
+  const float sign = s.sign();
   float g[kVector], v[kVector], x[kVector], w[kVector], m[kVector];
   const bool whole = fast && place.count == kVector;
   if (whole) {

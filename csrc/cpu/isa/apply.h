@@ -17,7 +17,7 @@ struct Broadcast {
         beta2(c.beta2),
         one_minus_beta2(c.one_minus_beta2),
         eps1(c.eps1),
-        sign(c.sign),
+        sign(c.sign()),
         correction2(c.correction2),
         scale(c.scale) {}
 };

@@ -1,0 +1,26 @@
+// One parameter with its state as plain pointers: what the kernels of every device work on.
+#pragma once
+
+#include "dtypes.h"
+
+namespace came8bit {
+
+// Matrices: b of n x k; what does not apply is null.
+struct ParamArguments {
+  Dtype param_dtype, grad_dtype;
+  int64_t b, n, k;
+  int64_t slices, slice_len, blocks_per_slice;  // the first dimension, what lies behind it: blocks
+  uint64_t offset;           // row-major index of the first element in the full parameter
+  uint32_t index;            // of the parameter, for its random bits
+  void* exp_avg;             // int8 codes with `absmax`, or fp32
+  float* absmax;             // [slices][blocks_per_slice]
+  float *sq_row, *sq_col;    // [b][n], [b][k]
+  float *res_row, *res_col;  //
+  float* rms_ratio;          // measured over predicted RMS of u
+  float* exp_avg_sq;         // full second moment instead of the five above
+  int64_t *step, *skipped;
+
+  CAME8BIT_INLINE int64_t numel() const { return b * n * k; }
+};
+
+}  // namespace came8bit
