@@ -91,13 +91,12 @@ def by_reference(start: Tensor, grads: list[Tensor], beta3: float, way: str) -> 
     """Step the executable specification with one of :data:`WAYS`."""
     layout = plan(SHAPE, optim_bits=32)
     state = dense.allocate(layout, start.device)
-    hyper = reference.Hyper(BETA1, BETA2, beta3, *EPS, 1.0, LR, DECAY)
-    view = reference.View(*layout.view)
+    hyper = reference.Hyper(LR, BETA1, BETA2, beta3, *EPS, 1.0, DECAY)
     param = start.clone()
     with expected(WAYS[way]):
         for g in grads:
             rest = {name: tensor for name, tensor in state.items() if name != "exp_avg"}
-            reference.factored_step_(param, g, state["exp_avg"], None, *rest.values(), view, hyper)
+            reference.factored_step_(param, g, state["exp_avg"], None, *rest.values(), 0, 0, hyper)
     names = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col")
     return param, [state[name].flatten() for name in names]
 

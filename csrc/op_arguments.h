@@ -19,10 +19,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-constexpr size_t kViewInts = 5;
-constexpr size_t kHyperFloats = 8;
-constexpr size_t kOptionInts = 6;
-
 // The device that an operator was registered for.
 struct Device {
   const char* name;
@@ -59,39 +55,35 @@ class Checker {
     return static_cast<T*>(t.data_ptr());
   }
 
-  static void length(const Tensors& tensors, size_t expected, const char* name) {
-    STD_TORCH_CHECK(tensors.size() == expected, name, ": got ", tensors.size(),
-                    " tensors, expected ", expected);
+  template <class T>
+  static void length(const std::vector<T>& list, size_t expected, const char* name) {
+    STD_TORCH_CHECK(list.size() == expected, name, ": got ", list.size(), " values, expected ",
+                    expected);
   }
 
-  // What both kinds of step have: parameter, gradient, momentum, counters, geometry.
+  // What both kinds of step have: parameter, gradient, momentum, counters.
   std::vector<ParamArguments> common(const Tensors& params, const Tensors& grads,
                                      const Tensors& exp_avg, const Tensors& absmax,
                                      const Tensors& step, const Tensors& skipped,
-                                     const std::vector<int64_t>& views) const {
+                                     const std::vector<int64_t>& param_index,
+                                     const std::vector<int64_t>& element_offset) const {
     const size_t count = params.size();
     length(grads, count, "grads");
     length(exp_avg, count, "exp_avg");
     if (!absmax.empty()) length(absmax, count, "absmax");
     length(step, count, "step");
     length(skipped, count, "skipped");
-    STD_TORCH_CHECK(views.size() == count * kViewInts, "views: got ", views.size(),
-                    " integers, expected ", count * kViewInts);
+    length(param_index, count, "param_index");
+    length(element_offset, count, "element_offset");
     std::vector<ParamArguments> all(count);
     for (size_t i = 0; i < count; ++i) {
       ParamArguments& a = all[i];
-      const int64_t* view = views.data() + i * kViewInts;
       a.param_dtype = dtype(params[i], "parameter", i);
       a.grad_dtype = dtype(grads[i], "gradient", i);
-      a.b = view[0];
-      a.n = view[1];
-      a.k = view[2];
-      a.index = static_cast<uint32_t>(view[3]);
-      a.offset = static_cast<uint64_t>(view[4]);
+      a.index = static_cast<uint32_t>(param_index[i]);
+      a.offset = static_cast<uint64_t>(element_offset[i]);
       same_sizes(params[i], grads[i], i);
       const int64_t numel = params[i].numel();
-      STD_TORCH_CHECK(a.b * a.n * a.k == numel, "parameter ", i, ": got ", numel,
-                      " elements and a view of ", a.b * a.n * a.k);
       a.slices = params[i].dim() < 2 ? 1 : params[i].size(0);
       a.slice_len = a.slices > 0 ? numel / a.slices : 0;
       a.blocks_per_slice = (a.slice_len + kBlockSize - 1) / kBlockSize;
@@ -107,7 +99,7 @@ class Checker {
     return all;
   }
 
-  // Adds the row and column statistics.
+  // Adds the row and column statistics; their shapes, (b, n) and (b, k), say what the matrices are.
   void factored(std::vector<ParamArguments>& all, const Tensors& sq_row, const Tensors& sq_col,
                 const Tensors& res_row, const Tensors& res_col, const Tensors& rms_ratio) const {
     length(sq_row, all.size(), "exp_avg_sq_row");
@@ -117,6 +109,16 @@ class Checker {
     length(rms_ratio, all.size(), "rms_ratio");
     for (size_t i = 0; i < all.size(); ++i) {
       ParamArguments& a = all[i];
+      const Tensor &row = sq_row[i], &col = sq_col[i];
+      STD_TORCH_CHECK(row.dim() == 2, "exp_avg_sq_row ", i, ": expected two dimensions, got ",
+                      row.dim());
+      STD_TORCH_CHECK(col.dim() == 2 && col.size(0) == row.size(0), "exp_avg_sq_col ", i,
+                      ": expected the same number of matrices as in exp_avg_sq_row, ", row.size(0));
+      a.b = row.size(0);
+      a.n = row.size(1);
+      a.k = col.size(1);
+      STD_TORCH_CHECK(a.numel() == a.slices * a.slice_len, "parameter ", i, ": got ",
+                      a.slices * a.slice_len, " elements and statistics of ", a.numel());
       a.sq_row = state<float>(sq_row, i, a.b * a.n, "exp_avg_sq_row");
       a.sq_col = state<float>(sq_col, i, a.b * a.k, "exp_avg_sq_col");
       a.res_row = state<float>(res_row, i, a.b * a.n, "exp_avg_res_row");
@@ -130,20 +132,16 @@ class Checker {
     length(exp_avg_sq, all.size(), "exp_avg_sq");
     for (size_t i = 0; i < all.size(); ++i) {
       ParamArguments& a = all[i];
-      a.exp_avg_sq = state<float>(exp_avg_sq, i, a.b * a.n * a.k, "exp_avg_sq");
+      a.b = 1;
+      a.n = a.slices;
+      a.k = a.slice_len;
+      a.exp_avg_sq = state<float>(exp_avg_sq, i, a.numel(), "exp_avg_sq");
     }
   }
 
-  StepSettings settings(const std::optional<Tensor>& lr_tensor, const std::vector<double>& hyper,
-                        const std::vector<int64_t>& options) const {
-    STD_TORCH_CHECK(hyper.size() == kHyperFloats, "hyper: got ", hyper.size(), " values, expected ",
-                    kHyperFloats);
-    STD_TORCH_CHECK(options.size() == kOptionInts, "options: got ", options.size(),
-                    " values, expected ", kOptionInts);
-    const float* lr = lr_tensor ? state<float>({*lr_tensor}, 0, 1, "lr_tensor") : nullptr;
-    return StepSettings(lr, hyper[6], hyper[0], hyper[1], hyper[2], hyper[3], hyper[4], hyper[5],
-                        hyper[7], options[0] != 0, options[1] != 0, options[2] != 0,
-                        options[3] != 0, options[4] != 0, options[5]);
+  // The learning rate where it is a tensor, or null.
+  const float* rate(const std::optional<Tensor>& lr_tensor) const {
+    return lr_tensor.has_value() ? state<float>({*lr_tensor}, 0, 1, "lr_tensor") : nullptr;
   }
 
  private:
@@ -162,6 +160,48 @@ class Checker {
 
   Device device_;
 };
+
+// --- steps ------------------------------------------------------------------------------------
+
+// The operators on a device `On`, which runs steps of checked arguments: see bindings.cpp.
+template <class On>
+void factored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
+                    Tensors exp_avg_sq_row, Tensors exp_avg_sq_col, Tensors exp_avg_res_row,
+                    Tensors exp_avg_res_col, Tensors rms_ratio, Tensors step, Tensors skipped,
+                    std::vector<int64_t> param_index, std::vector<int64_t> element_offset,
+                    std::optional<Tensor> lr_tensor, double lr, double beta1, double beta2,
+                    double beta3, double eps1, double eps2, double clip_threshold,
+                    double weight_decay, bool stochastic, bool cautious, bool propagate,
+                    bool maximize, bool bias_correction, int64_t seed) {
+  [[maybe_unused]] const typename On::Environment environment;  // for the scalars, too
+  const Checker check(On::device());
+  std::vector<ParamArguments> all =
+      check.common(params, grads, exp_avg, absmax, step, skipped, param_index, element_offset);
+  check.factored(all, exp_avg_sq_row, exp_avg_sq_col, exp_avg_res_row, exp_avg_res_col, rms_ratio);
+  On::factored(
+      all, params, grads,
+      StepSettings(check.rate(lr_tensor), lr, beta1, beta2, beta3, eps1, eps2, clip_threshold,
+                   weight_decay, stochastic, cautious, propagate, maximize, bias_correction, seed));
+}
+
+template <class On>
+void unfactored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
+                      Tensors exp_avg_sq, Tensors step, Tensors skipped,
+                      std::vector<int64_t> param_index, std::vector<int64_t> element_offset,
+                      std::optional<Tensor> lr_tensor, double lr, double beta1, double beta2,
+                      double beta3, double eps1, double eps2, double clip_threshold,
+                      double weight_decay, bool stochastic, bool cautious, bool propagate,
+                      bool maximize, bool bias_correction, int64_t seed) {
+  [[maybe_unused]] const typename On::Environment environment;
+  const Checker check(On::device());
+  std::vector<ParamArguments> all =
+      check.common(params, grads, exp_avg, absmax, step, skipped, param_index, element_offset);
+  check.unfactored(all, exp_avg_sq);
+  On::unfactored(
+      all, params, grads,
+      StepSettings(check.rate(lr_tensor), lr, beta1, beta2, beta3, eps1, eps2, clip_threshold,
+                   weight_decay, stochastic, cautious, propagate, maximize, bias_correction, seed));
+}
 
 // --- codec ------------------------------------------------------------------------------------
 

@@ -84,8 +84,9 @@ def run(case: ListCase, device: str) -> None:
         Problem(
             moved(problem.param, device),
             {name: moved(x, device) for name, x in problem.state.items()},
-            problem.view,
             problem.factored,
+            problem.index,
+            problem.offset,
         )
         for problem in case.problems()
     ]

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from .. import reference
-from ..reference.quant import slice_shape
 from ..state.layout import Group
 from ..state.store import StepItem
 
@@ -36,21 +35,10 @@ def reference_step(group: Group, members: Iterable[StepItem], option: str) -> No
         )
     hyper = _hyper(group)
     for param, grad, state, position in members:
-        row, momentum = state.get("exp_avg_sq_row"), (state["exp_avg"], state.get("absmax"))
-        counters = state["step"], state["skipped"]
-        if row is None:
-            slices, slice_len = slice_shape(param.shape)
-            view = reference.View(1, slices, slice_len, position)
-            reference.unfactored_step_(
-                param, grad, *momentum, state["exp_avg_sq"], *counters, view, hyper
-            )
-        else:
-            col = state["exp_avg_sq_col"]
-            view = reference.View(row.shape[0], row.shape[1], col.shape[1], position)
-            instability = state["exp_avg_res_row"], state["exp_avg_res_col"], state["rms_ratio"]
-            reference.factored_step_(
-                param, grad, *momentum, row, col, *instability, *counters, view, hyper
-            )
+        factored = "exp_avg_sq_row" in state
+        step = reference.factored_step_ if factored else reference.unfactored_step_
+        buffers = {"absmax": None, **state}
+        step(param, grad, **buffers, index=position, offset=0, hyper=hyper)
 
 
 def _hyper(group: Group) -> reference.Hyper:

@@ -1,18 +1,20 @@
 """Operators of the ``came8bit`` namespace: schemas, fakes, and the reference as default kernel.
 
-The compiled libraries only register kernels for their device; dispatch is PyTorch's.  An operator
+The compiled libraries only register kernels for their device; dispatch is PyTorch's. An operator
 takes a whole list of parameters, so a step is a handful of calls whatever the size of the model.
 
-``views`` holds five integers per parameter: ``b, n, k, index, offset`` (:class:`reference.View`).
-``hyper`` is ``beta1, beta2, beta3, eps1, eps2, clip_threshold, lr, weight_decay``.
-``options`` is ``stochastic, cautious, propagate, maximize, bias_correction, seed``.
-``lr_tensor``, a 0-d tensor, takes the place of ``lr`` in ``hyper``.
-``absmax`` is empty when the momentum is fp32; otherwise ``exp_avg`` holds int8 codes.
+A factored parameter is ``b`` matrices of ``n`` rows and ``k`` columns, which the shapes of
+``exp_avg_sq_row``, ``(b, n)``, and ``exp_avg_sq_col``, ``(b, k)``, say. ``param_index`` and
+``element_offset``, the row-major index of the first element in the full parameter, choose the
+random bits. ``absmax`` is empty when the momentum is fp32; otherwise ``exp_avg`` holds int8 codes.
+``lr_tensor``, a 0-d tensor, takes the place of ``lr``. The scalars are the fields of
+:class:`~came8bit.reference.Hyper`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,50 +25,25 @@ from . import cpu_library, cuda_library
 
 _library = torch.library.Library("came8bit", "DEF")
 
-_COMMON_STATE = "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] absmax"
-_COMMON_END = "int[] views, Tensor? lr_tensor, float[] hyper, int[] options"
+_MOMENTUM = "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] absmax"
+_PLACES = "int[] param_index, int[] element_offset"
+_SCALARS = (
+    "Tensor? lr_tensor, float lr, float beta1, float beta2, float beta3, float eps1, float eps2, "
+    "float clip_threshold, float weight_decay, bool stochastic, bool cautious, bool propagate, "
+    "bool maximize, bool bias_correction, int seed"
+)
 
 _library.define(
-    f"factored_step_({_COMMON_STATE}, Tensor(d!)[] exp_avg_sq_row, Tensor(e!)[] exp_avg_sq_col, "
+    f"factored_step_({_MOMENTUM}, Tensor(d!)[] exp_avg_sq_row, Tensor(e!)[] exp_avg_sq_col, "
     "Tensor(f!)[] exp_avg_res_row, Tensor(g!)[] exp_avg_res_col, Tensor(h!)[] rms_ratio, "
-    f"Tensor(i!)[] step, Tensor(j!)[] skipped, {_COMMON_END}) -> ()"
+    f"Tensor(i!)[] step, Tensor(j!)[] skipped, {_PLACES}, {_SCALARS}) -> ()"
 )
 _library.define(
-    f"unfactored_step_({_COMMON_STATE}, Tensor(d!)[] exp_avg_sq, "
-    f"Tensor(e!)[] step, Tensor(f!)[] skipped, {_COMMON_END}) -> ()"
+    f"unfactored_step_({_MOMENTUM}, Tensor(d!)[] exp_avg_sq, "
+    f"Tensor(e!)[] step, Tensor(f!)[] skipped, {_PLACES}, {_SCALARS}) -> ()"
 )
 _library.define("quantize_blockwise(Tensor x) -> (Tensor codes, Tensor absmax)")
 _library.define("dequantize_blockwise(Tensor codes, Tensor absmax) -> Tensor")
-
-VIEW_INTS = 5
-
-
-def _hyper(
-    lr_tensor: Tensor | None, hyper: Sequence[float], options: Sequence[int]
-) -> reference.Hyper:
-    beta1, beta2, beta3, eps1, eps2, clip_threshold, lr, weight_decay = hyper
-    stochastic, cautious, propagate, maximize, bias_correction = map(bool, options[:5])
-    return reference.Hyper(
-        beta1=beta1,
-        beta2=beta2,
-        beta3=beta3,
-        eps1=eps1,
-        eps2=eps2,
-        clip_threshold=clip_threshold,
-        lr=lr,
-        weight_decay=weight_decay,
-        lr_tensor=lr_tensor,
-        stochastic=stochastic,
-        cautious=cautious,
-        propagate=propagate,
-        maximize=maximize,
-        bias_correction=bias_correction,
-        seed=options[5],
-    )
-
-
-def _view(views: Sequence[int], i: int) -> reference.View:
-    return reference.View(*views[i * VIEW_INTS : (i + 1) * VIEW_INTS])
 
 
 def _warn_of_reference(tensors: Sequence[Tensor]) -> None:
@@ -75,70 +52,20 @@ def _warn_of_reference(tensors: Sequence[Tensor]) -> None:
         cuda_library.warn_once()
 
 
-def _factored_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avg: list[Tensor],
-    absmax: list[Tensor],
-    exp_avg_sq_row: list[Tensor],
-    exp_avg_sq_col: list[Tensor],
-    exp_avg_res_row: list[Tensor],
-    exp_avg_res_col: list[Tensor],
-    rms_ratio: list[Tensor],
-    step: list[Tensor],
-    skipped: list[Tensor],
-    views: list[int],
-    lr_tensor: Tensor | None,
-    hyper: list[float],
-    options: list[int],
-) -> None:
-    _warn_of_reference(params)
-    settings = _hyper(lr_tensor, hyper, options)
-    for i in range(len(params)):
-        reference.factored_step_(
-            params[i],
-            grads[i],
-            exp_avg[i],
-            absmax[i] if absmax else None,
-            exp_avg_sq_row[i],
-            exp_avg_sq_col[i],
-            exp_avg_res_row[i],
-            exp_avg_res_col[i],
-            rms_ratio[i],
-            step[i],
-            skipped[i],
-            _view(views, i),
-            settings,
-        )
+def _by_reference(name: str, step: Callable[..., None]) -> Callable[..., None]:
+    """Return ``step``, which takes one parameter, as a kernel of the operator ``name``."""
+    names = [a.name for a in getattr(torch.ops.came8bit, name).default._schema.arguments]
+    scalars = names.index("lr_tensor")
 
+    def kernel(*values: Any) -> None:
+        lists, rest = values[:scalars], values[scalars:]
+        hyper = reference.Hyper(**dict(zip(names[scalars:], rest, strict=True)))
+        _warn_of_reference(lists[0])
+        for i in range(len(lists[0])):
+            # Only absmax may be empty.
+            step(*(column[i] if column else None for column in lists), hyper)
 
-def _unfactored_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avg: list[Tensor],
-    absmax: list[Tensor],
-    exp_avg_sq: list[Tensor],
-    step: list[Tensor],
-    skipped: list[Tensor],
-    views: list[int],
-    lr_tensor: Tensor | None,
-    hyper: list[float],
-    options: list[int],
-) -> None:
-    _warn_of_reference(params)
-    settings = _hyper(lr_tensor, hyper, options)
-    for i in range(len(params)):
-        reference.unfactored_step_(
-            params[i],
-            grads[i],
-            exp_avg[i],
-            absmax[i] if absmax else None,
-            exp_avg_sq[i],
-            step[i],
-            skipped[i],
-            _view(views, i),
-            settings,
-        )
+    return kernel
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,6 +79,8 @@ def _dequantize(codes: Tensor, absmax: Tensor) -> Tensor:
 
 
 _DEFAULT = "CompositeExplicitAutograd"
+_factored_step = _by_reference("factored_step_", reference.factored_step_)
+_unfactored_step = _by_reference("unfactored_step_", reference.unfactored_step_)
 _library.impl("factored_step_", _factored_step, _DEFAULT)
 _library.impl("unfactored_step_", _unfactored_step, _DEFAULT)
 _library.impl("quantize_blockwise", _quantize, _DEFAULT)

@@ -6,12 +6,11 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference.quant import slice_shape
 from ..state.layout import Group
 from ..state.store import Run, StepItem
 from . import schema
@@ -19,28 +18,12 @@ from .reference_step import needs_reference, reference_step
 
 _LOOK_EVERY = 16  # steps between two looks at the skip counters
 
-_FACTORED = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "rms_ratio")
-_UNFACTORED = ("exp_avg_sq",)
-_COUNTERS = ("step", "skipped")
-# (factored, coded) -> the state tensors in the order of the operator's arguments
-_COLUMNS = {
-    (True, True): itemgetter("exp_avg", "absmax", *_FACTORED, *_COUNTERS),
-    (True, False): itemgetter("exp_avg", *_FACTORED, *_COUNTERS),
-    (False, True): itemgetter("exp_avg", "absmax", *_UNFACTORED, *_COUNTERS),
-    (False, False): itemgetter("exp_avg", *_UNFACTORED, *_COUNTERS),
-}
-
-
-class _Bucket:
-    """Arguments of one operator call: parameters of one kind on one device."""
-
-    __slots__ = ("grads", "params", "states", "views")
-
-    def __init__(self) -> None:
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.states: list[dict[str, Tensor]] = []
-        self.views: list[int] = []
+_MOMENTS = ("exp_avg", "step", "skipped")
+_UNFACTORED = (*_MOMENTS, "exp_avg_sq")
+_FACTORED = (
+    *_MOMENTS,
+    *("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "rms_ratio"),
+)
 
 
 def step_group(
@@ -120,42 +103,51 @@ def _call_operators(group: Group, members: Sequence[StepItem]) -> None:
     if option is not None:
         reference_step(group, members, option)
         return
-    buckets: defaultdict[tuple[torch.device, bool, bool], _Bucket] = defaultdict(_Bucket)
-    for param, grad, state, position in members:
-        row = state.get("exp_avg_sq_row")
-        bucket = buckets[param.device, row is not None, "absmax" in state]
-        bucket.params.append(param)
-        bucket.grads.append(grad)
-        bucket.states.append(state)
-        if row is None:
-            bucket.views += (1, *slice_shape(param.shape), position, 0)
-        else:
-            bucket.views += (*row.shape, state["exp_avg_sq_col"].shape[1], position, 0)
-    lr = group["lr"]
-    tensor_lr = lr.detach().reshape(()) if isinstance(lr, Tensor) else None
-    hyper = [
-        *map(float, (*group["betas"], *group["eps"], group["clip_threshold"])),
-        float(lr) if tensor_lr is None else 0.0,
-        float(group["weight_decay"]),
-    ]
-    options = [
-        int(group["rounding"] == "stochastic"),
-        int(group["cautious"]),
-        int(group["nonfinite"] == "propagate"),
-        int(group["maximize"]),
-        int(group["bias_correction"]),
-        int(group["seed"]),
-    ]
-    for (device, factored, coded), bucket in buckets.items():
-        columns = [
-            list(column)
-            for column in zip(*map(_COLUMNS[factored, coded], bucket.states), strict=True)
-        ]
-        if not coded:
-            columns.insert(1, [])
-        if tensor_lr is not None:
-            tensor_lr = tensor_lr.to(device, torch.float32, non_blocking=True)
+    buckets: defaultdict[tuple[torch.device, bool, bool], list[StepItem]] = defaultdict(list)
+    for item in members:
+        state = item.state
+        buckets[item.param.device, "exp_avg_sq_row" in state, "absmax" in state].append(item)
+    scalars = _scalars(group)
+    for (device, factored, coded), items in buckets.items():
+        states = [item.state for item in items]
+        names = _FACTORED if factored else _UNFACTORED
+        buffers = {name: [state[name] for state in states] for name in names}
+        buffers["absmax"] = [state["absmax"] for state in states] if coded else []
+        if scalars["lr_tensor"] is not None:
+            rate = scalars["lr_tensor"].to(device, torch.float32, non_blocking=True)
+            scalars["lr_tensor"] = rate
         operator = schema.factored_step_ if factored else schema.unfactored_step_
-        operator(bucket.params, bucket.grads, *columns, bucket.views, tensor_lr, hyper, options)
+        params = [item.param for item in items]
+        operator(
+            params=params,
+            grads=[item.grad for item in items],
+            **buffers,
+            param_index=[item.position for item in items],
+            element_offset=[0] * len(items),
+            **scalars,
+        )
         # A kernel writes past autograd: a graph that still needs the old values has to notice.
-        torch.autograd.graph.increment_version(bucket.params)
+        torch.autograd.graph.increment_version(params)
+
+
+def _scalars(group: Group) -> dict[str, Any]:
+    """Return the scalar arguments of an operator, by name."""
+    lr, (beta1, beta2, beta3), (eps1, eps2) = group["lr"], group["betas"], group["eps"]
+    is_tensor = isinstance(lr, Tensor)
+    return {
+        "lr_tensor": lr.detach().reshape(()) if is_tensor else None,
+        "lr": 0.0 if is_tensor else float(lr),
+        "beta1": float(beta1),
+        "beta2": float(beta2),
+        "beta3": float(beta3),
+        "eps1": float(eps1),
+        "eps2": float(eps2),
+        "clip_threshold": float(group["clip_threshold"]),
+        "weight_decay": float(group["weight_decay"]),
+        "stochastic": group["rounding"] == "stochastic",
+        "cautious": bool(group["cautious"]),
+        "propagate": group["nonfinite"] == "propagate",
+        "maximize": bool(group["maximize"]),
+        "bias_correction": bool(group["bias_correction"]),
+        "seed": int(group["seed"]),
+    }

@@ -27,13 +27,13 @@ from .rungs import Momentum
 class Hyper:
     """Hyper-parameters of one call; every float is rounded to fp32 where it is used."""
 
+    lr: float
     beta1: float
     beta2: float
     beta3: float
     eps1: float
     eps2: float
     clip_threshold: float
-    lr: float
     weight_decay: float
     lr_tensor: Tensor | None = None
     stochastic: bool = True
@@ -184,24 +184,16 @@ def cautious_scale(mask: Tensor) -> Tensor:
 # --- one parameter --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class View:
-    """A parameter as ``b`` matrices ``n x k``, its index, and the offset of its first element."""
-
-    b: int
-    n: int
-    k: int
-    index: int = 0
-    offset: int = 0
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(b, n, k)``."""
-        return (self.b, self.n, self.k)
 
 
 def apply_(
-    param: Tensor, update: Tensor, shrink: float, view: View, step: int, hyper: Hyper
+    param: Tensor,
+    update: Tensor,
+    shrink: float,
+    index: int,
+    offset: int,
+    step: int,
+    hyper: Hyper,
 ) -> None:
     """``p <- round((p - p*shrink) - update)``: fp32 inside, one rounding to the parameter's dtype.
 
@@ -214,9 +206,9 @@ def apply_(
         bits = random_bits(
             value.numel(),
             seed=hyper.seed,
-            index=view.index,
+            index=index,
             step=step,
-            offset=view.offset,
+            offset=offset,
             device=value.device,
         )
         value = round_stochastic(value, param.dtype, bits)
@@ -230,7 +222,8 @@ def _finish(
     w: Tensor,
     row: Tensor | None,
     col: Tensor | None,
-    view: View,
+    index: int,
+    offset: int,
     step: int,
     hyper: Hyper,
 ) -> None:
@@ -250,7 +243,7 @@ def _finish(
         update = (direction * (row * scale).unsqueeze(-1)) * col.unsqueeze(-2)
     if hyper.cautious:
         update = torch.where(mask, update, 0.0)
-    apply_(param, update, shrink, view, step, hyper)
+    apply_(param, update, shrink, index, offset, step, hyper)
 
 
 def factored_step_(
@@ -265,7 +258,8 @@ def factored_step_(
     rms_ratio: Tensor,
     step: Tensor,
     skipped: Tensor,
-    view: View,
+    index: int,
+    offset: int,
     hyper: Hyper,
     tree: Tree = CPU_TREE,
 ) -> None:
@@ -278,11 +272,13 @@ def factored_step_(
         exp_avg_sq_col, exp_avg_res_col: fp32 ``(b, k)``.
         rms_ratio: fp32 0-d, :func:`next_rms_ratio` of the previous step (1 at first).
         step, skipped: int64 0-d counters.
-        view, hyper: geometry and hyper-parameters.
+        index, offset: of the parameter, and of its first element in the full parameter.
+        hyper: hyper-parameters.
         tree: the order of sums; kernels of one kind of device have one.
     """
     t = int(step) + 1
-    b, n, k = view.shape
+    b, n = exp_avg_sq_row.shape
+    k = exp_avg_sq_col.shape[1]
     g = grad.detach().reshape(b, n, k).to(torch.float32)
 
     g2 = g * g
@@ -324,7 +320,7 @@ def factored_step_(
     coded, remembered = held.encode(m_t, w == 0)
     row = row_factor(res_row, 1.0, tree)
     col = column_factor(res_col, hyper.correction(hyper.beta3, t))
-    _finish(param, m_t, remembered, w, row, col, view, t, hyper)
+    _finish(param, m_t, remembered, w, row, col, index, offset, t, hyper)
 
     held.store(coded)
     exp_avg_sq_row.copy_(r)
@@ -343,7 +339,8 @@ def unfactored_step_(
     exp_avg_sq: Tensor,
     step: Tensor,
     skipped: Tensor,
-    view: View,
+    index: int,
+    offset: int,
     hyper: Hyper,
     tree: Tree = CPU_TREE,
 ) -> None:
@@ -351,7 +348,7 @@ def unfactored_step_(
 
     Args:
         exp_avg_sq: fp32 of the parameter's shape, contiguous.
-        exp_avg, absmax, step, skipped, view, hyper, tree, param, grad: as in
+        exp_avg, absmax, step, skipped, index, offset, hyper, tree, param, grad: as in
             :func:`factored_step_`.
     """
     t = int(step) + 1
@@ -372,7 +369,7 @@ def unfactored_step_(
     held = Momentum(exp_avg, absmax, param.shape)
     m_t = momentum(held.decayed(hyper.beta1).view(-1), w)
     coded, remembered = held.encode(m_t, g == 0)
-    _finish(param, m_t, remembered, w, None, None, view, t, hyper)
+    _finish(param, m_t, remembered, w, None, None, index, offset, t, hyper)
     held.store(coded)
     exp_avg_sq.copy_(v.view(exp_avg_sq.shape))
     step += 1

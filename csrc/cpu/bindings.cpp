@@ -9,8 +9,6 @@
 namespace came8bit {
 namespace {
 
-const Checker kCheck({"CPU", [](const Tensor& t) { return t.is_cpu(); }});
-
 StridedRuns strided(const Tensor& t, const char* what, size_t i) {
   STD_TORCH_CHECK(t.dim() <= kMaxDims, what, " ", i, ": got ", t.dim(),
                   " dimensions, expected at most ", kMaxDims);
@@ -28,35 +26,28 @@ std::vector<Parameter> parameters_of(const std::vector<ParamArguments>& all, con
   return parameters;
 }
 
-void factored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
-                    Tensors exp_avg_sq_row, Tensors exp_avg_sq_col, Tensors exp_avg_res_row,
-                    Tensors exp_avg_res_col, Tensors rms_ratio, Tensors step, Tensors skipped,
-                    std::vector<int64_t> views, std::optional<Tensor> lr_tensor,
-                    std::vector<double> hyper, std::vector<int64_t> options) {
-  const FloatEnvironment environment;  // also for the scalars of a call
-  std::vector<ParamArguments> all =
-      kCheck.common(params, grads, exp_avg, absmax, step, skipped, views);
-  kCheck.factored(all, exp_avg_sq_row, exp_avg_sq_col, exp_avg_res_row, exp_avg_res_col, rms_ratio);
-  const StepSettings settings = kCheck.settings(lr_tensor, hyper, options);
-  factored_step(parameters_of(all, params, grads), settings);
-}
+struct Cpu {
+  using Environment = FloatEnvironment;
 
-void unfactored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
-                      Tensors exp_avg_sq, Tensors step, Tensors skipped, std::vector<int64_t> views,
-                      std::optional<Tensor> lr_tensor, std::vector<double> hyper,
-                      std::vector<int64_t> options) {
-  const FloatEnvironment environment;  // also for the scalars of a call
-  std::vector<ParamArguments> all =
-      kCheck.common(params, grads, exp_avg, absmax, step, skipped, views);
-  kCheck.unfactored(all, exp_avg_sq);
-  const StepSettings settings = kCheck.settings(lr_tensor, hyper, options);
-  std::vector<Parameter> parameters = parameters_of(all, params, grads);
-  for (Parameter& p : parameters) {
-    p.k = p.numel();  // rows do not matter here
-    p.b = p.n = 1;
+  static Device device() {
+    return {"CPU", [](const Tensor& t) { return t.is_cpu(); }};
   }
-  unfactored_step(parameters, settings);
-}
+
+  static void factored(const std::vector<ParamArguments>& all, const Tensors& params,
+                       const Tensors& grads, const StepSettings& settings) {
+    factored_step(parameters_of(all, params, grads), settings);
+  }
+
+  static void unfactored(const std::vector<ParamArguments>& all, const Tensors& params,
+                         const Tensors& grads, const StepSettings& settings) {
+    std::vector<Parameter> parameters = parameters_of(all, params, grads);
+    for (Parameter& p : parameters) {
+      p.k = p.numel();  // rows do not matter here
+      p.b = p.n = 1;
+    }
+    unfactored_step(parameters, settings);
+  }
+};
 
 std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x) {
   const QuantizeArguments a = quantize_arguments(x);
@@ -77,8 +68,8 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax) {
 }  // namespace came8bit
 
 STABLE_TORCH_LIBRARY_IMPL(came8bit, CPU, m) {
-  m.impl("factored_step_", TORCH_BOX(&came8bit::factored_step_));
-  m.impl("unfactored_step_", TORCH_BOX(&came8bit::unfactored_step_));
+  m.impl("factored_step_", TORCH_BOX(&came8bit::factored_step_<came8bit::Cpu>));
+  m.impl("unfactored_step_", TORCH_BOX(&came8bit::unfactored_step_<came8bit::Cpu>));
   m.impl("quantize_blockwise", TORCH_BOX(&came8bit::quantize_blockwise));
   m.impl("dequantize_blockwise", TORCH_BOX(&came8bit::dequantize_blockwise));
 }

@@ -6,8 +6,6 @@
 namespace came8bit {
 namespace {
 
-const Checker kCheck({kDeviceName, is_device_tensor});
-
 // Sizes and strides with neighbours that lie behind each other merged; dims == 0: contiguous.
 Strides strides_of(const Tensor& t, const char* what, size_t i) {
   Strides s = {};
@@ -50,30 +48,23 @@ std::vector<HostParameter> parameters_of(const std::vector<ParamArguments>& all,
   return parameters;
 }
 
-void factored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
-                    Tensors exp_avg_sq_row, Tensors exp_avg_sq_col, Tensors exp_avg_res_row,
-                    Tensors exp_avg_res_col, Tensors rms_ratio, Tensors step, Tensors skipped,
-                    std::vector<int64_t> views, std::optional<Tensor> lr_tensor,
-                    std::vector<double> hyper, std::vector<int64_t> options) {
-  std::vector<ParamArguments> all =
-      kCheck.common(params, grads, exp_avg, absmax, step, skipped, views);
-  kCheck.factored(all, exp_avg_sq_row, exp_avg_sq_col, exp_avg_res_row, exp_avg_res_col, rms_ratio);
-  const StepSettings settings = kCheck.settings(lr_tensor, hyper, options);
-  std::vector<HostParameter> parameters = parameters_of(all, params, grads);
-  if (!parameters.empty()) factored_step(parameters, settings, params[0]);
-}
+struct Cuda {
+  struct Environment {};
 
-void unfactored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
-                      Tensors exp_avg_sq, Tensors step, Tensors skipped, std::vector<int64_t> views,
-                      std::optional<Tensor> lr_tensor, std::vector<double> hyper,
-                      std::vector<int64_t> options) {
-  std::vector<ParamArguments> all =
-      kCheck.common(params, grads, exp_avg, absmax, step, skipped, views);
-  kCheck.unfactored(all, exp_avg_sq);
-  const StepSettings settings = kCheck.settings(lr_tensor, hyper, options);
-  std::vector<HostParameter> parameters = parameters_of(all, params, grads);
-  if (!parameters.empty()) unfactored_step(parameters, settings, params[0]);
-}
+  static Device device() { return {kDeviceName, is_device_tensor}; }
+
+  static void factored(const std::vector<ParamArguments>& all, const Tensors& params,
+                       const Tensors& grads, const StepSettings& settings) {
+    std::vector<HostParameter> parameters = parameters_of(all, params, grads);
+    if (!parameters.empty()) factored_step(parameters, settings, params[0]);
+  }
+
+  static void unfactored(const std::vector<ParamArguments>& all, const Tensors& params,
+                         const Tensors& grads, const StepSettings& settings) {
+    std::vector<HostParameter> parameters = parameters_of(all, params, grads);
+    if (!parameters.empty()) unfactored_step(parameters, settings, params[0]);
+  }
+};
 
 std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x) {
   const DeviceGuard guard(x);
@@ -97,8 +88,8 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax) {
 }  // namespace came8bit
 
 CAME8BIT_LIBRARY_IMPL(m) {
-  m.impl("factored_step_", TORCH_BOX(&came8bit::factored_step_));
-  m.impl("unfactored_step_", TORCH_BOX(&came8bit::unfactored_step_));
+  m.impl("factored_step_", TORCH_BOX(&came8bit::factored_step_<came8bit::Cuda>));
+  m.impl("unfactored_step_", TORCH_BOX(&came8bit::unfactored_step_<came8bit::Cuda>));
   m.impl("quantize_blockwise", TORCH_BOX(&came8bit::quantize_blockwise));
   m.impl("dequantize_blockwise", TORCH_BOX(&came8bit::dequantize_blockwise));
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from problems import HYPER, OPTIONS, assert_same_bits, make_problem
+from problems import arguments_of, assert_same_bits, make_problem
 from strategies import laid_out
 from torch import Tensor
 
@@ -25,16 +25,7 @@ Arguments = dict[str, object]
 def arguments(factored: bool) -> Arguments:
     """Arguments of a step of two parameters, by name."""
     problems = [make_problem((6, 512), factored=factored, generator=generator(i)) for i in (0, 1)]
-    named: Arguments = {
-        "params": [p.param for p in problems],
-        "grads": [torch.ones(6, 512), torch.ones(6, 512)],
-        **{name: [p.state[name] for p in problems] for name in problems[0].state},
-        "views": [1, 6, 512, 0, 0] * 2,
-        "lr_tensor": None,
-        "hyper": [float(x) for x in HYPER.values()],
-        "options": [int(x) for x in OPTIONS.values()],
-    }
-    return named
+    return arguments_of(problems, [torch.ones(6, 512), torch.ones(6, 512)])
 
 
 def second(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Arguments], None]:
@@ -57,12 +48,13 @@ def shorter(name: str) -> Callable[[Arguments], None]:
 
 
 EVERY = ["exp_avg", "absmax", "step", "skipped"]
+PLACES = ["param_index", "element_offset"]
 FACTORED = ["exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "rms_ratio"]
 WRONG: list[tuple[str, bool, Callable[[Arguments], None], str]] = [
-    *((f"{n} short", True, shorter(n), f"{n}: got 1 tensors, expected 2")
-      for n in ["grads", *EVERY, *FACTORED]),
-    *((f"{n} short", False, shorter(n), f"{n}: got 1 tensors, expected 2")
-      for n in ["grads", *EVERY, "exp_avg_sq"]),
+    *((f"{n} short", True, shorter(n), f"{n}: got 1 values, expected 2")
+      for n in ["grads", *EVERY, *FACTORED, *PLACES]),
+    *((f"{n} short", False, shorter(n), f"{n}: got 1 values, expected 2")
+      for n in ["grads", *EVERY, "exp_avg_sq", *PLACES]),
     *((f"{n} size", True, second(n, lambda t: t.new_zeros(t.numel() + 1)), f"{n} 1: expected")
       for n in [*EVERY, *FACTORED]),
     *((f"{n} dtype", True, second(n, lambda t: t.to(torch.float64)), f"{n} 1: expected")
@@ -78,12 +70,12 @@ WRONG: list[tuple[str, bool, Callable[[Arguments], None], str]] = [
     ("grad dtype", True, second("grads", torch.Tensor.long), "gradient 1: expected float32"),
     ("grad size", True, second("grads", lambda t: t[:-1]), "gradient 1: expected the shape"),
     ("grad shape", True, second("grads", lambda t: t.view(512, 6)), "gradient 1: expected"),
-    ("views short", True, replaced("views", [1, 6, 512, 0, 0]), "views: got 5 integers, expected"),
-    ("view size", True, replaced("views", [1, 6, 512, 0, 0, 1, 6, 511, 0, 0]), "parameter 1: got"),
-    ("view sign", True, replaced("views", [1, 6, 512, 0, 0, -1, 6, -512, 0, 0]),
-     "1: expected"),
-    ("hyper short", True, replaced("hyper", [0.9] * 7), "hyper: got 7 values, expected 8"),
-    ("options long", True, replaced("options", [0] * 7), "options: got 7 values, expected 6"),
+    ("rows", True, second("exp_avg_sq_row", lambda t: t.new_zeros(1, 5)),
+     "parameter 1: got 3072 elements and statistics of 2560"),
+    ("columns", True, second("exp_avg_sq_col", lambda t: t.new_zeros(1, 511)),
+     "parameter 1: got 3072 elements and statistics of 3066"),
+    ("matrices", True, second("exp_avg_sq_col", lambda t: t.new_zeros(2, 256)),
+     "exp_avg_sq_col 1: expected the same number of matrices"),
     ("lr size", True, replaced("lr_tensor", torch.ones(2)), "lr_tensor 0: expected"),
     ("lr dtype", True, replaced("lr_tensor", torch.ones((), dtype=torch.float64)),
      "lr_tensor 0: expected"),
@@ -109,15 +101,15 @@ def test_wrong_arguments_change_nothing(
     before = {name: t.clone() for name, t in tensors.items()}
     operator = schema.factored_step_ if factored else schema.unfactored_step_
     with pytest.raises(RuntimeError, match=message):
-        operator(*named.values())
+        operator(**named)
     assert_same_bits(tensors, before, "after a refused call")
 
 
 def test_empty_lists_and_parameters() -> None:
     """Nothing to do is no error."""
-    names = list(arguments(True))
-    empty = {name: [] for name in names} | {k: arguments(True)[k] for k in ("hyper", "options")}
-    schema.factored_step_(*{**empty, "lr_tensor": None}.values())
+    named = arguments(True)
+    empty = {name: [] for name, value in named.items() if isinstance(value, list)}
+    schema.factored_step_(**{**named, **empty})
     for shape in [(0, 5), (5, 0)]:
         problem = make_problem(shape, generator=generator())
         problem.run_op(torch.empty(shape))

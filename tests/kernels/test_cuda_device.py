@@ -296,9 +296,8 @@ def test_more_than_2_31_elements_unfactored() -> None:
         "step": torch.zeros((), dtype=torch.int64, device="cuda"),
         "skipped": torch.zeros((), dtype=torch.int64, device="cuda"),
     }
-    view = type(make_problem((1,), factored=False, bits=32, generator=generator()).view)
     param = torch.zeros(n, k, dtype=torch.bfloat16, device="cuda")
-    whole = Problem(param, state, view(1, n, k, 3, 0), factored=False)
+    whole = Problem(param, state, factored=False, index=3)
     part = make_problem(
         (tail, k),
         factored=False,

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from fresh_modules import fresh_copy
-from problems import make_problem
+from problems import arguments_of, make_problem
 
 from came8bit.cli import info
 from came8bit.ops import cpu_library as _kernels
@@ -192,10 +192,9 @@ def test_the_reference_step_asks_for_the_warning(
     monkeypatch.setattr(_kernels_cuda, "warn_once", lambda: said.append(None))
     problem = make_problem((8, 32), factored=factored, generator=torch.Generator().manual_seed(0))
     step = schema._factored_step if factored else schema._unfactored_step
-    rest = [[t] for t in problem.state.values()]
-    hyper, options = [0.9, 0.999, 0.9999, 1e-30, 1e-16, 1.0, 1e-3, 0.0], [0] * 6
     for param, count in ((problem.param, 0), (problem.param.as_subclass(OnGpu), 1)):
-        step([param], [torch.ones(8, 32)], *rest, [1, 8, 32, 0, 0], None, hyper, options)
+        problem.param = param
+        step(*arguments_of([problem], [torch.ones(8, 32)]).values())
         assert len(said) == count
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from problems import HYPER, OPTIONS, Problem, assert_same_bits, make_problem, random_grad
+from problems import (
+    Problem,
+    arguments_of,
+    assert_same_bits,
+    make_problem,
+    operator_of,
+    random_grad,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -34,23 +39,6 @@ def problems_of(kind: str, dtype: torch.dtype = torch.float32) -> list[Problem]:
     ]
 
 
-def arguments(problems: list[Problem], grads: list[Tensor], lr: Tensor | None) -> list[object]:
-    """Arguments of the operator of these problems, in the order of its schema."""
-    columns = {name: [p.state[name] for p in problems] for name in problems[0].state}
-    exp_avg, absmax = columns.pop("exp_avg"), columns.pop("absmax", [])
-    views = [x for p in problems for x in (*p.view.shape, p.view.index, p.view.offset)]
-    hyper, options = [float(x) for x in HYPER.values()], [int(x) for x in OPTIONS.values()]
-    params = [p.param for p in problems]
-    return [params, grads, exp_avg, absmax, *columns.values(), views, lr, hyper, options]
-
-
-def operator_of(problems: list[Problem]) -> Callable[..., None]:
-    operator: Callable[..., None] = (
-        schema.factored_step_ if problems[0].factored else schema.unfactored_step_
-    )
-    return operator
-
-
 # --- opcheck --------------------------------------------------------------------------------------
 
 
@@ -61,7 +49,9 @@ def test_opcheck_of_the_steps(kind: str, dtype: torch.dtype, tensor_lr: bool) ->
     problems = problems_of(kind, dtype)
     grads = [random_grad(p.param.shape, dtype, generator()) for p in problems]
     lr = torch.tensor(1e-3) if tensor_lr else None
-    torch.library.opcheck(operator_of(problems), tuple(arguments(problems, grads, lr)))
+    arguments = arguments_of(problems, grads, lr_tensor=lr)
+    torch.library.opcheck(operator_of(problems), (), arguments)
+    torch.library.opcheck(operator_of(problems), tuple(arguments.values()))  # the order, too
 
 
 @pytest.mark.parametrize("shape", [(), (300,), (3, 300), (2, 3, 5, 7), (0, 4)], ids=str)
@@ -96,24 +86,23 @@ def test_codec_refuses_other_dtypes(fake: bool) -> None:
 
 def test_fake_step_counts_the_gradients() -> None:
     problems = problems_of("factored, 8 bits")
-    named = arguments(problems, [torch.ones(40, 300)], None)
+    named = arguments_of(problems, [torch.ones(40, 300)])
     message = "got 1 gradients for 2 parameters"
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match=message):
-        schema.factored_step_(*named)
+        schema.factored_step_(**named)
 
 
 def test_fake_step_changes_nothing() -> None:
     problems = problems_of("factored, 8 bits")
     before = [p.copy() for p in problems]
     with FakeTensorMode() as mode:
-        named = arguments(problems, [torch.ones(40, 300) for _ in problems], None)
-        fakes = [
-            [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in value]
+        fakes = {
+            name: [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in value]
             if isinstance(value, list)
             else value
-            for value in named
-        ]
-        assert schema.factored_step_(*fakes) is None
+            for name, value in arguments_of(problems, [torch.ones(40, 300)] * 2).items()
+        }
+        assert schema.factored_step_(**fakes) is None
     for got, expected in zip(problems, before, strict=True):
         assert_same_bits(got.tensors(), expected.tensors(), "after a fake step")
 
@@ -129,7 +118,7 @@ def test_compiled_steps_have_the_same_bits(kind: str) -> None:
 
     def train(problems: list[Problem], grads: list[Tensor]) -> None:
         scaled = [g * 2.0 for g in grads]
-        operator(*arguments(problems, scaled, None))
+        operator(**arguments_of(problems, scaled))
 
     def compiled_train(grads: list[Tensor]) -> None:
         train(compiled, grads)

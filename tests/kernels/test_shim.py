@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import (
     Problem,
+    arguments_of,
     assert_same_bits,
     make_problem,
     near_code_edges,
@@ -327,9 +328,9 @@ def test_many_small_parameters_take_few_launches(shim: Control) -> None:
 
 def test_empty_lists_and_parameters(shim: Control) -> None:
     with kernels():
-        schema.factored_step_([], [], [], [], [], [], [], [], [], [], [], [], torch.tensor(0.0),
-                            [0.9, 0.999, 0.9999, 1e-30, 1e-16, 1.0, 1e-3, 0.0],
-                            [1, 0, 0, 0, 0, 0])  # fmt: skip
+        named = arguments_of([make_problem((1, 8), generator=generator())], [])
+        empty = {name: [] for name, value in named.items() if isinstance(value, list)}
+        schema.factored_step_(**{**named, **empty})
     empty = make_problem((0, 8), generator=generator())
     step([empty], [torch.zeros(0, 8)])
     assert shim.launches() == []

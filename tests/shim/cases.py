@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from problems import HYPER, OPTIONS, Problem, assert_same_bits, make_problem, random_grad, run_ops
+from problems import Problem, assert_same_bits, make_problem, random_grad, run_ops
 from strategies import laid_out
 from torch import Tensor
 
-from came8bit import reference
 from came8bit.ops import schema
 from came8bit.reference import quant
 from came8bit.reference.reduction import CUDA_TREE, CudaTree, Tree
@@ -130,11 +129,7 @@ def run_reference(
     problem: Problem, grad: Tensor, tree: Tree = CUDA_TREE, **options: object
 ) -> None:
     """One step of the specification with the sums of the CUDA kernels."""
-    hyper = reference.Hyper(**{**HYPER, **OPTIONS, **options})  # type: ignore[arg-type]
-    state = [problem.state.get(name) for name in ("exp_avg", "absmax")]
-    rest = [x for name, x in problem.state.items() if name not in ("exp_avg", "absmax")]
-    run = reference.factored_step_ if problem.factored else reference.unfactored_step_
-    run(problem.param, grad, *state, *rest, problem.view, hyper, tree=tree)
+    problem.run_reference(grad, tree, **options)
 
 
 run_shim_reference = partial(run_reference, tree=SHIM_TREE)

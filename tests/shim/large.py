@@ -18,7 +18,6 @@ import torch
 from problems import Problem, make_problem, run_ops
 from torch import Tensor
 
-from came8bit import reference
 from came8bit.ops import schema
 
 from .cases import assert_same_bits, run_shim_reference
@@ -85,7 +84,7 @@ def check_factored(control: Control, bits: int = 8, contiguous: bool = True) -> 
     for name in ("sq", "res"):
         state[f"exp_avg_{name}_row"] = torch.zeros(1, ROWS)
         state[f"exp_avg_{name}_col"] = torch.zeros(1, COLUMNS)
-    problem = Problem(param, state, reference.View(1, ROWS, COLUMNS), True)
+    problem = Problem(param, state, True)
     # Sums over rows and columns have 513 blocks, sweeps A and B 33 * 16, C many more: of the sweeps
     # only the last is run.
     control.configure(tail=1, whole=520)
@@ -128,7 +127,7 @@ def check_flat(control: Control, bits: int = 8) -> None:
     else:
         state["exp_avg"] = zeros((size,), torch.float32)
     state["exp_avg_sq"] = zeros((size,), torch.float32)
-    problem = Problem(param, state, reference.View(1, 1, size), False)
+    problem = Problem(param, state, False)
     control.configure(head=1, tail=2)  # the first one also counts the step
     with uninitialised_memory_is_zero():
         run_ops([problem], [grad], lr=RATE, weight_decay=0.0, clip_threshold=math.inf)

@@ -50,7 +50,7 @@ def on_gpu(x: Tensor) -> Tensor:
 def to_gpu(problem: Problem) -> Problem:
     """The same problem on the device; the original stays where it is."""
     state = {name: on_gpu(x) for name, x in problem.state.items()}
-    return Problem(on_gpu(problem.param), state, problem.view, problem.factored)
+    return Problem(on_gpu(problem.param), state, problem.factored, problem.index, problem.offset)
 
 
 @contextlib.contextmanager

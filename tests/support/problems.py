@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +13,16 @@ from torch import Tensor
 from came8bit import reference
 from came8bit.ops import schema
 from came8bit.reference import quant
+from came8bit.reference.reduction import CPU_TREE, Tree
 
 HYPER = dict(
+    lr=1e-3,
     beta1=0.9,
     beta2=0.999,
     beta3=0.9999,
     eps1=1e-30,
     eps2=1e-16,
     clip_threshold=1.0,
-    lr=1e-3,
     weight_decay=0.01,
 )
 OPTIONS = dict(
@@ -35,24 +37,26 @@ OPTIONS = dict(
 
 @dataclass
 class Problem:
-    """One parameter, its state in the order the operators take it, and its view."""
+    """One parameter, its state in the order the operators take it, and what its bits depend on."""
 
     param: Tensor
     state: dict[str, Tensor]
-    view: reference.View
     factored: bool
+    index: int = 0
+    offset: int = 0
 
     def run_op(self, grad: Tensor, **changes: object) -> None:
         """One step through the dispatcher."""
         run_ops([self], [grad], **changes)
 
-    def run_reference(self, grad: Tensor, **changes: object) -> None:
+    def run_reference(self, grad: Tensor, tree: Tree = CPU_TREE, **changes: object) -> None:
         """One step of the specification."""
         hyper = reference.Hyper(**{**HYPER, **OPTIONS, **changes})  # type: ignore[arg-type]
-        absmax = self.state.get("absmax")
-        rest = [t for name, t in self.state.items() if name not in ("exp_avg", "absmax")]
-        run = reference.factored_step_ if self.factored else reference.unfactored_step_
-        run(self.param, grad, self.state["exp_avg"], absmax, *rest, self.view, hyper)
+        step = reference.factored_step_ if self.factored else reference.unfactored_step_
+        state = {"absmax": None, **self.state}
+        step(
+            self.param, grad, **state, index=self.index, offset=self.offset, hyper=hyper, tree=tree
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a step may change."""
@@ -63,18 +67,36 @@ class Problem:
         return copy.deepcopy(self)
 
 
+def operator_of(problems: list[Problem]) -> Callable[..., None]:
+    """The operator that takes a step of ``problems``."""
+    factored = problems[0].factored
+    operator: Callable[..., None] = schema.factored_step_ if factored else schema.unfactored_step_
+    return operator
+
+
+def arguments_of(
+    problems: list[Problem], grads: list[Tensor], **changes: object
+) -> dict[str, object]:
+    """Its arguments, by name and in the order of the schema."""
+    columns = {name: [p.state[name] for p in problems] for name in problems[0].state}
+    return {
+        "params": [p.param for p in problems],
+        "grads": grads,
+        "exp_avg": columns.pop("exp_avg"),
+        "absmax": columns.pop("absmax", []),
+        **columns,
+        "param_index": [p.index for p in problems],
+        "element_offset": [p.offset for p in problems],
+        "lr_tensor": None,
+        **HYPER,
+        **OPTIONS,
+        **changes,
+    }
+
+
 def run_ops(problems: list[Problem], grads: list[Tensor], **changes: object) -> None:
     """One operator call for several problems of the same kind."""
-    values = {**HYPER, **OPTIONS, **changes}
-    hyper = [float(values[name]) for name in HYPER]  # type: ignore[arg-type]
-    options = [int(values[name]) for name in OPTIONS]  # type: ignore[call-overload]
-    columns = {name: [p.state[name] for p in problems] for name in problems[0].state}
-    exp_avg, absmax = columns.pop("exp_avg"), columns.pop("absmax", [])
-    views = [x for p in problems for x in (*p.view.shape, p.view.index, p.view.offset)]
-    op = schema.factored_step_ if problems[0].factored else schema.unfactored_step_
-    params = [p.param for p in problems]
-    lr = values.get("lr_tensor")
-    op(params, grads, exp_avg, absmax, *columns.values(), views, lr, hyper, options)
+    operator_of(problems)(**arguments_of(problems, grads, **changes))
 
 
 def make_problem(
@@ -106,7 +128,7 @@ def make_problem(
         state["exp_avg_sq"] = torch.zeros(shape)
     state["step"] = torch.zeros((), dtype=torch.int64)
     state["skipped"] = torch.zeros((), dtype=torch.int64)
-    return Problem(param, state, reference.View(b, n, k, index, offset), factored)
+    return Problem(param, state, factored, index, offset)
 
 
 def random_grad(
