@@ -17,7 +17,7 @@ What cannot be compiled (no compiler, no CMake, torch older than 2.10, a compile
 pure Python wheel that says why: at build, at import and in ``came8bit info``.
 ``CAME8BIT_REQUIRE_KERNELS=1`` makes it an error instead, ``CAME8BIT_PURE=1`` asks for the pure
 wheel. The outcome is kept in the wheel's metadata as ``came8bit-build.json``, which
-``came8bit/_kernels.py`` reads.
+``came8bit/ops/libraries.py`` reads.
 
 Whether the CUDA library is built, too, is decided in ``csrc/cmake/cuda.cmake``, which leaves a note
 of its own there (``came8bit-cuda.json``). If it was to be built only because it looked possible,

@@ -64,13 +64,12 @@ import json, sys, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import came8bit
-    from came8bit.ops import cpu_library as _kernels
-    from came8bit.ops import libraries as _libraries
-status = _kernels.status().cpu
+    from came8bit.ops import libraries
+status = libraries.status().cpu
 print(json.dumps({
     "loaded": status.loaded, "path": status.path, "reason": status.reason,
     "file": came8bit.__file__,
-    "cuda": vars(_kernels.status().cuda), "build": _libraries.build_info(),
+    "cuda": vars(libraries.status().cuda), "build": libraries.build_info(),
     "warnings": [str(w.message) for w in caught if "came8bit" in str(w.message)],
 }))
 """

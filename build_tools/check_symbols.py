@@ -1,6 +1,6 @@
 """Check what the compiled libraries export, need and contain.
 
-1. They export the C functions that ``came8bit/_kernels*.py`` call, and nothing else.
+1. They export the C functions that ``came8bit/ops/libraries.py`` call, and nothing else.
 2. They use no C++ symbol of torch: the stable ABI is plain C, and only that lasts across versions.
 3. They bake in no folder and need no library that torch does not bring along; the CUDA runtime is
    inside.
@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from came8bit.ops import cpu_library as _kernels
+from came8bit.ops import libraries
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPORTS = {
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = options.cuda / "_C_cuda.so"
         problems = cuda_problems(options.cuda)
     else:
-        status = _kernels.status().cpu
+        status = libraries.status().cpu
         if status.path is None:
             print(f"no library to check: {status.reason}", file=sys.stderr)
             return 1

@@ -13,7 +13,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .errors import CheckpointError
-from .ops.cpu_library import status as kernel_status
+from .ops.libraries import status as kernel_status
 from .ops.schema import dequantize_blockwise, quantize_blockwise
 from .optim import CAME
 from .step_in_backward import step_in_backward

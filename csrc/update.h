@@ -1,6 +1,6 @@
 // The update rule, one scalar expression per function, for float and for vectors of float.
 //
-// The same passes, symbols and order of operations as came8bit/reference.py and
+// The same passes, symbols and order of operations as came8bit/reference/update.py and
 // docs/internals/algorithm.md. T is float on the GPU and a vector of 16 lanes on the CPU. Nothing
 // here may be contracted into a fused multiply-add: build with -ffp-contract=off, --fmad=false.
 #pragma once

@@ -15,8 +15,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from strategies import kernel_isas
 
-from came8bit.ops import cpu_library as _kernels
-from came8bit.ops import libraries as _libraries
+from came8bit.ops import libraries
 
 # No deadlines: shared machines stall. Other numbers of examples are for the command line:
 # HYPOTHESIS_PROFILE=thorough make test ARGS="-k kernels".
@@ -47,10 +46,10 @@ torch.set_num_threads(THREADS)
 def pytest_configure(config: pytest.Config) -> None:
     """Register marks, and refuse to run without the kernels where nobody asked for that."""
     config.addinivalue_line("markers", "kernels: tests the compiled kernels, not the reference")
-    status = _kernels.status().cpu
-    asked = any(_libraries.flag(f"CAME8BIT_{name}") for name in ("DISABLE_KERNELS", "PURE"))
+    status = libraries.status().cpu
+    asked = any(libraries.flag(f"CAME8BIT_{name}") for name in ("DISABLE_KERNELS", "PURE"))
     required = os.environ.get("CAME8BIT_REQUIRE_KERNELS", "")
-    asked = asked or (required != "" and not _libraries.flag("CAME8BIT_REQUIRE_KERNELS"))
+    asked = asked or (required != "" and not libraries.flag("CAME8BIT_REQUIRE_KERNELS"))
     if not status.loaded and not asked:
         raise pytest.UsageError(
             f"came8bit's compiled CPU kernels are not loaded: {status.reason}. Without them the "
@@ -60,13 +59,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str:
-    status = _kernels.status().cpu
+    status = libraries.status().cpu
     what = f"{status.path}, {status.isa}" if status.loaded else f"none ({status.reason})"
     return f"came8bit kernels: {what}; torch {torch.__version__}, {THREADS} threads"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    status = _kernels.status().cpu
+    status = libraries.status().cpu
     if item.get_closest_marker("kernels") and not status.loaded:
         pytest.skip(f"asked to run without the kernels: {status.reason}")
 
@@ -75,7 +74,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def isa(request: pytest.FixtureRequest) -> str:
     """Every instruction set in turn; ``restored`` puts the old one back."""
     name: str = request.param
-    _kernels.set_cpu_isa(name)
+    libraries.set_cpu_isa(name)
     return name
 
 
@@ -83,8 +82,8 @@ def isa(request: pytest.FixtureRequest) -> str:
 def restored() -> Iterator[None]:
     """Instruction set and number of threads as they were before the test."""
     threads = torch.get_num_threads()
-    name = _kernels.cpu_isa() if _kernels.status().cpu.loaded else None
+    name = libraries.cpu_isa() if libraries.status().cpu.loaded else None
     yield
     torch.set_num_threads(threads)
     if name is not None:
-        _kernels.set_cpu_isa(name)
+        libraries.set_cpu_isa(name)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import quant
-from . import cpu_library, cuda_library
+from . import libraries
 
 _library = torch.library.Library("came8bit", "DEF")
 
@@ -49,7 +49,7 @@ _library.define("dequantize_blockwise(Tensor codes, Tensor absmax) -> Tensor")
 def _warn_of_reference(tensors: Sequence[Tensor]) -> None:
     """Say once that tensors on a GPU are not where they could be computed faster."""
     if tensors and tensors[0].is_cuda:
-        cuda_library.warn_once()
+        libraries.warn_once()
 
 
 def _by_reference(name: str, step: Callable[..., None]) -> Callable[..., None]:
@@ -115,7 +115,7 @@ def _dequantize_fake(codes: Tensor, absmax: Tensor) -> Tensor:
     return absmax.new_empty(codes.shape)
 
 
-cpu_library.load()
+libraries.load()
 
 factored_step_ = torch.ops.came8bit.factored_step_.default
 unfactored_step_ = torch.ops.came8bit.unfactored_step_.default

@@ -26,8 +26,7 @@ from problems import (
 )
 from strategies import DTYPES, LAYOUTS, Case, cases, kernel_isas, laid_out
 
-from came8bit.ops import cpu_library as _kernels
-from came8bit.ops import schema
+from came8bit.ops import libraries, schema
 from came8bit.reference import quant
 
 pytestmark = pytest.mark.kernels
@@ -44,7 +43,7 @@ def check_against_reference(case: Case, steps: int, isas: list[str]) -> None:
     for t, grad in enumerate(case.grads(steps), 1):
         expected.run_reference(grad, **case.options)
         for isa, problem in copies.items():
-            _kernels.set_cpu_isa(isa)
+            libraries.set_cpu_isa(isa)
             problem.run_op(grad, **case.options)
             assert_same_bits(problem.tensors(), expected.tensors(), f"{isa}, step {t}, {case}")
 
@@ -82,7 +81,7 @@ def test_propagated_values(shape: tuple[int, ...], bad: float) -> None:
     """NaN and infinity go where the reference lets them go, and the code marks them."""
     factored = len(shape) > 1
     for isa in kernel_isas():
-        _kernels.set_cpu_isa(isa)
+        libraries.set_cpu_isa(isa)
         for dtype in DTYPES:
             got = make_problem(
                 shape, factored=factored, dtype=dtype, batched=len(shape) == 3,
@@ -358,7 +357,7 @@ def test_codec_has_the_bits_of_the_reference(case: Case, special: str) -> None:
     decoded = quant.dequantize_blockwise(codes, absmax)
     expected = {"codes": codes, "absmax": absmax, "decoded": decoded}
     for isa in kernel_isas():
-        _kernels.set_cpu_isa(isa)
+        libraries.set_cpu_isa(isa)
         codes, absmax = schema.quantize_blockwise(x)
         got = {
             "codes": codes,
@@ -376,7 +375,7 @@ def test_codec_at_the_edges_between_levels() -> None:
     level = (x.abs() / scales).double().sqrt() * 127
     assert 0.2 < (codes.abs() > level)[:, 1:].double().mean() < 0.8
     for isa in kernel_isas():
-        _kernels.set_cpu_isa(isa)
+        libraries.set_cpu_isa(isa)
         got, _ = schema.quantize_blockwise(x)
         assert_same_bits({"codes": got}, {"codes": codes}, isa)
 

@@ -16,10 +16,7 @@ from fresh_modules import fresh_copy
 from problems import arguments_of, make_problem
 
 from came8bit.cli import info
-from came8bit.ops import cpu_library as _kernels
-from came8bit.ops import cuda_library as _kernels_cuda
-from came8bit.ops import libraries as _libraries
-from came8bit.ops import schema
+from came8bit.ops import libraries, schema
 
 NO_NVCC = {"built": False, "reason": "no nvcc was found", "needs_nvcc": True}
 OFF = {"built": False, "reason": "CAME8BIT_CUDA=OFF was set", "needs_nvcc": False}
@@ -28,20 +25,29 @@ OFF = {"built": False, "reason": "CAME8BIT_CUDA=OFF was set", "needs_nvcc": Fals
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A second copy of the module that has not looked for the library yet."""
-    return fresh_copy("came8bit.ops.cuda_library", monkeypatch)
+    module = fresh_copy("came8bit.ops.libraries", monkeypatch)
+    monkeypatch.setattr(module.CPU, "load", lambda required_by: False)
+    return module
 
 
 @pytest.fixture
-def cuda_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def cuda_torch(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch that says it was built for CUDA 13.0, next to a package without the library."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(_libraries, "find", lambda names: None)
+    monkeypatch.setattr(fresh, "find", lambda names: None)
 
 
-def built(cuda: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def load_cuda(module: ModuleType) -> libraries.KernelStatus:
+    """What comes of looking for both libraries, for CUDA."""
+    status: libraries.KernelStatus = module.load().cuda
+    assert module.status().cuda == status
+    return status
+
+
+def built(module: ModuleType, cuda: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the build say this about the CUDA library."""
     note = {"kernels": True, "reason": "", "torch": "2.13", "cuda": cuda}
-    monkeypatch.setattr(_libraries, "build_info", lambda: note)
+    monkeypatch.setattr(module, "build_info", lambda: note)
 
 
 # --- what is found --------------------------------------------------------------------------------
@@ -52,9 +58,9 @@ def test_a_cpu_build_of_torch_never_opens_it(
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(fresh, "_open", lambda path: pytest.fail("opened"))
-    monkeypatch.setattr(_libraries, "find", lambda names: "/somewhere/_C_cuda.so")
-    status = fresh.load()
+    monkeypatch.setattr(fresh.CUDA, "_open", lambda path: pytest.fail("opened"))
+    monkeypatch.setattr(fresh, "find", lambda names: "/somewhere/_C_cuda.so")
+    status = load_cuda(fresh)
     assert not status.loaded
     assert status.reason == "this torch is built without CUDA"
     assert not recwarn.list  # nobody with a CPU needs to know
@@ -63,28 +69,31 @@ def test_a_cpu_build_of_torch_never_opens_it(
 def test_rocm(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert fresh.load().reason == "this torch is built for ROCm"
+    assert load_cuda(fresh).reason == "this torch is built for ROCm"
 
 
 @pytest.mark.usefixtures("cuda_torch")
 def test_opened_once(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 
-    def open_(path: str) -> str:
-        opened.append(path)
-        return "sm_90 compute_90"
+    class Opened:
+        came8bit_cuda_architectures = staticmethod(lambda: b"sm_90 compute_90")
 
-    monkeypatch.setattr(_libraries, "find", lambda names: f"/somewhere/{names[0]}")
-    monkeypatch.setattr(fresh, "_open", open_)
-    expected = _libraries.KernelStatus(True, "/somewhere/_C_cuda.so", "sm_90 compute_90")
-    assert fresh.load() == fresh.load() == fresh.status() == expected
+    def open_(path: str) -> Opened:
+        opened.append(path)
+        return Opened()
+
+    monkeypatch.setattr(fresh, "find", lambda names: f"/somewhere/{names[0]}")
+    monkeypatch.setattr(fresh.CUDA, "_open", open_)
+    expected = libraries.KernelStatus(True, "/somewhere/_C_cuda.so", "sm_90 compute_90")
+    assert load_cuda(fresh) == load_cuda(fresh) == expected
     assert opened == ["/somewhere/_C_cuda.so"]
 
 
 @pytest.mark.usefixtures("cuda_torch")
 def test_nothing_built_for_want_of_nvcc(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    built(NO_NVCC, monkeypatch)
-    status = fresh.load()
+    built(fresh, NO_NVCC, monkeypatch)
+    status = load_cuda(fresh)
     assert status.reason == "it was built without them (no nvcc was found)"
     assert 'pip install "cuda-toolkit[nvcc' in status.cure
     assert '==13.0.*"' in status.cure
@@ -94,16 +103,16 @@ def test_nothing_built_for_want_of_nvcc(fresh: ModuleType, monkeypatch: pytest.M
 @pytest.mark.usefixtures("cuda_torch")
 def test_nvcc_of_cuda_12_is_not_on_pypi(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    built(NO_NVCC, monkeypatch)
-    assert "conda install -c nvidia cuda-nvcc=12.8" in fresh.load().cure
+    built(fresh, NO_NVCC, monkeypatch)
+    assert "conda install -c nvidia cuda-nvcc=12.8" in load_cuda(fresh).cure
 
 
 @pytest.mark.usefixtures("cuda_torch")
 def test_nothing_built_because_it_was_switched_off(
     fresh: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built(OFF, monkeypatch)
-    status = fresh.load()
+    built(fresh, OFF, monkeypatch)
+    status = load_cuda(fresh)
     assert status.reason == "it was built without them (CAME8BIT_CUDA=OFF was set)"
     assert "nvcc" not in status.cure
 
@@ -120,21 +129,21 @@ def test_nothing_built_because_it_was_switched_off(
 def test_the_reasons_it_shares_with_the_other_library(
     fresh: ModuleType, monkeypatch: pytest.MonkeyPatch, note: dict[str, object], reason: str
 ) -> None:
-    monkeypatch.setattr(_libraries, "build_info", lambda: note)
-    assert reason in fresh.load().reason
+    monkeypatch.setattr(fresh, "build_info", lambda: note)
+    assert reason in load_cuda(fresh).reason
 
 
 @pytest.mark.usefixtures("cuda_torch")
 def test_old_torch(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu130")
-    assert fresh.load().reason == "they need torch >= 2.10, this is torch 2.9.1+cu130"
+    assert load_cuda(fresh).reason == "they need torch >= 2.10, this is torch 2.9.1+cu130"
 
 
 @pytest.mark.usefixtures("cuda_torch")
 def test_another_library_of_that_name(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     other = str(next(Path(torch.__file__).parent.glob("lib/*c10.*")))
-    monkeypatch.setattr(_libraries, "find", lambda names: other)
-    status = fresh.load()
+    monkeypatch.setattr(fresh, "find", lambda names: other)
+    status = load_cuda(fresh)
     assert f"{other} cannot be used with torch" in status.reason
     assert "reinstall" in status.cure
 
@@ -144,7 +153,7 @@ def test_required(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str
     monkeypatch.setenv("CAME8BIT_REQUIRE_KERNELS", value)
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ImportError, match=r"=cuda is set, but .* without CUDA\. To get"):
-        fresh.load()
+        load_cuda(fresh)
 
 
 def test_requiring_kernels_does_not_mean_these(
@@ -152,7 +161,7 @@ def test_requiring_kernels_does_not_mean_these(
 ) -> None:
     monkeypatch.setenv("CAME8BIT_REQUIRE_KERNELS", "1")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert not fresh.load().loaded
+    assert not load_cuda(fresh).loaded
 
 
 # --- the warning ----------------------------------------------------------------------------------
@@ -160,8 +169,8 @@ def test_requiring_kernels_does_not_mean_these(
 
 @pytest.mark.usefixtures("cuda_torch")
 def test_warning_comes_once_and_late(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    built(NO_NVCC, monkeypatch)
-    status = fresh.load()  # silent: a warning would be an error here
+    built(fresh, NO_NVCC, monkeypatch)
+    status = load_cuda(fresh)  # silent: a warning would be an error here
     text = "no CUDA kernels here.* many times slower: " + re.escape(status.reason)
     with pytest.warns(RuntimeWarning, match=text) as caught:
         fresh.warn_once()
@@ -174,7 +183,7 @@ def test_no_warning_where_the_reference_was_asked_for(
     fresh: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CAME8BIT_DISABLE_KERNELS", "1")
-    assert fresh.load().reason == "CAME8BIT_DISABLE_KERNELS is set"
+    assert load_cuda(fresh).reason == "CAME8BIT_DISABLE_KERNELS is set"
     fresh.warn_once()
 
 
@@ -189,7 +198,7 @@ def test_the_reference_step_asks_for_the_warning(
     monkeypatch: pytest.MonkeyPatch, factored: bool
 ) -> None:
     said: list[None] = []
-    monkeypatch.setattr(_kernels_cuda, "warn_once", lambda: said.append(None))
+    monkeypatch.setattr(libraries, "warn_once", lambda: said.append(None))
     problem = make_problem((8, 32), factored=factored, generator=torch.Generator().manual_seed(0))
     step = schema._factored_step if factored else schema._unfactored_step
     for param, count in ((problem.param, 0), (problem.param.as_subclass(OnGpu), 1)):
@@ -200,7 +209,7 @@ def test_the_reference_step_asks_for_the_warning(
 
 def test_the_reference_codec_asks_for_the_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[None] = []
-    monkeypatch.setattr(_kernels_cuda, "warn_once", lambda: said.append(None))
+    monkeypatch.setattr(libraries, "warn_once", lambda: said.append(None))
     codes, absmax = schema._quantize(torch.ones(4, 32))
     schema._dequantize(codes, absmax)
     assert not said
@@ -213,11 +222,11 @@ def test_the_reference_codec_asks_for_the_warning(monkeypatch: pytest.MonkeyPatc
 
 
 def info_of(
-    status: _libraries.KernelStatus, cuda: str | None, monkeypatch: pytest.MonkeyPatch
+    status: libraries.KernelStatus, cuda: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> str:
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(_kernels_cuda, "_status", status)
-    assert _kernels.status().cuda == status
+    monkeypatch.setattr(libraries.CUDA, "_status", status)
+    assert libraries.status().cuda == status
     facts = {
         "versions": info.environment.versions(),
         "git": None,
@@ -228,9 +237,9 @@ def info_of(
 
 
 def test_info(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = info_of(_libraries.KernelStatus(True, "/x/_C_cuda.so", "sm_90"), "13.0", monkeypatch)
+    text = info_of(libraries.KernelStatus(True, "/x/_C_cuda.so", "sm_90"), "13.0", monkeypatch)
     assert re.search(r"^CUDA kernels +loaded, sm_90\n +/x/_C_cuda.so$", text, re.MULTILINE)
-    missing = _libraries.KernelStatus(False, reason="no nvcc was found", cure="install it")
+    missing = libraries.KernelStatus(False, reason="no nvcc was found", cure="install it")
     text = info_of(missing, "13.0", monkeypatch)
     assert re.search(
         r"^CUDA kernels +NOT loaded: no nvcc was found\n +the reference runs instead.*\n"

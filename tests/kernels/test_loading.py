@@ -17,20 +17,19 @@ import pytest
 import torch
 from fresh_modules import fresh_copy
 
-from came8bit.ops import cpu_library as _kernels
-from came8bit.ops import libraries as _libraries
+from came8bit.ops import libraries
 
 PROBE = """
 import json, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import came8bit
-    from came8bit.ops import cpu_library as _kernels
-    _kernels.load()  # once more: it must not warn again
-status = _kernels.status().cpu
+    from came8bit.ops import libraries
+    libraries.load()  # once more: it must not warn again
+status = libraries.status().cpu
 mine = [str(w.message) for w in caught if "compiled CPU kernels" in str(w.message)]
 print(json.dumps({"loaded": status.loaded, "isa": status.isa, "reason": status.reason,
-                  "warnings": mine, "isas": _kernels.supported_cpu_isas()}))
+                  "warnings": mine, "isas": libraries.supported_cpu_isas()}))
 """
 
 
@@ -57,7 +56,7 @@ def probe(**variables: str) -> dict[str, Any]:
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A second copy of the module that has not looked for the kernels yet."""
-    return fresh_copy("came8bit.ops.cpu_library", monkeypatch)
+    return fresh_copy("came8bit.ops.libraries", monkeypatch)
 
 
 def refusal(module: ModuleType) -> str:
@@ -81,19 +80,19 @@ def test_loaded_here_with_the_best_isa() -> None:
     assert found["loaded"], found["reason"]
     assert found["warnings"] == []
     assert found["isa"] == found["isas"][-1]
-    assert found["isas"] == list(_kernels.CPU_ISAS[: len(found["isas"])])
+    assert found["isas"] == list(libraries.CPU_ISAS[: len(found["isas"])])
 
 
 def test_library_is_found_through_the_package_path() -> None:
-    path = Path(str(_kernels.status().cpu.path))
+    path = Path(str(libraries.status().cpu.path))
     spec = importlib.util.find_spec("came8bit")
     assert spec is not None
     assert str(path.parent) in list(spec.submodule_search_locations or [])
 
 
-@pytest.mark.parametrize("isa", _kernels.CPU_ISAS)
+@pytest.mark.parametrize("isa", libraries.CPU_ISAS)
 def test_isa_from_the_environment(isa: str) -> None:
-    if isa in _kernels.supported_cpu_isas():
+    if isa in libraries.supported_cpu_isas():
         assert probe(CAME8BIT_CPU_ISA=isa)["isa"] == isa
     else:
         done = start(CAME8BIT_CPU_ISA=isa)
@@ -109,17 +108,17 @@ def test_unknown_isa_in_the_environment() -> None:
 
 
 def test_set_cpu_isa() -> None:
-    before = _kernels.cpu_isa()
+    before = libraries.cpu_isa()
     try:
-        for isa in _kernels.supported_cpu_isas():
-            _kernels.set_cpu_isa(isa)
-            assert _kernels.cpu_isa() == isa
-            assert _kernels.status().cpu.isa == isa
+        for isa in libraries.supported_cpu_isas():
+            libraries.set_cpu_isa(isa)
+            assert libraries.cpu_isa() == isa
+            assert libraries.status().cpu.isa == isa
         with pytest.raises(ValueError, match="got 'mmx', expected one of"):
-            _kernels.set_cpu_isa("mmx")
-        assert _kernels.cpu_isa() == _kernels.supported_cpu_isas()[-1]
+            libraries.set_cpu_isa("mmx")
+        assert libraries.cpu_isa() == libraries.supported_cpu_isas()[-1]
     finally:
-        _kernels.set_cpu_isa(before)
+        libraries.set_cpu_isa(before)
 
 
 def test_isa_that_the_machine_lacks() -> None:
@@ -129,9 +128,9 @@ def test_isa_that_the_machine_lacks() -> None:
         came8bit_cpu_best_isa = staticmethod(lambda: 0)
         came8bit_cpu_set_isa = staticmethod(lambda number: 0 if number == 0 else -1)
 
-    _kernels._set_isa(Baseline(), "baseline", source="test")  # type: ignore[arg-type]
+    libraries._set_isa(Baseline(), "baseline", source="test")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"'avx512' is not supported .* available: baseline$"):
-        _kernels._set_isa(Baseline(), "avx512", source="test")  # type: ignore[arg-type]
+        libraries._set_isa(Baseline(), "avx512", source="test")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["CAME8BIT_DISABLE_KERNELS", "CAME8BIT_PURE"])
@@ -164,24 +163,24 @@ def test_old_torch(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch, version: 
 def test_nothing_found_and_not_installed(
     fresh: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(fresh, "_CPU_FILES", ("absent.so",))
-    monkeypatch.setattr(_libraries, "build_info", dict)
+    monkeypatch.setattr(fresh, "find", lambda names: None)
+    monkeypatch.setattr(fresh, "build_info", dict)
     assert "is not installed" in refusal(fresh)
 
 
 def test_nothing_found_because_it_was_built_so(
     fresh: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fresh, "_CPU_FILES", ("absent.so",))
-    monkeypatch.setattr(_libraries, "build_info", lambda: {"kernels": False, "reason": "the moon"})
+    monkeypatch.setattr(fresh, "find", lambda names: None)
+    monkeypatch.setattr(fresh, "build_info", lambda: {"kernels": False, "reason": "the moon"})
     assert "it was built without them (the moon)" in refusal(fresh)
 
 
 def test_nothing_found_because_the_sources_shadow_it(
     fresh: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fresh, "_CPU_FILES", ("absent.so",))
-    monkeypatch.setattr(_libraries, "build_info", lambda: {"kernels": True, "reason": ""})
+    monkeypatch.setattr(fresh, "find", lambda names: None)
+    monkeypatch.setattr(fresh, "build_info", lambda: {"kernels": True, "reason": ""})
     assert "start Python in another folder" in refusal(fresh)
 
 
@@ -190,14 +189,14 @@ def test_file_that_is_no_library(
 ) -> None:
     broken = tmp_path / "broken.so"
     broken.write_text("not a library")
-    monkeypatch.setattr(fresh, "_find_cpu_library", lambda: str(broken))
+    monkeypatch.setattr(fresh, "find", lambda names: str(broken))
     assert str(broken) in refusal(fresh)
 
 
 def test_library_without_the_functions(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any other shared library will do as one of another version."""
     other = next(Path(torch.__file__).parent.glob("lib/*c10.*"))
-    monkeypatch.setattr(fresh, "_find_cpu_library", lambda: str(other))
+    monkeypatch.setattr(fresh, "find", lambda names: str(other))
     assert "cannot be used with torch" in refusal(fresh)
 
 
@@ -211,11 +210,11 @@ def test_questions_before_loading(fresh: ModuleType) -> None:
 
 def test_status_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
-        _kernels.status().cpu.loaded = False  # type: ignore[misc]
+        libraries.status().cpu.loaded = False  # type: ignore[misc]
 
 
 def test_build_info_is_in_the_installed_metadata() -> None:
-    info = _libraries.build_info()
+    info = libraries.build_info()
     assert info["kernels"] is True
     assert info["reason"] == ""
     assert str(info["torch"]).startswith("2.")

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from problems import make_problem, random_grad
 
 import came8bit
-from came8bit.ops import cpu_library as _kernels
+from came8bit.ops import libraries
 from came8bit.reference import quant
 from came8bit.reference.quant import (
     BLOCK_SIZE,
@@ -47,7 +47,7 @@ from came8bit.reference.quant import (
 )
 
 U = 2.0**-24  # unit roundoff of fp32
-ISAS = _kernels.supported_cpu_isas()
+ISAS = libraries.supported_cpu_isas()
 
 # A level is sqrt(16129*y). The two roundings of x * (16129/absmax) shift it by at most 127 * U. The
 # comparison with (q + 1/2)**2 is exact: that is a multiple of 1/4 below 2**14. The factor covers
@@ -116,15 +116,15 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.fixture(params=ISAS)
 def isa(request):
     """Runs the test with every instruction set of this processor."""
-    before = _kernels.cpu_isa()
-    _kernels.set_cpu_isa(request.param)
+    before = libraries.cpu_isa()
+    libraries.set_cpu_isa(request.param)
     yield request.param
-    _kernels.set_cpu_isa(before)
+    libraries.set_cpu_isa(before)
 
 
 def test_the_kernels_under_test_are_there():
     """Without the compiled library the tests of law 10 would have nothing to run on."""
-    assert ISAS or not _kernels.status().cpu.loaded
+    assert ISAS or not libraries.status().cpu.loaded
     assert ISAS[:1] == ["baseline"][: len(ISAS)]
 
 
@@ -470,12 +470,12 @@ def test_kernel_is_the_reference_for_every_code_and_scale(isa):
 @example(x=torch.tensor([[math.inf, -math.inf, math.nan, 1.0, -2.0] * 60]))
 @example(x=torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last))
 def test_kernel_is_the_reference_for_random_tensors(x):
-    before = _kernels.cpu_isa() if ISAS else None
+    before = libraries.cpu_isa() if ISAS else None
     for name in ISAS:
-        _kernels.set_cpu_isa(name)
+        libraries.set_cpu_isa(name)
         assert_kernel_is_reference(x)
     if before:
-        _kernels.set_cpu_isa(before)
+        libraries.set_cpu_isa(before)
 
 
 def test_layout_of_slices_and_blocks():

@@ -16,10 +16,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from problems import make_problem
 
-from came8bit.ops import cpu_library as _kernels
+from came8bit.ops import libraries
 from came8bit.reference.rounding import philox, random_bits, round_stochastic, square_root
 
-ISAS = _kernels.supported_cpu_isas()
+ISAS = libraries.supported_cpu_isas()
 CPU = torch.device("cpu")
 LOW = [torch.bfloat16, torch.float16]
 
@@ -334,13 +334,13 @@ def test_kernels_round_as_the_rule_says(isa, dtype, offset):
         shape, factored=False, bits=32, dtype=dtype, index=9, offset=offset, generator=generator
     )
     problem.param.copy_(values.to(dtype))
-    before = _kernels.cpu_isa()
-    _kernels.set_cpu_isa(isa)
+    before = libraries.cpu_isa()
+    libraries.set_cpu_isa(isa)
     try:
         options = dict(lr=1.0, weight_decay=2.0**-10, seed=SEED)
         problem.run_op(torch.zeros(shape, dtype=dtype), **options)
     finally:
-        _kernels.set_cpu_isa(before)
+        libraries.set_cpu_isa(before)
     exact = values.flatten() - values.flatten() * 2.0**-10
     bits = random_bits(exact.numel(), seed=SEED, index=9, step=1, offset=offset, device=CPU)
     wanted = round_stochastic(exact, dtype, bits)

@@ -17,7 +17,7 @@ from shim.cases import SHIM_TREE, run_reference
 from shim.library import kernels, plain
 from torch import Tensor
 
-from came8bit.ops import cpu_library as _kernels
+from came8bit.ops import libraries
 from came8bit.reference.reduction import CUDA_TREE
 
 ON_SHIM = bool(os.environ.get("CAME8BIT_CUDA_TESTS_ON_SHIM"))
@@ -35,7 +35,7 @@ needs_real_gpu = pytest.mark.skipif(ON_SHIM, reason="the shim has no streams and
 def check_kernels() -> None:
     """Fail, not skip: a GPU without the kernels would compare the reference with itself."""
     if not ON_SHIM:
-        status = _kernels.status().cuda
+        status = libraries.status().cuda
         assert status.loaded, f"{status.reason}. To get them, {status.cure}"
 
 

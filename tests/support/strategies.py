@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from problems import Problem, make_problem, random_grad
 from torch import Tensor
 
-from came8bit.ops import cpu_library as _kernels
+from came8bit.ops import libraries
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "reversed", "channels_last", "sliced"]
@@ -26,7 +26,7 @@ EDGES += [1023, 1024, 1025, 1279, 2047, 2049, 4095, 4096, 4097]
 def kernel_isas() -> list[str]:
     """The one that ``CAME8BIT_CPU_ISA`` asks for, or all that this machine has."""
     forced = os.environ.get("CAME8BIT_CPU_ISA")
-    return [forced] if forced else _kernels.supported_cpu_isas()
+    return [forced] if forced else libraries.supported_cpu_isas()
 
 
 def sides(largest: int) -> st.SearchStrategy[int]:
