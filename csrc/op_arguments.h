@@ -172,16 +172,16 @@ void factored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absm
                     std::optional<Tensor> lr_tensor, double lr, double beta1, double beta2,
                     double beta3, double eps1, double eps2, double clip_threshold,
                     double weight_decay, bool stochastic, bool cautious, bool propagate,
-                    bool maximize, bool bias_correction, int64_t seed) {
+                    bool maximize, bool bias_correction, bool nesterov, int64_t seed) {
   [[maybe_unused]] const typename On::Environment environment;  // for the scalars, too
   const Checker check(On::device());
   std::vector<ParamArguments> all =
       check.common(params, grads, exp_avg, absmax, step, skipped, param_index, element_offset);
   check.factored(all, exp_avg_sq_row, exp_avg_sq_col, exp_avg_res_row, exp_avg_res_col, rms_ratio);
-  On::factored(
-      all, params, grads,
-      StepSettings(check.rate(lr_tensor), lr, beta1, beta2, beta3, eps1, eps2, clip_threshold,
-                   weight_decay, stochastic, cautious, propagate, maximize, bias_correction, seed));
+  On::factored(all, params, grads,
+               StepSettings(check.rate(lr_tensor), lr, beta1, beta2, beta3, eps1, eps2,
+                            clip_threshold, weight_decay, stochastic, cautious, propagate, maximize,
+                            bias_correction, nesterov, seed));
 }
 
 template <class On>
@@ -191,16 +191,16 @@ void unfactored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors ab
                       std::optional<Tensor> lr_tensor, double lr, double beta1, double beta2,
                       double beta3, double eps1, double eps2, double clip_threshold,
                       double weight_decay, bool stochastic, bool cautious, bool propagate,
-                      bool maximize, bool bias_correction, int64_t seed) {
+                      bool maximize, bool bias_correction, bool nesterov, int64_t seed) {
   [[maybe_unused]] const typename On::Environment environment;
   const Checker check(On::device());
   std::vector<ParamArguments> all =
       check.common(params, grads, exp_avg, absmax, step, skipped, param_index, element_offset);
   check.unfactored(all, exp_avg_sq);
-  On::unfactored(
-      all, params, grads,
-      StepSettings(check.rate(lr_tensor), lr, beta1, beta2, beta3, eps1, eps2, clip_threshold,
-                   weight_decay, stochastic, cautious, propagate, maximize, bias_correction, seed));
+  On::unfactored(all, params, grads,
+                 StepSettings(check.rate(lr_tensor), lr, beta1, beta2, beta3, eps1, eps2,
+                              clip_threshold, weight_decay, stochastic, cautious, propagate,
+                              maximize, bias_correction, nesterov, seed));
 }
 
 // --- codec ------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ struct StepSettings {
   float beta1, beta2, beta3, one_minus_beta1, one_minus_beta2, one_minus_beta3, beta1_squared;
   float eps1, eps2, clip_threshold, lr, shrink, weight_decay;
   const float* lr_tensor;  // null, or on the device: replaces lr and shrink
-  bool stochastic, cautious, propagate, maximize, bias_correction;
+  bool stochastic, cautious, propagate, maximize, bias_correction, nesterov;
   uint64_t seed;
 
   // In the order of the schema.
   StepSettings(const float* lr_tensor, double lr, double beta1, double beta2, double beta3,
                double eps1, double eps2, double clip_threshold, double weight_decay,
                bool stochastic, bool cautious, bool propagate, bool maximize, bool bias_correction,
-               int64_t seed)
+               bool nesterov, int64_t seed)
       : betas{beta1, beta2, beta3},
         beta1(static_cast<float>(beta1)),
         beta2(static_cast<float>(beta2)),
@@ -39,6 +39,7 @@ struct StepSettings {
         propagate(propagate),
         maximize(maximize),
         bias_correction(bias_correction),
+        nesterov(nesterov),
         seed(static_cast<uint64_t>(seed)) {}
 
   // Learning rate, and what weight decay takes of p.
@@ -53,6 +54,11 @@ struct StepSettings {
   // 1 - beta^step of betas[which]; 1 without bias correction.
   CAME8BIT_INLINE float correction(int which, int64_t step) const {
     return bias_correction ? came8bit::bias_correction(betas[which], step) : 1.0f;
+  }
+
+  // Sum of the weights of all gradients in the direction of the update.
+  CAME8BIT_INLINE float direction_correction(int64_t step) const {
+    return correction(0, nesterov ? step + 1 : step);
   }
 
   CAME8BIT_INLINE float sign() const { return maximize ? -1.0f : 1.0f; }

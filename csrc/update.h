@@ -147,6 +147,12 @@ CAME8BIT_INLINE T momentum(T decayed, T w) {
   return decayed + w;
 }
 
+// Nesterov's direction beta1*m_t + w: one decay ahead of the momentum.
+template <class T>
+CAME8BIT_INLINE T look_ahead(T m, T w, T beta1) {
+  return m * beta1 + w;
+}
+
 // Cautious mask: same strict sign.
 template <class T>
 CAME8BIT_INLINE auto agrees(T m, T w) -> decltype(m > w) {

@@ -66,7 +66,13 @@ CASES = [
 ]
 STEPS: tuple[dict[str, object], ...] = (
     {},
-    {"cautious": True, "stochastic": False, "maximize": True, "bias_correction": True},
+    {
+        "cautious": True,
+        "stochastic": False,
+        "maximize": True,
+        "bias_correction": True,
+        "nesterov": True,
+    },
 )
 """Options of the first and the second step of every case."""
 

@@ -23,7 +23,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ import torch
 #: Names of the instruction sets, in the order of their numbers in ``csrc/cpu/dispatch.cpp``.
 CPU_ISAS = ("baseline", "avx2", "avx512")
 
-#: Options that no kernel has yet: with them the reference runs, whatever library is loaded.
-REFERENCE_ONLY = ("nesterov=True",)
+#: Options that no kernel has yet, with the value: the reference runs, whatever library is loaded.
+REFERENCE_ONLY: tuple[tuple[str, object], ...] = ()
 
 #: The stable ABI that the libraries are built for.
 OLDEST_TORCH = (2, 10)
@@ -68,7 +68,7 @@ class KernelsStatus:
 
     cpu: KernelStatus
     cuda: KernelStatus
-    reference_only: tuple[str, ...] = REFERENCE_ONLY
+    reference_only: tuple[str, ...]
 
 
 class NotLoadedError(Exception):
@@ -173,7 +173,7 @@ CUDA = Library(
     {"came8bit_cuda_architectures": ctypes.c_char_p},
     lambda library: str(library.came8bit_cuda_architectures().decode()),
 )
-_warned = False  # that CUDA tensors take the reference
+_warned: set[str] = set()  # of what takes the reference
 
 
 def load() -> KernelsStatus:
@@ -208,15 +208,15 @@ def load() -> KernelsStatus:
 
 def status() -> KernelsStatus:
     """Return which compiled libraries are loaded and, if not, why."""
-    return KernelsStatus(cpu=CPU.status(), cuda=CUDA.status())
+    options = tuple(f"{name}={value!r}" for name, value in REFERENCE_ONLY)
+    return KernelsStatus(cpu=CPU.status(), cuda=CUDA.status(), reference_only=options)
 
 
 def warn_once() -> None:
     """Warn that a CUDA tensor takes the reference, unless that was asked for or said before."""
-    global _warned
-    if _warned or reference_wanted():
+    if "CUDA" in _warned or reference_wanted():
         return
-    _warned = True
+    _warned.add("CUDA")
     warnings.warn(
         "came8bit has no CUDA kernels here, so CUDA tensors fall back to the reference "
         f"implementation, many times slower: {CUDA.status().reason}. To get them, "
@@ -224,6 +224,21 @@ def warn_once() -> None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def needs_reference(options: Mapping[str, Any]) -> bool:
+    """Return whether no kernel has one of ``options``, and warn of each once."""
+    missing = [f"{name}={value!r}" for name, value in REFERENCE_ONLY if options[name] == value]
+    for option in missing:
+        if option not in _warned:
+            _warned.add(option)
+            warnings.warn(
+                f"came8bit's compiled kernels do not have {option} yet: the reference "
+                "implementation runs instead, with the same rule and many times slower",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return bool(missing)
 
 
 # --- instruction sets -----------------------------------------------------------------------------

@@ -30,7 +30,7 @@ _PLACES = "int[] param_index, int[] element_offset"
 _SCALARS = (
     "Tensor? lr_tensor, float lr, float beta1, float beta2, float beta3, float eps1, float eps2, "
     "float clip_threshold, float weight_decay, bool stochastic, bool cautious, bool propagate, "
-    "bool maximize, bool bias_correction, int seed"
+    "bool maximize, bool bias_correction, bool nesterov, int seed"
 )
 
 _library.define(
@@ -57,13 +57,13 @@ def _by_reference(name: str, step: Callable[..., None]) -> Callable[..., None]:
     names = [a.name for a in getattr(torch.ops.came8bit, name).default._schema.arguments]
     scalars = names.index("lr_tensor")
 
-    def kernel(*values: Any) -> None:
-        lists, rest = values[:scalars], values[scalars:]
-        hyper = reference.Hyper(**dict(zip(names[scalars:], rest, strict=True)))
+    def kernel(*values: Any, **named: Any) -> None:
+        ordered = [*values, *(named[name] for name in names[len(values) :])]
+        lists, hyper = ordered[:scalars], dict(zip(names[scalars:], ordered[scalars:], strict=True))
         _warn_of_reference(lists[0])
         for i in range(len(lists[0])):
             # Only absmax may be empty.
-            step(*(column[i] if column else None for column in lists), hyper)
+            step(*(column[i] if column else None for column in lists), reference.Hyper(**hyper))
 
     return kernel
 
@@ -119,5 +119,10 @@ libraries.load()
 
 factored_step_ = torch.ops.came8bit.factored_step_.default
 unfactored_step_ = torch.ops.came8bit.unfactored_step_.default
+BY_REFERENCE: dict[Any, Callable[..., None]] = {
+    factored_step_: _factored_step,
+    unfactored_step_: _unfactored_step,
+}
+"""The same steps by the reference, whatever library is loaded."""
 quantize_blockwise = torch.ops.came8bit.quantize_blockwise.default
 dequantize_blockwise = torch.ops.came8bit.dequantize_blockwise.default

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..state.layout import Group
 from ..state.store import Run, StepItem
-from . import schema
-from .reference_step import needs_reference, reference_step
+from . import libraries, schema
 
 _LOOK_EVERY = 16  # steps between two looks at the skip counters
 
@@ -99,15 +98,11 @@ def _skipped(members: Iterable[StepItem]) -> list[Tensor]:
 
 def _call_operators(group: Group, members: Sequence[StepItem]) -> None:
     """One operator call per kind of parameter and device."""
-    option = needs_reference(group)
-    if option is not None:
-        reference_step(group, members, option)
-        return
     buckets: defaultdict[tuple[torch.device, bool, bool], list[StepItem]] = defaultdict(list)
     for item in members:
         state = item.state
         buckets[item.param.device, "exp_avg_sq_row" in state, "absmax" in state].append(item)
-    scalars = _scalars(group)
+    scalars, by_reference = _scalars(group), libraries.needs_reference(group)
     for (device, factored, coded), items in buckets.items():
         states = [item.state for item in items]
         names = _FACTORED if factored else _UNFACTORED
@@ -116,7 +111,11 @@ def _call_operators(group: Group, members: Sequence[StepItem]) -> None:
         if scalars["lr_tensor"] is not None:
             rate = scalars["lr_tensor"].to(device, torch.float32, non_blocking=True)
             scalars["lr_tensor"] = rate
-        operator = schema.factored_step_ if factored else schema.unfactored_step_
+        operator: Callable[..., None] = (
+            schema.factored_step_ if factored else schema.unfactored_step_
+        )
+        if by_reference:
+            operator = schema.BY_REFERENCE[operator]
         params = [item.param for item in items]
         operator(
             params=params,
@@ -149,5 +148,6 @@ def _scalars(group: Group) -> dict[str, Any]:
         "propagate": group["nonfinite"] == "propagate",
         "maximize": bool(group["maximize"]),
         "bias_correction": bool(group["bias_correction"]),
+        "nesterov": bool(group["nesterov"]),
         "seed": int(group["seed"]),
     }

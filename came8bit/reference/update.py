@@ -184,8 +184,6 @@ def cautious_scale(mask: Tensor) -> Tensor:
 # --- one parameter --------------------------------------------------------------------------------
 
 
-
-
 def apply_(
     param: Tensor,
     update: Tensor,

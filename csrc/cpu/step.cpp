@@ -21,7 +21,7 @@ StepConstants constants_of(const Parameter& p, const StepSettings& s, int64_t st
   const StepSettings::Rate rate = s.rate();
   c.lr = rate.lr;
   c.shrink = rate.shrink;
-  c.scale = rate.lr / s.correction(0, step);
+  c.scale = rate.lr / s.direction_correction(step);
   return c;
 }
 

@@ -16,6 +16,10 @@ __device__ __forceinline__ void new_momentum(const float* g, const float* decaye
   }
 }
 
+__device__ __forceinline__ float direction(float m, float w, const StepSettings& s) {
+  return s.nesterov ? look_ahead(m, w, s.beta1) : m;
+}
+
 __device__ __forceinline__ float updated(float p, float m, float w, float update, float shrink,
                                          bool cautious) {
   if (cautious && !agrees(m, w)) update = 0.0f;
@@ -23,11 +27,18 @@ __device__ __forceinline__ float updated(float p, float m, float w, float update
 }
 // The same for eight neighbours, `p` changed in place; one branch for all of them.
 __device__ __forceinline__ void update_vector(float* p, const float* m, const float* w, float row,
-                                              const float* column, float shrink, bool cautious) {
+                                              const float* column, float shrink,
+                                              const StepSettings& s) {
   float update[kVector];
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) update[i] = precondition(m[i], row, column[i]);
-  if (cautious) {
+  for (int i = 0; i < kVector; ++i) update[i] = m[i];
+  if (s.nesterov) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) update[i] = look_ahead(m[i], w[i], s.beta1);
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) update[i] = precondition(update[i], row, column[i]);
+  if (s.cautious) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) update[i] = agrees(m[i], w[i]) ? update[i] : 0.0f;
   }
@@ -87,7 +98,7 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const StepSettings
   const Strided grad_tensor = p.grad, param_tensor = p.param;
   const uint32_t index = p.index, step = p.scalars->step, byte_pattern = p.byte_pattern;
   const float shrink = p.scalars->shrink;
-  const bool stochastic = s.stochastic, cautious = s.cautious;
+  const bool stochastic = s.stochastic;
   const bool draws = stochastic && param_tensor.dtype != kFloat32;
   const bool inside = tile.columns > 0;
   float column_factor[kVector], update_column[kVector];
@@ -159,7 +170,7 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const StepSettings
     }
     float x[kVector];
     unpack(param_tensor, now.param, x);
-    update_vector(x, m, w, now.update, update_column, shrink, cautious);
+    update_vector(x, m, w, now.update, update_column, shrink, s);
     const uint4 random =
         draws ? random_words(element / 8, index, step, s.seed) : make_uint4(0, 0, 0, 0);
     element += static_cast<uint64_t>(pitch);
@@ -241,7 +252,8 @@ __device__ __forceinline__ int apply_blocks(const Parameter& p, const StepSettin
     if (count_only) {
       agreeing += agrees(m[i], w[i]) ? 1 : 0;
     } else {
-      const float update = precondition(m[i], p.update_row[row], p.update_col[in_columns]);
+      const float update =
+          precondition(direction(m[i], w[i], s), p.update_row[row], p.update_col[in_columns]);
       x[i] = updated(x[i], m[i], w[i], update, p.scalars->shrink, cautious);
     }
     if (++column == p.k) {
@@ -292,7 +304,7 @@ __device__ __forceinline__ int apply_vector_blocks(const Parameter& p, const Ste
     const float4* factors = reinterpret_cast<const float4*>(p.update_col + first_column);
     unpack_floats(factors[0], factors[1], update_column);
     unpack(p.param, load_pack<P>(p.param, e), x);
-    update_vector(x, m, w, p.update_row[row], update_column, p.scalars->shrink, s.cautious);
+    update_vector(x, m, w, p.update_row[row], update_column, p.scalars->shrink, s);
     const uint4 random = s.stochastic && p.param.dtype != kFloat32
                              ? random_words((p.offset + static_cast<uint64_t>(e)) / 8, p.index,
                                             p.scalars->step, s.seed)

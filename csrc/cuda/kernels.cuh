@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
     const StepSettings::Rate rate = s.rate();
     Scalars scalars = {};
     scalars.step = static_cast<uint32_t>(step);
-    scalars.lr_scale = rate.lr / s.correction(0, step);
+    scalars.lr_scale = rate.lr / s.direction_correction(step);
     scalars.shrink = rate.shrink;
     scalars.correction2 = s.correction(1, step);
     scalars.correction3 = s.correction(2, step);

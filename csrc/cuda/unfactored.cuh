@@ -117,7 +117,8 @@ __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const StepS
       continue;
     }
     p.exp_avg_sq[e] = v[i];
-    x[i] = updated(x[i], m[i], w[i], m[i] * state.scale, p.scalars->shrink, cautious);
+    const float update = direction(m[i], w[i], s) * state.scale;
+    x[i] = updated(x[i], m[i], w[i], update, p.scalars->shrink, cautious);
   }
   if (count_only) return agreeing;
   uint4 random = make_uint4(0, 0, 0, 0);

@@ -85,7 +85,7 @@ def test_opened_once(fresh: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(fresh, "find", lambda names: f"/somewhere/{names[0]}")
     monkeypatch.setattr(fresh.CUDA, "_open", open_)
-    expected = libraries.KernelStatus(True, "/somewhere/_C_cuda.so", "sm_90 compute_90")
+    expected = fresh.KernelStatus(True, "/somewhere/_C_cuda.so", "sm_90 compute_90")
     assert load_cuda(fresh) == load_cuda(fresh) == expected
     assert opened == ["/somewhere/_C_cuda.so"]
 
@@ -231,6 +231,7 @@ def info_of(
         "versions": info.environment.versions(),
         "git": None,
         "kernels": info.environment.kernels(),
+        "reference_only": (),
         "hardware": info.environment.hardware(),
     }
     return info.describe(facts)

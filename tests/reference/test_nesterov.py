@@ -13,12 +13,10 @@ from training import gradients, run, same_bits, start
 
 import came8bit
 from came8bit import CAME, CAME8bit, CAME32bit, PagedCAME8bit
-from came8bit.ops import reference_step
+from came8bit.ops import libraries
 
 LR = 1e-4
 BETAS = (0.9, 0.999, 0.9999)
-
-pytestmark = pytest.mark.filterwarnings("ignore:came8bit's compiled kernels do not have nesterov")
 
 
 def in_float64(param, grads, *, correct, cautious=False, decay=0.0, betas=BETAS):
@@ -155,19 +153,23 @@ def test_old_states_were_not_made_with_it():
     assert other.param_groups[0]["nesterov"] is False
 
 
-def test_kernels_without_it_are_not_used_and_that_is_said(monkeypatch):
-    """The reference runs, on whatever device; a kernel never sees the option and ignores it."""
-    if "nesterov=True" not in came8bit.kernel_status().reference_only:
-        pytest.skip("the kernels have it")
-    monkeypatch.setattr(reference_step, "_warned", set())
-    param = start((64, 80))
-    optimizer = CAME8bit([param], lr=LR, nesterov=True)
-    param.grad = next(gradients((64, 80), steps=1))
+def test_an_option_that_no_kernel_has_takes_the_reference_and_that_is_said(monkeypatch):
+    """On whatever device, with the same bits; a kernel never sees the option and ignores it."""
+    monkeypatch.setattr(libraries, "_warned", set())
+    grad = next(gradients((64, 80), steps=1))
+    params = [start((64, 80), dtype=torch.bfloat16) for _ in range(2)]
+    optimizers = [CAME8bit([param], lr=LR, nesterov=True) for param in params]
+    for param in params:
+        param.grad = grad.to(param.dtype)
+    optimizers[0].step()
+    monkeypatch.setattr(libraries, "REFERENCE_ONLY", (("nesterov", True),))
+    assert came8bit.kernel_status().reference_only == ("nesterov=True",)
     with pytest.warns(RuntimeWarning, match="kernels do not have nesterov=True yet"):
-        optimizer.step()
+        optimizers[1].step()
+    assert torch.equal(*params)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer.step()
+        optimizers[1].step()
 
 
 def test_first_steps_are_no_larger():

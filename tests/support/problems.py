@@ -31,6 +31,7 @@ OPTIONS = dict(
     propagate=False,
     maximize=False,
     bias_correction=False,
+    nesterov=False,
     seed=1234567890123,
 )
 

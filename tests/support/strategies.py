@@ -110,7 +110,14 @@ def option_sets(draw: st.DrawFn) -> dict[str, object]:
         return {}
     options: dict[str, object] = {
         name: draw(st.booleans())
-        for name in ("stochastic", "cautious", "propagate", "maximize", "bias_correction")
+        for name in (
+            "stochastic",
+            "cautious",
+            "propagate",
+            "maximize",
+            "bias_correction",
+            "nesterov",
+        )
     }
     choices = {
         "beta1": [0.9, 0.0, 0.5, 0.99],

@@ -86,7 +86,7 @@ constexpr int kAhead = 1536;
 template <class P, class G, bool is8bit, bool factored>
 Applied apply(const StepConstants& constants, const Segment& segment) {
   const Segment s = segment;  // a copy of its own: the stores below cannot alias it
-  const bool cautious = constants.cautious;
+  const bool cautious = constants.cautious, nesterov = constants.nesterov;
   const Broadcast c(constants);
   const F row_gain(s.row_gain), update_row(s.update_row), absmax(s.absmax);
   F largest(0.0f);
@@ -97,11 +97,12 @@ Applied apply(const StepConstants& constants, const Segment& segment) {
     if (is8bit && j % kLine == 0) prefetch(s.codes + j + kAhead);
     F w, m_t, v;
     load_update<G, is8bit, factored>(c, s, row_gain, absmax, j, size, w, m_t, v);
+    const F direction = nesterov ? look_ahead(m_t, w, c.beta1) : m_t;
     F update;
     if constexpr (factored) {
-      update = precondition(m_t, update_row, load_some(s.update_col + j, size));
+      update = precondition(direction, update_row, load_some(s.update_col + j, size));
     } else {
-      update = m_t * c.scale;
+      update = direction * c.scale;
       store_some(s.exp_avg_sq + j, v, size);
     }
     if (cautious) update = select(agrees(m_t, w), update, F(0.0f));
