@@ -12,8 +12,6 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoints import copies, trained
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from training import assert_same, snapshot, start
 
 from came8bit import CAME8bit, CheckpointError, inspect_checkpoint, load_checkpoint, save_checkpoint
@@ -100,26 +98,6 @@ def test_a_damaged_tensor_is_named(sound, refuse):
     damaged = bytearray(content)
     damaged[-1] ^= 1
     assert "state of parameter v is damaged" in refuse(bytes(damaged))
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_what_is_cut_and_pasted_is_noticed(sound, tmp_path_factory, data):
-    content, _ = sound
-    places = st.integers(0, len(content))
-    begin, end = sorted((data.draw(places), data.draw(places)))
-    patch = data.draw(
-        st.one_of(st.binary(max_size=40), places.map(lambda at: content[at : at + end - begin]))
-    )
-    damaged = content[:begin] + patch + content[end:]
-    path = tmp_path_factory.mktemp("paste") / "x"
-    path.write_bytes(damaged)
-    _, optimizer = trained(Untouchable, shapes=SMALL, steps=1, **OPTIONS)
-    before = snapshot(optimizer)
-    if damaged != content:
-        with pytest.raises(CheckpointError):
-            load_checkpoint(optimizer, path)
-        assert_same(before, snapshot(optimizer))
 
 
 # --- a header with a correct checksum that says something wrong -----------------------------------
