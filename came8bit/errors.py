@@ -1,7 +1,7 @@
 """The exceptions of this package, and what an error has left behind, said at its end.
 
 Whoever refuses something knows what is wrong, but not what else the call has done by then: the same
-full disk stops a step, a part of a step in backward, or a load.  So it says what is wrong and what
+full disk stops a step, a part of a step in backward, or a load. So it says what is wrong and what
 to do, and the outermost function, which knows, adds what has been changed.
 """
 

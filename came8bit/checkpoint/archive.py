@@ -1,8 +1,8 @@
 """The archives that ``torch.save`` writes, read without ``torch.load``.
 
-Such a file is a zip archive with one pickle and the bytes of every storage.  ``torch.load`` maps
+Such a file is a zip archive with one pickle and the bytes of every storage. ``torch.load`` maps
 the archive without looking at compression or checksums and takes the length of a storage from the
-pickle, so it is not used here.  :class:`Archive` reads the members through :mod:`zipfile`, which
+pickle, so it is not used here. :class:`Archive` reads the members through :mod:`zipfile`, which
 compares their checksums, and :class:`_Unpickler` knows containers, numbers, text and dense tensors;
 nothing that a pickle names is ever called.
 """
@@ -146,7 +146,7 @@ class _Unpickler(pickle._Unpickler):
         self._storage_of = storage
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """The storage that the pickle refers to."""
+        """Return the storage that the pickle refers to."""
         return self._storage_of(pid)
 
     def find_class(self, module: str, name: str) -> Any:
@@ -159,7 +159,7 @@ class _Unpickler(pickle._Unpickler):
         return _CALLS[module, name]
 
     def load_build(self) -> None:
-        """Attributes, which an OrderedDict has in the state of a module; nothing needs them."""
+        """Ignore attributes, which an OrderedDict has in the state of a module."""
         stack: list[Any] = self.stack  # type: ignore[attr-defined]
         stack.pop()
         if not isinstance(stack[-1], dict):
@@ -191,7 +191,7 @@ class Archive:
                 )
 
     def load(self) -> Any:
-        """The object that was saved; tensors are :class:`StoredTensor`."""
+        """Return the object that was saved; tensors are :class:`StoredTensor`."""
         info = self._members[self._folder + "data.pkl"]
         if info.file_size > _LARGEST_PICKLE:
             raise CheckpointError(f"its pickle has {info.file_size} bytes, which is too many")
@@ -199,7 +199,7 @@ class Archive:
             return _Unpickler(io.BytesIO(self._zip.read(info)), self._storage).load()
 
     def read(self, tensor: StoredTensor) -> Tensor:
-        """A new CPU tensor; the checksum of its storage is compared."""
+        """Return a new CPU tensor; the checksum of its storage is compared."""
         storage = tensor.storage
         wide = torch.uint8 if storage.dtype == torch.bool else storage.dtype
         flat = torch.empty(storage.numel, dtype=wide)
@@ -216,7 +216,7 @@ class Archive:
         return found.contiguous() if found.numel() == storage.numel else found.clone()
 
     def _checked_members(self) -> dict[str, zipfile.ZipInfo]:
-        """Every member by name: stored as it is, one behind the other, from the first byte on."""
+        """Return every member by name: stored plainly, without gaps, from the first byte on."""
         end = 0
         members: dict[str, zipfile.ZipInfo] = {}
         for info in sorted(self._zip.infolist(), key=lambda info: info.header_offset):

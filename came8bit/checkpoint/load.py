@@ -74,35 +74,35 @@ def load_checkpoint(
     """Continue from a file that :func:`~came8bit.save_checkpoint` wrote.
 
     Parameters are matched by name where both sides have names (``named_parameters()``), else by
-    position.  What ``DistributedDataParallel``, ``torch.compile`` and other wrappers put into names
-    does not count.  Saved options win, those that are not saved stay, as in ``load_state_dict``;
+    position. What ``DistributedDataParallel``, ``torch.compile`` and other wrappers put into names
+    does not count. Saved options win, those that are not saved stay, as in ``load_state_dict``;
     but ``optim_bits`` stays the optimizer's own, and momentum is converted if it was saved in
-    another.  Load the model first: it is not in the file.
+    another. Load the model first: it is not in the file.
 
     A file that ``torch.save`` wrote with the ``state_dict()`` of an optimizer of this package or of
     ``came_pytorch.CAME`` can be loaded, too; where the latter factors another view of a parameter
     than this optimizer, it is refused.
 
     The whole file is read and its checksums are compared before anything changes; then the state
-    is replaced parameter by parameter, which needs memory for one of them.  Hooks of
+    is replaced parameter by parameter, which needs memory for one of them. Hooks of
     ``load_state_dict`` do not run.
 
     Args:
         optimizer: one of this package's, over the model that was saved.
         path: of the file.
         allow_missing: let parameters that the file does not have, or whose saved state is damaged
-            by NaN or infinity, start without state.  Needs names on both sides.
+            by NaN or infinity, start without state. Needs names on both sides.
         allow_unused: leave out what the file has for parameters that the optimizer does not have.
 
     Returns:
-        What was done.  A :class:`UserWarning` tells of conversions, of parameters that have changed
+        What was done. A :class:`UserWarning` tells of conversions, of parameters that have changed
         their position or dtype, of what was left out, and of those that could have been swapped
         without notice.
 
     Raises:
         CheckpointError: the file is damaged, truncated, foreign, newer or for other parameters; a
-            :class:`ValueError`.  Nothing has changed.
-        OSError: the file cannot be read.  Nothing has changed.
+            :class:`ValueError`. Nothing has changed.
+        OSError: the file cannot be read. Nothing has changed.
         RuntimeError: something failed in the middle of replacing, such as memory; the message says
             what has changed.
     """
@@ -135,7 +135,7 @@ def _match(optimizer: CAME, source: Source, allow_missing: bool, allow_unused: b
             f"the file has state for {listed(source.strangers)}, which no group lists; "
             "allow_unused=True leaves it out"
         )
-    # What came-pytorch does is no choice of its user: it is refused below or makes no difference.
+    # What came-pytorch does is not its user's choice: it is refused below or makes no difference.
     official = source.kind == "came-pytorch"
     found = merge(
         optimizer.param_groups,
@@ -152,7 +152,7 @@ def _match(optimizer: CAME, source: Source, allow_missing: bool, allow_unused: b
 
 
 def _check_views(found: Merge) -> None:
-    """came-pytorch factors the last two dimensions; statistics of one view are not another's."""
+    """Refuse statistics of another view: came-pytorch factors the last two dimensions."""
     members = [group for group in found.groups for _ in group["params"]]
     other = []
     for pair, group in zip(found.pairs, members, strict=True):
@@ -227,7 +227,7 @@ def _report(optimizer: CAME, path: str, source: Source, found: Merge) -> LoadRep
 
 
 def _dtype_changes(pairs: Sequence[Pair], entries: Sequence[Entry]) -> list[str]:
-    """The parameters whose dtype is no longer the one that was saved."""
+    """Return the parameters whose dtype is no longer the one that was saved."""
     found = []
     for pair in pairs:
         saved = None if pair.saved is None else entries[pair.saved].dtype
@@ -268,7 +268,7 @@ class FreedMemory:
     """Counts what has been freed and returns it every 4 MiB; does nothing outside glibc.
 
     glibc keeps freed blocks of up to 32 MiB in its heap, and a new tensor, which is aligned, does
-    not fit into the hole that one of the same size has left.  Replacing a state tensor by tensor
+    not fit into the hole that one of the same size has left. Replacing a state tensor by tensor
     would then take as much memory again, although each old tensor is freed at once.
     """
 

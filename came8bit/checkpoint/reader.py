@@ -72,7 +72,7 @@ class Source(Protocol):
 class SavedFile:
     """A checkpoint of came8bit; see :class:`Source`.
 
-    The file stays open, so one that is put in its place meanwhile does not mix with it.  It is
+    The file stays open, so one that is put in its place meanwhile does not mix with it. It is
     read, not mapped: a mapping would need address space for all of it, and a file that shrinks
     would kill the process.
 
@@ -100,7 +100,7 @@ class SavedFile:
         }
 
     def read(self, position: int) -> dict[str, Tensor]:
-        """The state of one parameter, its checksum compared again."""
+        """Return the state of one parameter, its checksum compared again."""
         entry = self.entries[position]
         if entry.step is None:
             return {}
@@ -145,7 +145,7 @@ _NOT_OURS = "not an optimizer checkpoint of came8bit"
 
 
 def header_size(first: bytes, file_size: int) -> int:
-    """Length of the header, from the ``first`` nine bytes of a file of ``file_size`` bytes."""
+    """Return the header's length, from the ``first`` nine bytes of a file of ``file_size``."""
     size = int.from_bytes(first[:8], "little")
     if len(first) < 9 or first[8:9] != b"{" or not 2 <= size <= LARGEST_HEADER:
         raise CheckpointError(
@@ -191,7 +191,7 @@ def parse_header(first: bytes, text: bytes, file_size: int) -> Header:
             "upgrade came8bit"
         )
     _check_digest(first, text, metadata)
-    # From here on the header is what somebody wrote on purpose; it may still make no sense.
+    # From here on the header is as it was written; it may still make no sense.
     with explained("the header is damaged"):
         header = _read_header(table, metadata)
     _check_states(header)
@@ -320,7 +320,7 @@ def _counts(values: Any) -> tuple[int, ...]:
 
 
 def _check_states(header: Header) -> None:
-    """Every state is one that this version keeps, where it would have put it."""
+    """Check that every state is one that this version keeps, where it would have put it."""
     try:
         check_versions(header.groups, any(entry.tensors for entry in header.entries))
     except ValueError as error:
@@ -366,7 +366,7 @@ def open_source(path: str | os.PathLike[str]) -> Iterator[Source]:
             first = file.read(len(MAGIC))
             if first == _OLD_MAGIC:
                 raise CheckpointError(
-                    "a file of torch.save in its format of before version 1.6; write it anew: "
+                    "a file of torch.save in its format of before version 1.6; save it again: "
                     f"torch.save(torch.load({name!r}), ...)"
                 )
             size = status.st_size
@@ -383,5 +383,5 @@ def open_source(path: str | os.PathLike[str]) -> Iterator[Source]:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Opening a pipe would wait for its writer, perhaps for ever."""
+    """Refuse pipes and devices: opening a pipe would wait for its writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

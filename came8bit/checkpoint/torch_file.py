@@ -1,7 +1,7 @@
 """State dicts that ``torch.save`` wrote: those of came-pytorch 0.1.3, and those of this package.
 
 The statistics of came-pytorch are those of the batched last-two view, in another shape;
-``rms_ratio`` starts anew, which changes nothing but the point around which the instability is
+``rms_ratio`` starts again, which changes nothing but the point around which the instability is
 summed; ``RMS`` is not needed.
 """
 
@@ -57,7 +57,7 @@ class TorchFile:
             self._read(table)
 
     def read(self, position: int) -> dict[str, Tensor]:
-        """The state of one parameter, as this package keeps it."""
+        """Return the state of one parameter, as this package keeps it."""
         entry, saved = self.entries[position], self._states[position]
         layout = entry.layout
         if layout is None:
@@ -118,7 +118,7 @@ class TorchFile:
         return as_count(value, name)
 
     def _option(self, value: Any, budget: Iterator[int]) -> Any:
-        """``value`` with its tensors; what is deep or refers to itself ends."""
+        """Return ``value`` with its tensors; what is deep or refers to itself ends."""
         if next(budget, None) is None:
             raise CheckpointError(f"the options have more than {_MOST_VALUES} values")
         if isinstance(value, StoredTensor):
@@ -142,7 +142,7 @@ def _is_optimizer(value: object) -> bool:
 
 
 def _other_contents(table: object) -> CheckpointError:
-    """The error for what is not the state of an optimizer, but may hold it."""
+    """Return the error for what is not the state of an optimizer, but may hold it."""
     found = f"a {type(table).__name__}"
     if isinstance(table, dict):
         for key, value in table.items():
@@ -170,7 +170,7 @@ def _check_group(group: Mapping[str, Any], index: int) -> None:
 
 
 def _official_entry(saved: Mapping[str, Any], entry: Entry, position: int) -> Entry:
-    """``entry`` with the state that came-pytorch keeps; the shape is that of the momentum."""
+    """Return ``entry`` with the state that came-pytorch keeps, in the momentum's shape."""
     shape = _shape_of(saved, entry, position)
     layout = plan(shape, optim_bits=32, factored_view="last_two")
     names = _FACTORED if layout.factored else {"exp_avg_sq"}
@@ -189,7 +189,7 @@ def _official_entry(saved: Mapping[str, Any], entry: Entry, position: int) -> En
 
 
 def _own_entry(saved: Mapping[str, Any], entry: Entry, position: int) -> Entry:
-    """``entry`` with the state that this package keeps."""
+    """Return ``entry`` with the state that this package keeps."""
     shape = _shape_of(saved, entry, position)
     tensors = {name: value for name, value in saved.items() if name not in COUNTERS}
     found = {name: (value.dtype, value.shape) for name, value in tensors.items()}

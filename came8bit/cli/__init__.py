@@ -5,7 +5,7 @@ arguments and must be cheap, and ``run(args) -> int``, which does the work and r
 code. To add one, write the module and name it in :data:`_COMMANDS`.
 
 Exit codes: 0 done; 1 something that was asked for failed; 2 the command line or a file it names is
-wrong; 130 interrupted; 141 whoever read the output is gone, as in ``came8bit ... | head``.
+wrong; 130 interrupted; 141 the reader of the output has gone, as in ``came8bit ... | head``.
 """
 
 from __future__ import annotations

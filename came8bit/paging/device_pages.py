@@ -31,7 +31,7 @@ class DevicePages:
         self.order: Sequence[Tensor] | None = None  # where `_expected` comes from
 
     def add(self, pages: Iterable[Page]) -> None:
-        """New pages; the plan is made again before the next use."""
+        """Add pages; the plan is made again before the next use."""
         self.evict_all()
         self.pages.update((page.key, page) for page in pages)
 
@@ -43,7 +43,7 @@ class DevicePages:
         self.backing.release(page.address, page.nbytes)
 
     def budget(self) -> int:
-        """Bytes that pages may take.
+        """Return the bytes that pages may take.
 
         Raises:
             ValueError: the user's number is too small for a page.
@@ -132,7 +132,7 @@ class DevicePages:
     # --- between steps ----------------------------------------------------------------------------
 
     def read(self, page: Page) -> dict[str, Tensor]:
-        """The buffers of ``page`` as they are in the backing store, which is brought up to date."""
+        """Return the buffers of ``page`` in the backing store, after bringing it up to date."""
         if self._schedule is not None:
             self._do(self._schedule.evict([page.key]))
         self.transfer.synchronize(page)

@@ -14,12 +14,12 @@ SLAB = 64 << 20
 
 
 def pinned(nbytes: int) -> Tensor:
-    """So many zero bytes of pinned memory."""
+    """Allocate zeroed bytes of pinned memory."""
     return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 def pinned_staging(nbytes: int) -> Tensor:
-    """Pinned memory between a device and a file.
+    """Allocate pinned memory between a device and a file.
 
     Raises:
         MemoryError: the system refuses to pin so much.
@@ -35,7 +35,7 @@ def pinned_staging(nbytes: int) -> Tensor:
 
 
 def _available_memory() -> int | None:
-    """Bytes of host memory that could still be used, where the system says so."""
+    """Return the bytes of host memory that could still be used, where the system says so."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
@@ -121,4 +121,4 @@ class PinnedMemory:
         return found
 
     def check(self) -> None:
-        """Memory does not go away."""
+        """Do nothing: memory does not vanish."""

@@ -14,7 +14,7 @@ _DEVICE_RING = 256 << 20
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the user wants pages.
+    """The user's options for pages.
 
     Attributes:
         directory: of the page file; None: no file for CUDA, an unnamed one for the CPU.
@@ -26,9 +26,9 @@ class Placement:
 
 
 def default_budget(device_type: str, sizes: Sequence[int]) -> int:
-    """Bytes for pages of ``sizes``, where the user says nothing.
+    """Return the bytes for pages of ``sizes`` by default.
 
-    On a device 256 MiB, or three of the largest page, so that copies overlap.  In CPU memory a
+    On a device 256 MiB, or three of the largest page, so that copies overlap. In CPU memory a
     sixteenth of all pages, 64 MiB at most and one page at least.
     """
     largest, total = max(sizes), sum(sizes)
@@ -38,7 +38,7 @@ def default_budget(device_type: str, sizes: Sequence[int]) -> int:
 
 
 def check_paging(is_paged: object, page_dir: object, page_budget: object) -> Placement | None:
-    """Where pages go, or ``None`` if state is not paged; these are no options of groups.
+    """Return where pages go, or ``None`` if state is not paged; these are not options of groups.
 
     Raises:
         ValueError: one of the three is wrong, or has no effect.
@@ -57,9 +57,7 @@ def check_paging(is_paged: object, page_dir: object, page_budget: object) -> Pla
             raise ValueError(f"got page_dir {page_dir!r}, expected the path of a directory")
         directory = Path(page_dir).expanduser().absolute()
         if not directory.is_dir():
-            raise ValueError(
-                f"got page_dir {str(page_dir)!r}, which is no directory; make it first"
-            )
+            raise ValueError(f"got page_dir {str(page_dir)!r}, which is not an existing directory")
     if page_budget is not None:
         if isinstance(page_budget, bool) or not isinstance(page_budget, Integral):
             raise ValueError(f"got page_budget {page_budget!r}, expected a number of bytes")

@@ -1,15 +1,15 @@
 """When pages come and go: a planner without torch, memory or clocks, only numbers.
 
-Memory of the device (the *budget*) has two parts.  In the first, as many pages as fit are *kept*:
-they are brought once and stay.  The second is a *ring* through which the others pass in the order
-of their use.  If everything fits, all pages are kept and nothing ever moves.
+Memory of the device (the *budget*) has two parts. In the first, as many pages as fit are *kept*:
+they are brought once and stay. The second is a *ring* through which the others pass in the order
+of their use. If everything fits, all pages are kept and nothing ever moves.
 
 A step uses pages in *groups*, of at most a third of the ring, so that while one group computes, the
-next one can arrive and the last one can leave.  The planner is told the expected order and
+next one can arrive and the last one can leave. The planner is told the expected order and
 prefetches along it, round and round, as far as the ring has room; it is never wrong to use
 another page, that one only comes late.
 
-:class:`Schedule` returns :class:`Event` lists.  What they mean, for whoever carries them out:
+:class:`Schedule` returns :class:`Event` lists. Their meaning, for the transfer:
 
 ``stage``
     copy the page from its backing store to ``offset`` of the device;
@@ -52,7 +52,7 @@ class Event:
 class _Slot:
     """Bytes of the device that hold a page; ``page`` is None once it has been forgotten.
 
-    ``busy``: its group computes.  ``spent``: has been used and written back, so that its bytes
+    ``busy``: its group computes. ``spent``: has been used and written back, so that its bytes
     may be taken at once.
     """
 
@@ -67,7 +67,7 @@ class Schedule:
     """Decides where pages are and what moves next.
 
     Args:
-        sizes: bytes of each page, > 0.  Those that come first are the first to be kept.
+        sizes: bytes of each page, > 0. Those that come first are the first to be kept.
         budget: bytes of the device that pages may take together.
         reuse_blocks_host: do not prefetch into the place of the group that has just been used. For
             transfers whose ``free`` blocks the host: it then waits for the group before that.
@@ -114,7 +114,7 @@ class Schedule:
     # --- what the step calls ----------------------------------------------------------------------
 
     def expect(self, order: Sequence[int]) -> list[Event]:
-        """From now on pages are expected in ``order``, again and again; the first ones come."""
+        """Expect pages in ``order``, again and again, and prefetch the first ones."""
         self._order = [page for page in order if page in self.sizes and page not in self.kept]
         self._index = {page: index for index, page in enumerate(self._order)}
         self._position = 0
@@ -125,7 +125,7 @@ class Schedule:
         return events
 
     def group_size(self, pages: Sequence[int]) -> int:
-        """How many of the first ``pages`` can be used together; at least one if there is one."""
+        """Return how many of the first ``pages`` can be used together; one at least."""
         ring_bytes = 0
         pages = pages[:PAGES_IN_GROUP]
         for count, page in enumerate(pages):
@@ -135,7 +135,7 @@ class Schedule:
         return len(pages)
 
     def begin(self, group: Sequence[int]) -> list[Event]:
-        """What has to happen before ``group``, at most :meth:`group_size`, can be computed with.
+        """Return what has to happen before ``group``, at most :meth:`group_size`, is used.
 
         Every ``begin`` is followed by one :meth:`end` before the next.
         """
@@ -146,7 +146,7 @@ class Schedule:
         return events + [Event(USE, page, self._slots[page].offset) for page in group]
 
     def end(self, group: Sequence[int]) -> list[Event]:
-        """What has to happen once the computation with ``group`` has been started."""
+        """Return what has to happen once the computation with ``group`` has been started."""
         events = []
         for page in group:
             slot = self._slots[page]
@@ -215,7 +215,7 @@ class Schedule:
         return events
 
     def _distance(self, page: int) -> float:
-        """How many uses of other pages are expected before that of ``page``."""
+        """Return how many uses of other pages are expected before that of ``page``."""
         index = self._index.get(page)
         return math.inf if index is None else (index - self._position) % len(self._order)
 
@@ -241,7 +241,7 @@ class Schedule:
         return [*events, Event(STAGE, page, offset)]
 
     def _room(self, size: int, leaving: int) -> int | None:
-        """Where ``size`` bytes fit behind the newest slot once the oldest ``leaving`` are gone."""
+        """Return where ``size`` bytes fit behind the newest slot without the oldest ``leaving``."""
         start, end = self._ring_start, self._ring_start + self._ring_size
         if leaving == len(self._ring):
             return start
@@ -271,7 +271,7 @@ def trace(
     steps: int = 1,
     reuse_blocks_host: bool = False,
 ) -> list[Event]:
-    """All events of ``steps`` steps that use the pages in ``order``, with everything written back.
+    """Return all events of ``steps`` steps that use the pages in ``order``, then write back.
 
     Raises:
         ValueError: a page is larger than ``budget``.

@@ -36,13 +36,13 @@ class Transfer(Protocol):
         """Begin to bring ``page`` to ``offset``."""
 
     def wait(self, page: Page, offset: int) -> Tensor:
-        """The bytes of ``page``, for what is computed from now on; drop them before the next."""
+        """Return the bytes of ``page`` for computing; drop them before the next call."""
 
     def write_back(self, page: Page, offset: int) -> None:
         """Begin to write ``page`` back."""
 
     def free(self, page: Page) -> None:
-        """The place of ``page`` is about to be used for others."""
+        """Prepare the place of ``page`` for other pages."""
 
     def synchronize(self, page: Page) -> None:
         """Wait until the host may read and write the backing store of ``page``."""
@@ -94,29 +94,29 @@ class MappedTransfer:
         self._open.pop(page.key, None)
 
     def synchronize(self, page: Page) -> None:
-        """Mappings of a file always agree."""
+        """Do nothing: mappings of a file always agree."""
 
     def flush(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: no work is left."""
 
 
 class Streams(Protocol):
     """What a device does one after the other: ``"compute"``, and copies ``"h2d"`` and ``"d2h"``."""
 
     def allocate(self, nbytes: int) -> Tensor:
-        """Bytes on the device that all queues may use."""
+        """Allocate bytes on the device that all queues may use."""
 
     def copy(self, queue: str, target: Tensor, source: Tensor) -> None:
         """Add a copy to ``queue``."""
 
     def record(self, queue: str) -> Any:
-        """An event that happens when everything now in ``queue`` is done."""
+        """Return an event that happens when everything now in ``queue`` is done."""
 
     def wait(self, queue: str, event: Any) -> None:
-        """What is added to ``queue`` from now on comes after ``event``."""
+        """Let what is added to ``queue`` from now on come after ``event``."""
 
     def done(self, event: Any) -> bool:
-        """Whether ``event`` has happened."""
+        """Return whether ``event`` has happened."""
 
     def synchronize(self, event: Any) -> None:
         """Let the host wait for ``event``."""
@@ -277,7 +277,7 @@ class StreamTransfer:
 
 
 def transfer_for(device: torch.device, backing: BackingStore) -> Transfer:
-    """What moves the pages of parameters on ``device`` from and to ``backing``."""
+    """Return what moves the pages of parameters on ``device`` from and to ``backing``."""
     if isinstance(backing, PageFile):
         return (
             StreamTransfer(CudaStreams(device), backing, pinned_staging)

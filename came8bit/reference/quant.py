@@ -2,7 +2,7 @@
 
 A tensor is seen as ``slices`` (its first dimension; one slice if it has fewer than two dimensions).
 Every slice is cut into blocks of :data:`BLOCK_SIZE` consecutive values in row-major order, the last
-one shorter, so a block never crosses a slice and a row shard owns whole blocks.  A block keeps
+one shorter, so a block never crosses a slice and a row shard owns whole blocks. A block keeps
 ``absmax``, its largest finite magnitude, and one int8 code per value:
 
     code  = sign(x) * floor(127 * compand(|x| / absmax) + bias)        -127 ... 127
@@ -14,7 +14,7 @@ so any processor's fast approximate root may make the first guess.
 
 ``bias`` is 1/2 (nearest in the companded domain), or :data:`DECAY_BIAS` for values whose update is
 zero: those round toward zero, because with nearest rounding ``m <- beta1 * m`` has fixed points
-other than 0 and a dead row would keep moving for ever.  The small bias absorbs the rounding of the
+other than 0 and a dead row would keep moving for ever. The small bias absorbs the rounding of the
 expression itself, so that a value which has not changed keeps its code.
 
 Laws (tested): 0 <-> 0; +-absmax <-> itself; odd; monotone; encode(decode(code)) == code; a block
@@ -22,7 +22,7 @@ whose absmax is below 2**-126 stores zeros; a value that is not finite becomes c
 decodes to NaN, and leaves the rest of its block alone.
 
 The kernels implement the ``"sqrt"`` map; the others stay here so that the choice can be measured
-(``docs/internals/quantization.md``).  ``csrc/quant.h`` holds the same expressions.
+(``docs/internals/quantization.md``). ``csrc/quant.h`` holds the same expressions.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ CODE_MAPS: dict[str, CodeMap] = {
 
 
 def blocks_per_slice(slice_len: int) -> int:
-    """Number of blocks in a slice of ``slice_len`` values."""
+    """Return the number of blocks in a slice of ``slice_len`` values."""
     return -(-slice_len // BLOCK_SIZE)
 
 
 def slice_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
-    """``(slices, slice_len)`` of a tensor of ``shape``; one slice below two dimensions."""
+    """Return ``(slices, slice_len)`` of a tensor of ``shape``; one slice below two dimensions."""
     numel = math.prod(shape)
     if len(shape) < 2:
         return (1, numel)
@@ -80,13 +80,13 @@ def slice_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
 
 
 def absmax_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
-    """Shape ``(slices, blocks)`` of the scales that belong to a tensor of ``shape``."""
+    """Return the shape ``(slices, blocks)`` of the scales that belong to a tensor of ``shape``."""
     slices, slice_len = slice_shape(shape)
     return (slices, blocks_per_slice(slice_len))
 
 
 def _to_blocks(x: Tensor) -> Tensor:
-    """``(slices, blocks, 256)`` copy of ``x`` in row-major order, padded with zeros."""
+    """Return a ``(slices, blocks, 256)`` copy of ``x`` in row-major order, padded with zeros."""
     slices, slice_len = slice_shape(x.shape)
     blocks = blocks_per_slice(slice_len)
     flat = x.reshape(slices, slice_len)
@@ -134,7 +134,7 @@ def root_levels(
     decaying: Tensor | None = None,
     compand: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Levels 0 to ``top`` of the magnitudes in ``(slices, blocks, size)``, and every absmax.
+    """Return levels 0 to ``top`` of the magnitudes in ``(slices, blocks, size)``, and every absmax.
 
     Args:
         blocks: fp32; where it is not finite the level means nothing.
@@ -163,7 +163,7 @@ def root_levels(
 
 
 def _largest_level(square: Tensor, bias: Tensor) -> Tensor:
-    """The largest whole ``q`` with ``(q - bias)**2 <= square``, as fp32."""
+    """Return the largest whole ``q`` with ``(q - bias)**2 <= square``, as fp32."""
     level = (square.sqrt().floor() - 1.0).clamp_(min=0.0)
     for _ in range(3):
         edge = level + (1.0 - bias)

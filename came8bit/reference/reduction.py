@@ -1,8 +1,8 @@
 """Sums over rows, columns and whole parameters, as fixed trees.
 
-Floating-point sums depend on their order, so the order is part of the specification.  It depends on
-the shape alone: not on threads, instruction set, width of a register or number of blocks.  Missing
-elements count as zeros.  A processor with vectors and one with warps want different trees; each has
+Floating-point sums depend on their order, so the order is part of the specification. It depends on
+the shape alone: not on threads, instruction set, width of a register or number of blocks. Missing
+elements count as zeros. A processor with vectors and one with warps want different trees; each has
 its own, and everything else of a step is the same expression on both.
 
 :data:`CPU_TREE` is what the sweeps in ``csrc/cpu/isa`` and ``csrc/cpu/tiles.cpp`` do,
@@ -23,11 +23,11 @@ class Tree(ABC):
 
     @abstractmethod
     def rows(self, x: Tensor) -> Tensor:
-        """Sums of the rows of ``(b, n, k)``, shape ``(b, n)``."""
+        """Return sums of the rows of ``(b, n, k)``, shape ``(b, n)``."""
 
     @abstractmethod
     def columns(self, x: Tensor) -> Tensor:
-        """Sums of the columns of ``(b, n, k)``, shape ``(b, k)``."""
+        """Return sums of the columns of ``(b, n, k)``, shape ``(b, k)``."""
 
     @abstractmethod
     def total(self, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Tree(ABC):
 
     @abstractmethod
     def vector(self, x: Tensor) -> Tensor:
-        """Sums of the row or column statistics ``(b, m)`` of each matrix, shape ``(b,)``."""
+        """Return sums of the row or column statistics ``(b, m)`` of each matrix, shape ``(b,)``."""
 
     @abstractmethod
     def matrices(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def _halve(x: Tensor, stop: int = 1) -> Tensor:
 
 
 def _add_in_order(x: Tensor, dim: int) -> Tensor:
-    """``((0 + x_0) + x_1) + ...`` along ``dim``, which disappears."""
+    """Return ``((0 + x_0) + x_1) + ...`` along ``dim``, which disappears."""
     parts = x.unbind(dim)
     total = torch.zeros_like(parts[0])
     for part in parts:
@@ -93,7 +93,7 @@ def lane_sum(x: Tensor) -> Tensor:
 
 
 def slab_rows(b: int, n: int, k: int) -> int:
-    """Rows whose column sums are formed in one go; bounds the partial sums of the kernels.
+    """Return how many rows form column sums in one go; bounds the partial sums of the kernels.
 
     To 2 MiB, or where that is not enough to 0.012 bytes per element.
     """
@@ -156,7 +156,7 @@ FLAT_ROUNDS = 8
 
 
 def _sum_vectors(x: Tensor) -> Tensor:
-    """Eight neighbours ``(..., 8)``: ``((0+1)+(2+3)) + ((4+5)+(6+7))``."""
+    """Sum eight neighbours ``(..., 8)``: ``((0+1)+(2+3)) + ((4+5)+(6+7))``."""
     for _ in range(3):
         x = x[..., 0::2] + x[..., 1::2]
     return x.squeeze(-1)
@@ -184,7 +184,7 @@ class CudaTree(Tree):
         self._row_part_bytes = row_part_bytes
 
     def _grid(self, b: int, n: int, k: int) -> tuple[int, int, int]:
-        """``(lanes, slab_rows, span)``: threads side by side on a row, rows and strips of a tile.
+        """Return ``(lanes, slab_rows, span)``: threads along a row, rows and strips of a tile.
 
         ``256 // lanes`` threads stand below each other, so a strip is as wide as 8 elements per
         lane.
@@ -201,7 +201,7 @@ class CudaTree(Tree):
         return lanes, rows, span
 
     def rows(self, x: Tensor) -> Tensor:
-        """Vectors of a thread, lanes of a strip halved, strips of a tile in order, tiles by 8."""
+        """Sum vectors of a thread, lanes halved, strips of a tile in order, tiles by 8 streams."""
         b, n, k = x.shape
         lanes, _, span = self._grid(b, n, k)
         strips = _ceil_div(k, lanes * VECTOR)
@@ -212,7 +212,7 @@ class CudaTree(Tree):
         return _streams(_add_in_order(sums, -1), WARPS)
 
     def _slabs(self, x: Tensor) -> Tensor:
-        """Column sums of every slab, ``(b, slabs, k)``.
+        """Return column sums of every slab, ``(b, slabs, k)``.
 
         A thread adds every ``256 // lanes``-th row in order, then those threads are halved.
         """
@@ -224,11 +224,11 @@ class CudaTree(Tree):
         return _halve(_add_in_order(x, 2).transpose(-1, -2)).squeeze(-1)
 
     def columns(self, x: Tensor) -> Tensor:
-        """The slabs by 8 streams."""
+        """Sum the slabs by 8 streams."""
         return _streams(self._slabs(x).transpose(-1, -2), WARPS)
 
     def total(self, x: Tensor) -> Tensor:
-        """The columns of each strip of a slab halved, then those sums by 256 streams."""
+        """Halve the columns of each strip of a slab, then sum by 256 streams."""
         b, n, k = x.shape
         lanes, _, _ = self._grid(b, n, k)
         strips = _ceil_div(k, lanes * VECTOR)
@@ -237,22 +237,22 @@ class CudaTree(Tree):
         return _streams(tiles.reshape(-1), THREADS)
 
     def total_of_rows(self, x: Tensor) -> Tensor:
-        """Each matrix as a vector, then the matrices."""
+        """Sum each matrix as a vector, then the matrices."""
         return self.matrices(self.vector(x))
 
     def vector(self, x: Tensor) -> Tensor:
-        """Chunks of 32 halved, then the chunks by 32 streams."""
+        """Halve chunks of 32, then sum the chunks by 32 streams."""
         m = x.shape[-1]
         chunks = max(1, _ceil_div(m, WARP))
         x = pad(x, (0, chunks * WARP - m)).unflatten(-1, (chunks, WARP))
         return _streams(_halve(x).squeeze(-1), WARP)
 
     def matrices(self, x: Tensor) -> Tensor:
-        """By 32 streams."""
+        """Sum by 32 streams."""
         return _streams(x, WARP)
 
     def flat(self, x: Tensor) -> Tensor:
-        """Tiles of 8 rounds of 256 vectors: rounds in order, threads halved; then 256 streams."""
+        """Sum tiles of 8 rounds of 256 vectors: rounds in order, threads halved, 256 streams."""
         tile = FLAT_ROUNDS * THREADS * VECTOR
         tiles = max(1, _ceil_div(x.numel(), tile))
         x = pad(x, (0, tiles * tile - x.numel())).view(tiles, FLAT_ROUNDS, THREADS, VECTOR)

@@ -7,8 +7,8 @@ random numbers: as easy as 1, 2, 3"), as a pure function of *where* the element 
     counter  = (e // 8 as two 32-bit words, parameter index, step of that parameter)
     bits     = half-word e % 8 of the four output words, low half first
 
-with ``e`` the row-major index in the full parameter.  So device, thread count, strides, sharding
-and resuming do not change the draw.  ``csrc/rounding.h`` holds the same expressions.
+with ``e`` the row-major index in the full parameter. So device, thread count, strides, sharding
+and resuming do not change the draw. ``csrc/rounding.h`` holds the same expressions.
 
 Written rules for the edges: the magnitude of a value is rounded up with probability equal to the
 fraction that is cut off (resolution 2**-16; 2**-13 for normal fp16); fp16 subnormals are rounded to
@@ -23,12 +23,12 @@ from torch import Tensor
 
 
 def fp32(x: float) -> float:
-    """``x`` rounded once to fp32, as a Python float."""
+    """Return ``x`` rounded once to fp32, as a Python float."""
     return torch.tensor(x, dtype=torch.float64).to(torch.float32).item()
 
 
 def square_root(x: Tensor) -> Tensor:
-    """Correctly rounded square root of an fp32 tensor.
+    """Return the correctly rounded square root of an fp32 tensor.
 
     ``torch.sqrt`` of fp32 on a CPU may be a vector library's, whose last bit is sometimes off. The
     root in float64 has enough digits for the second rounding to be the right one.
@@ -43,7 +43,7 @@ _ROUNDS = 10
 
 
 def _multiply_32(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of ``a * constant``; int64 tensors holding unsigned 32-bit words."""
+    """Return the high and low 32 bits of ``a * constant`` as int64 tensors of unsigned words."""
     low_part = (a & 0xFFFF) * constant
     high_part = (a >> 16) * constant
     middle = (low_part >> 16) + (high_part & 0xFFFF)
@@ -52,7 +52,7 @@ def _multiply_32(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
-    """Four words of Philox4x32-10 per counter; all words are int64 tensors in [0, 2**32)."""
+    """Return four words of Philox4x32-10 per counter; all words are int64 tensors in [0, 2**32)."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(_ROUNDS):
@@ -66,7 +66,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 def random_bits(
     numel: int, *, seed: int, index: int, step: int, offset: int = 0, device: torch.device
 ) -> Tensor:
-    """16 random bits for each of ``numel`` elements, int64 of shape ``(numel,)``.
+    """Return 16 random bits for each of ``numel`` elements, int64 of shape ``(numel,)``.
 
     Args:
         numel: number of elements.

@@ -1,7 +1,7 @@
 """Saved state for an optimizer: one merge for state dicts and for files.
 
 :mod:`.merge` decides which saved parameter is which, what the options become and which state fits;
-:mod:`.values` what is wrong with values, and converts momentum.  All of it before anything changes.
+:mod:`.values` what is wrong with values, and converts momentum. All of it before anything changes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def read_state_dict(
         if missing:
             raise ValueError(f"got a dict without {missing}, expected what state_dict() returned")
         saved_groups, saved, strangers = _parameters(state_dict)
-        # torch compares no names: other ones are no error of a state dict.
+        # torch compares no names: different ones are not an error in a state dict.
         found = merge(
             own_groups,
             saved_groups,

@@ -21,7 +21,7 @@ class Differences:
         unsure: parameters that have a name in the file and the shape of another, so that only the
             order told them apart: the optimizer has no names.
         renamed: parameters of a state dict that have other names there, so that the order decided.
-        missing: parameters without usable saved state, which start anew (``allow_missing=True``).
+        missing: parameters without usable saved state, which start from zero (``allow_missing``).
         unused: what was saved and belongs to no parameter (``allow_unused=True``).
         not_finite: parameters whose state has NaN or infinity, under ``nonfinite="propagate"``.
     """

@@ -122,7 +122,7 @@ def merge(
     """Pair the parameters of ``own_groups`` with the ``saved`` ones and merge the options.
 
     By name if both sides have unique names, else by position; with ``strict_names=False`` also
-    where the names differ.  Saved options win; those that are not saved, and the ``kept`` ones,
+    where the names differ. Saved options win; those that are not saved, and the ``kept`` ones,
     stay.
 
     Raises:
@@ -233,7 +233,7 @@ def _label(
 
 
 def _alike(saved: Sequence[SavedParameter], params: Sequence[Tensor]) -> list[str]:
-    """Names of parameters with state that have the shape of another: they could be swapped."""
+    """Return the parameters with state that another has the shape of: could be swapped."""
     shapes = Counter(param.shape for param in params)
     return [
         one.name

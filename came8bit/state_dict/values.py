@@ -42,7 +42,7 @@ def as_count(value: object, name: str) -> int:
 def find_fault(state: Mapping[str, Any]) -> str | None:
     """Say what makes a state one that no step can go on from, or return ``None``.
 
-    Statistics are means of squares and scales are magnitudes: finite and not negative.  Momentum
+    Statistics are means of squares and scales are magnitudes: finite and not negative. Momentum
     is finite.
     """
     for name, value in state.items():
@@ -63,8 +63,8 @@ def find_fault(state: Mapping[str, Any]) -> str | None:
 def convert_momentum(state: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """Return ``state`` with its momentum as ``layout`` has it; the rest is passed on as it is.
 
-    From 8 to 32 bits is exact, and back from there too.  From 32 to 8 rounds to the nearest code,
-    as the step does.  Blocks never cross a slice of the first dimension, so working slice by slice
+    From 8 to 32 bits is exact, and back from there too. From 32 to 8 rounds to the nearest code,
+    as the step does. Blocks never cross a slice of the first dimension, so working slice by slice
     gives what the whole tensor would.
     """
     bits = 8 if "absmax" in state else 32

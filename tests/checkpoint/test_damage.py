@@ -290,7 +290,7 @@ FOREIGN = {
     "AdamW": (save_adamw, "state of another optimizer than came-pytorch"),
     "training": (save_training, r"under 'optimizer'; save it alone: torch\.save\(torch\.load"),
     "own training": (save_own_training, r"save it alone: torch\.save\(torch\.load\(\.\.\.\)"),
-    "old": (save_old, r"format of before version 1\.6; write it anew: torch\.save\(torch\.load"),
+    "old": (save_old, r"format of before version 1\.6; save it again: torch\.save\(torch\.load"),
     "code": (save_code, "the file holds Python objects .*, and loading those may run code"),
     "zip": (save_zip, "a zip archive, but not one that torch.save writes"),
 }

@@ -477,7 +477,7 @@ BAD = [
     ({"is_paged": True, "page_budget": 1.5}, "got page_budget 1.5, expected a number of bytes"),
     ({"is_paged": True, "page_budget": True}, "got page_budget True, expected a number"),
     ({"is_paged": True, "page_dir": 3}, "got page_dir 3, expected the path of a directory"),
-    ({"is_paged": True, "page_dir": "no/such"}, "'no/such', which is no directory; make it first"),
+    ({"is_paged": True, "page_dir": "no/such"}, "'no/such', which is not an existing directory"),
 ]
 
 
