@@ -1,18 +1,13 @@
-"""The benchmark for GPUs as far as a machine without one can try it: tiny cases, and fakes."""
+"""What the benchmark for GPUs counts, how it times, what it scans and judges."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import ctypes
-import json
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,40 +17,11 @@ from paths import ROOT
 from benchmarks.gpu_step import __main__ as bench_gpu
 from benchmarks.gpu_step import cases, peers, scans
 from benchmarks.gpu_step.cases import CASES, largest_swept
-from benchmarks.gpu_step.measure import Device, DeviceLost, by_name, by_sweep, make_params
+from benchmarks.gpu_step.measure import Device, by_name, by_sweep, make_params
 from benchmarks.gpu_step.run import Case, start
 from benchmarks.gpu_step.targets import judge
 from benchmarks.harness import state_bytes
-from benchmarks.peers import BITSANDBYTES, OURS, Peer
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """With quick optimizers, one that is missing and one that fails."""
-    chosen = {name: peers.OPTIMIZERS[name] for name in ("CAME8bit", "CAME32bit", "AdamW(fused)")}
-    chosen["absent"] = Peer("no_such_module", "x")
-    chosen["broken"] = Peer("torch.optim", "AdamW", {"the moon": 1})
-    for module in (bench_gpu, scans):
-        monkeypatch.setattr(module, "OPTIMIZERS", chosen)
-    monkeypatch.setattr(bench_gpu, "MAIN", ("CAME8bit", "AdamW(fused)", "broken"))
-    for module, name in (
-        (bench_gpu, "LONGEST_CASE"),
-        (bench_gpu, "OF_OTHERS"),
-        (scans, "OF_A_SCAN"),
-    ):
-        monkeypatch.setattr(module, name, 0.1)
-    return bench_gpu
-
-
-def run(bench: ModuleType, folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
-    """One call of the benchmark on the CPU; its status and its file."""
-    status = bench.main(["--device", "cpu", "--seconds", "60", "--out", str(folder), *options])
-    return status, json.loads((folder / "gpu.json").read_text())
-
-
-def measured(result: dict[str, Any]) -> set[tuple[str, str, str]]:
-    return {(row["case"], row["dtype"], row["optimizer"]) for row in result["rows"]}
-
+from benchmarks.peers import BITSANDBYTES
 
 # --- what is counted ------------------------------------------------------------------------------
 
@@ -203,25 +169,23 @@ def test_the_device_sleeps_until_all_is_queued() -> None:
     assert max(device.pauses) <= 0.2
 
 
-def test_kernels_are_timed_covered_and_both_are_told(bench: ModuleType) -> None:
-    times = bench.Times(pause=0.1)
+def test_kernels_are_timed_covered_and_both_are_told() -> None:
+    times = bench_gpu.Times(pause=0.1)
     times.measure(waiting_device(0.01, 0.0), "CAME8bit", lambda: None)
     assert (times.covered, times.plain, times.host, times.hidden) == ([1.0], [3.0], [0.01], 1)
-    times = bench.Times(pause=None)
+    times = bench_gpu.Times(pause=None)
     times.measure(waiting_device(0.01, 0.0), "came-pytorch", lambda: None)
     assert (times.covered, times.plain, times.hidden) == ([3.0], [3.0], 0)
 
 
 @pytest.mark.parametrize("pause", [0.1, None])
-def test_plain_times_are_compared_with_plain_times(
-    bench: ModuleType, tmp_path: Path, pause: float | None
-) -> None:
+def test_plain_times_are_compared_with_plain_times(tmp_path: Path, pause: float | None) -> None:
     run = start(Device("cpu"), 10, tmp_path, add=False)
     case = Case("tiny", "float32", make_params([(8, 8)], "float32", "cpu"))
     optimizer = torch.optim.SGD(case.params)
-    ours = bench.Times(0.1, covered=[1.0], plain=[10.0], host=[1.0], hidden=1)
-    theirs = bench.Times(pause, covered=[2.0 if pause else 50.0], plain=[50.0], host=[1.0])
-    row = bench.row_of(run, case, "x", optimizer, {"CAME8bit": ours, "x": theirs})
+    ours = bench_gpu.Times(0.1, covered=[1.0], plain=[10.0], host=[1.0], hidden=1)
+    theirs = bench_gpu.Times(pause, covered=[2.0 if pause else 50.0], plain=[50.0], host=[1.0])
+    row = bench_gpu.row_of(run, case, "x", optimizer, {"CAME8bit": ours, "x": theirs})
     assert row["time_over_ours_p50"] == (2.0 if pause else 5.0)
     assert row["plain_over_ours_p50"] == 5.0
     assert row["plain_p50_ms"] == 50_000.0
@@ -295,9 +259,7 @@ def test_a_variable_that_a_library_does_not_ask_for(tmp_path: Path) -> None:
     assert not scans.is_known("CAME8BIT_CUDA_GROUP_BYTES", None)
 
 
-def test_every_value_is_set_while_it_is_timed(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_value_is_set_while_it_is_timed(tmp_path: Path) -> None:
     seen: list[str] = []
 
     class Watching(Device):
@@ -312,321 +274,3 @@ def test_every_value_is_set_while_it_is_timed(
     assert set(seen) == {"", "1", "2"}
     assert [row["p50_ms"] for row in run.scans] == [0.0, 1000.0, 2000.0]
     assert "X_VARIABLE" not in os.environ
-
-
-# --- whole runs -----------------------------------------------------------------------------------
-
-
-def test_benchmark_on_the_cpu(bench: ModuleType, tmp_path: Path) -> None:
-    """Missing and failing optimizers are said, the others measured; the files can be read."""
-    for _ in range(2):
-        status, result = run(bench, tmp_path)
-        assert status == 0
-    assert "plumbing only" in result["about"]["device"]
-    assert result["targets"] == []
-    names = ("CAME8bit", "CAME32bit", "AdamW(fused)")
-    every = [(case, dtype) for case in ("tiny", "tiny-matrix") for dtype in bench.DTYPES]
-    assert measured(result) == {(*case, name) for case in every for name in names}
-    for row in result["rows"]:
-        assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
-        assert row["plain_p20_ms"] <= row["plain_p50_ms"] <= row["plain_p80_ms"]
-        if row["optimizer"] == "CAME8bit":
-            assert row["time_over_ours_p50"] == 1.0
-    said = {item["what"]: item["why"] for item in result["not_run"]}
-    assert said["absent"] == "no_such_module is not installed"
-    assert said["tiny bfloat16 broken"].startswith("TypeError: ")
-    assert said["sweeps"] == "no GPU"
-    assert {scan["variable"] for scan in result["scans"]} == {
-        "CAME8BIT_CUDA_GROUP_BYTES",
-        "CAME8BIT_CUDA_SMALL_ELEMENTS",
-    }
-    with (tmp_path / "gpu.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == 2 * len(result["rows"])
-    (tmp_path / "gpu.csv").write_text("other,columns\n")
-    with pytest.raises(SystemExit, match="move it away first"):
-        run(bench, tmp_path, "--pieces", "benchmarks", "--cases", "tiny")
-
-
-def test_pieces_go_into_one_file(bench: ModuleType, tmp_path: Path) -> None:
-    one = ("--cases", "tiny-matrix", "--dtypes", "float32", "--add", "--pieces")
-    _, first = run(bench, tmp_path, *one, "benchmarks")
-    _, second = run(bench, tmp_path, *one, "others")
-    assert {row["optimizer"] for row in second["rows"]} == {
-        "CAME8bit",
-        "AdamW(fused)",
-        "CAME32bit",
-    }
-    (ours,) = (row for row in first["rows"] if row["optimizer"] == "CAME8bit")
-    assert ours in second["rows"]  # not that of the short round
-    assert second["copy"] == first["copy"]
-    assert {item["piece"] for item in second["not_run"]} == {"benchmarks", "others"}
-    _, again = run(bench, tmp_path, *one, "benchmarks")
-    assert len(again["rows"]) == len(second["rows"])
-    assert ours not in again["rows"]
-    assert again["not_run"].count(second["not_run"][0]) == 1
-    # Figures of other sources are not mixed with these.
-    (tmp_path / "gpu.json").write_text(json.dumps({**again, "about": {"git": "other"}}))
-    _, new = run(bench, tmp_path, *one, "others")
-    assert {row["optimizer"] for row in new["rows"]} == {"CAME8bit", "CAME32bit"}
-
-
-@pytest.fixture
-def failing(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What happens when the second case's parameters are made."""
-    wish: dict[str, Any] = {}
-    right = bench.make_params
-    del bench.OPTIMIZERS["broken"]
-
-    def make(shapes: Any, dtype: str, device: str) -> Any:
-        if shapes == [(256, 256)]:
-            raise wish["error"]
-        return right(shapes, dtype, device)
-
-    def check(device: Any) -> None:
-        if "lost" in wish:
-            raise wish["lost"]
-
-    monkeypatch.setattr(bench, "make_params", make)
-    monkeypatch.setattr(Device, "check", check)
-    return wish
-
-
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("launch failed")]
-)
-def test_a_case_that_fails_is_not_the_rest(
-    bench: ModuleType, tmp_path: Path, failing: dict[str, Any], error: Exception
-) -> None:
-    failing["error"] = error
-    status, result = run(bench, tmp_path, "--pieces", "benchmarks")
-    assert status == 1  # ours could not be measured
-    cases = {(case, dtype) for case, dtype, _ in measured(result)}
-    assert cases == {("tiny", "bfloat16"), ("tiny", "float32")}
-    said = {item["what"]: item["why"] for item in result["not_run"]}
-    assert said["tiny-matrix bfloat16"] == f"{type(error).__name__}: {error}"
-
-
-def test_a_lost_device_ends_the_run_and_leaves_what_is_known(
-    bench: ModuleType, tmp_path: Path, failing: dict[str, Any]
-) -> None:
-    failing |= {"error": RuntimeError("illegal access"), "lost": DeviceLost("unspecified launch")}
-    status, result = run(bench, tmp_path)
-    assert status == bench.LOST
-    assert {(case, dtype) for case, dtype, _ in measured(result)} == {("tiny", "bfloat16")}
-    said = {item["what"]: item["why"] for item in result["not_run"]}
-    assert said["tiny-matrix bfloat16"] == "RuntimeError: illegal access"
-    assert said["everything that was left"] == "the device is lost: unspecified launch"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_leaves_what_it_knows(tmp_path: Path, number: signal.Signals) -> None:
-    """However it ends: in the middle of the second case there are rows of the first."""
-    code = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from benchmarks.gpu_step import __main__ as bench_gpu\n"
-        "right = bench_gpu.make_params\n"
-        "def make(shapes, *rest):\n"
-        "    if shapes == [(256, 256)]:\n"
-        "        print('now', flush=True); time.sleep(60)\n"
-        "    return right(shapes, *rest)\n"
-        "bench_gpu.make_params = make\n"
-        "del bench_gpu.OPTIMIZERS['bitsandbytes AdamW8bit']\n"
-        f"bench_gpu.main(['--device', 'cpu', '--seconds', '60', '--out', {str(tmp_path)!r}])\n"
-    )
-    restore = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        with process:
-            for line in process.stdout:
-                if line.strip() == "now":
-                    break
-            process.send_signal(number)
-            process.communicate(timeout=30)
-    finally:
-        signal.signal(signal.SIGINT, restore)
-    result = json.loads((tmp_path / "gpu.json").read_text())
-    assert {(case, dtype) for case, dtype, _ in measured(result)} == {("tiny", "bfloat16")}
-    assert len((tmp_path / "gpu.csv").read_text().splitlines()) == 1 + len(result["rows"])
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["gpu.csv", "gpu.json"]
-
-
-def test_benchmark_out_of_time(bench: ModuleType, tmp_path: Path) -> None:
-    bench.main(["--device", "cpu", "--seconds", "0", "--out", str(tmp_path)])
-    result = json.loads((tmp_path / "gpu.json").read_text())
-    assert result["rows"] == []
-    late = [item for item in result["not_run"] if item["why"] == "out of time"]
-    assert {"tiny bfloat16", "tiny float32 CAME32bit"} < {item["what"] for item in late}
-
-
-def test_the_largest_tensor_is_stepped_alone(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In bf16 only: for the extra memory of its step, which has a target."""
-    (name,) = cases.ALONE
-    assert CASES[name] == [(128256, 4096)]
-    monkeypatch.setattr(bench, "ALONE", ("tiny-matrix",))
-    _, result = run(bench, tmp_path, "--pieces", "benchmarks")
-    found = {found for found in measured(result) if found[0] == "tiny-matrix"}
-    assert found == {("tiny-matrix", "bfloat16", "CAME8bit")}
-    row = {**result["rows"][0], "case": name, "param_bytes": 128256 * 4096 * 2, "tensors": 1}
-    row |= {"numel": 128256 * 4096, "extra_bytes": 14_000_000, "optimizer": "CAME8bit"}
-    found = judge({**result, "about": {"l2_bytes": 50 << 20}, "rows": [row]})
-    (memory,) = (t for t in found if "extra MB" in t["what"])
-    assert memory["limit"] == pytest.approx(13.25, abs=0.01)
-    assert not memory["holds"]
-
-
-def test_what_may_take_forever_comes_last() -> None:
-    """torchao compiles within its first step, where no clock is looked at."""
-    assert list(peers.OPTIMIZERS)[-1] == "torchao AdamW8bit"
-    assert list(bench_gpu.PIECES)[-1] == "others"
-    assert peers.MAIN == (OURS, "AdamW(fused)", BITSANDBYTES)
-
-
-def test_benchmark_needs_a_gpu_or_to_be_told(capsys: pytest.CaptureFixture[str]) -> None:
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit):
-            bench_gpu.parse([])
-        assert "--device cpu tries the plumbing" in capsys.readouterr().err
-    for name in ("moon", "gpt2"):
-        with pytest.raises(SystemExit):
-            bench_gpu.parse(["--device", "cpu", "--cases", name])
-        assert ", tiny-matrix" in capsys.readouterr().err
-
-
-# --- as on a GPU ----------------------------------------------------------------------------------
-
-
-class FakeEvent:
-    """An event of :func:`fake_gpu`."""
-
-    calls: list[str]
-
-    def __init__(self, enable_timing: bool = False) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        self.calls.append("record")
-
-    def query(self) -> bool:
-        self.calls.append("query")
-        return False
-
-    def synchronize(self) -> None:
-        self.calls.append("synchronize")
-
-    def elapsed_time(self, other: object) -> float:
-        return 2.0
-
-
-class FakeGraph:
-    """A CUDA graph that does nothing when it is replayed."""
-
-    def replay(self) -> None:
-        FakeEvent.calls.append("replay")
-
-
-@pytest.fixture
-def fake_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The calls that the benchmark makes of a GPU, whose memory is the CPU's."""
-    calls: list[str] = []
-    monkeypatch.setattr(FakeEvent, "calls", calls, raising=False)
-
-    def call(name: str, result: object = None) -> Callable[..., object]:
-        def called(*_: object, **__: object) -> object:
-            calls.append(name)
-            return result
-
-        return called
-
-    properties = SimpleNamespace(
-        name="NVIDIA Moon", total_memory=80 << 30, L2_cache_size=1 << 16, major=9, minor=0
-    )
-    fakes = {
-        "Event": FakeEvent,
-        "CUDAGraph": FakeGraph,
-        "graph": lambda graph: contextlib.nullcontext(calls.append("capture")),
-        "_sleep": call("sleep"),
-        "synchronize": call("wait"),
-        "empty_cache": call("empty"),
-        "reset_peak_memory_stats": call("reset"),
-        "memory_allocated": call("memory", 1000),
-        "max_memory_allocated": call("memory", 1_001_000),
-        "is_available": call("available", True),
-        "get_device_properties": call("properties", properties),
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake, raising=False)
-    library = tmp_path / "_C_cuda.so"
-    library.write_bytes(b"CAME8BIT_CUDA_GROUP_BYTES CAME8BIT_CUDA_SMALL_ELEMENTS")
-    status = SimpleNamespace(loaded=True, path=str(library), isa="sm_90", reason="")
-    for module in (scans.came8bit, torch.cuda):
-        kernels = lambda: SimpleNamespace(cuda=status)  # noqa: E731
-        monkeypatch.setattr(module, "kernel_status", kernels, raising=False)
-
-    class FakeDevice(Device):
-        def __init__(self, name: str) -> None:
-            super().__init__("cpu")
-            self.is_cuda = True
-
-        def copy_bandwidth(self, nbytes: int | None = None, repeats: int = 3) -> dict[str, Any]:
-            return super().copy_bandwidth(1 << 10, repeats)
-
-    right = make_params
-    small = {name: [(64, 64), (8,)] for name in bench_gpu.CASES}
-    for module in (bench_gpu, scans):
-        monkeypatch.setattr(
-            module, "make_params", lambda shapes, dtype, _: right(shapes, dtype, "cpu")
-        )
-    monkeypatch.setattr(bench_gpu, "Device", FakeDevice)
-    monkeypatch.setattr(bench_gpu, "CASES", small)
-    found = [("came8bit::instability_kernel<came8bit::Bf16>(int)", 1e-3)]
-    monkeypatch.setattr(scans, "kernel_times", lambda step: found)
-    return calls
-
-
-def test_in_what_order_a_gpu_is_asked(bench: ModuleType, fake_gpu: list[str]) -> None:
-    """The pause comes before the event that begins, and all is queued before anyone waits."""
-    device = bench.Device("cuda")
-    fake_gpu.clear()
-    step = lambda: fake_gpu.append("step")  # noqa: E731
-    assert device.covered(step, 0.01) == (pytest.approx(0.002), True)
-    asked = fake_gpu[fake_gpu.index("sleep") :]
-    calibration = ["sleep", "record", "sleep", "record", "synchronize"]
-    assert asked == [*calibration, "sleep", "record", "step", "record", "query", "synchronize"]
-    fake_gpu.clear()
-    assert device.plain(step)[0] == pytest.approx(0.002)
-    assert fake_gpu == ["record", "step", "record", "synchronize"]
-    fake_gpu.clear()
-    device.captured(step)()
-    assert fake_gpu == ["capture", "step", "replay"]
-    assert device.extra_bytes(step) == 1_000_000
-
-
-def test_everything_as_on_a_gpu(
-    bench: ModuleType, fake_gpu: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """All lines that only a GPU reaches, but for the calls of CUDA themselves."""
-    out = tmp_path / "out"
-    assert bench.main(["--seconds", "100", "--out", str(out)]) == 0
-    result = json.loads((out / "gpu.json").read_text())
-    assert result["about"]["device"] == "NVIDIA Moon"
-    assert {row["case"] for row in result["rows"]} == set(bench.CASES)
-    assert all(row["covered"] == 1.0 for row in result["rows"])
-    assert all(row["extra_bytes"] == 1_000_000 for row in result["rows"])
-    of = {(scan["variable"], scan["case"]) for scan in result["scans"]}
-    assert len(of) == 3  # a library that knows two variables
-    assert all(scan["graph_p50_ms"] == 2.0 for scan in result["scans"])
-    said = {item["what"]: item["why"] for item in result["not_run"]}
-    name = "CAME8BIT_CUDA_APPLY_ROUNDS llama-7b-layers"
-    assert said[name] == "the library does not ask for this variable"
-    profiles = [sweep for sweep in result["sweeps"] if sweep["optimizer"] == "CAME8bit"]
-    assert len(profiles) == 9
-    assert profiles[0]["sweeps"][1]["sweep"] == "B: instability"
-    assert profiles[0]["kernels"][0]["kernel"] == "instability_kernel<Bf16>"
-    assert any("extra MB" in target["what"] for target in result["targets"])
-    assert "x ours" in capsys.readouterr().out
