@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "state_dict",
         "validation",
     },
-    "planner": {"errors", "paging", "state"},
+    "planner": {"atomic_file", "errors", "paging", "state"},
     "__init__": {
         "_version",
         "checkpoint",
@@ -56,14 +56,23 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 #: Parts that may use nothing but torch and the standard library, even inside functions.
-TORCH_ONLY = set(ALLOWED) - {"cli", "environment", "tradeoff", "__main__", "__init__"}
+TORCH_ONLY = set(ALLOWED) - {
+    "cli",
+    "environment",
+    "planner",
+    "tradeoff",
+    "__main__",
+    "__init__",
+}
 
 #: What a program that only wants the optimizer must not have to load, or have installed.
 HEAVY = (
     "accelerate",
     "bitsandbytes",
     "came_pytorch",
+    "diffusers",
     "matplotlib",
+    "rich",
     "safetensors",
     "tqdm",
     "transformers",

@@ -71,7 +71,7 @@ def failing(fits: Choice) -> tuple[Choice, ...]:
 
 def planned_state(shape: str, choice: Choice) -> planner.State:
     """Return what the planner says of the state, in bf16."""
-    model = planner.from_architecture(shape, "", planner.architecture_of(SHAPES[shape]))
+    model = planner.from_config(SHAPES[shape], shape, "")
     options = planner.Options(itemsize=2, budget=choice.page_budget)
     return planner.OPTIMIZERS[PLANNED[choice.name]].state(model.parameters, options)
 

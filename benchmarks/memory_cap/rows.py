@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import came8bit
 from benchmarks.harness import append, load, moment, quantiles, ratios, write_json
 from benchmarks.memory_cap.job import Job
-from benchmarks.memory_cap.model import SHAPES
+from benchmarks.memory_cap.model import SHAPES, build, loss_of
 from benchmarks.memory_cap.optimizers import NONE, PLANNED, Choice
 from came8bit import environment, planner
+from came8bit.planner.workloads import positions_are_unpacked
 
 ALL_OF_THEM = ("peak_allocated", "peak_reserved", "beside", "peak_address_space", "peak_resident")
 """Columns that a comparison leaves empty."""
@@ -50,12 +52,10 @@ def about(device: str, text: dict[str, Any]) -> dict[str, Any]:
 
 
 def planned_peak(job: Job, choice: Choice) -> int | None:
-    """Bytes that ``came8bit.planner`` expects at the highest point, logits in pieces."""
+    """Bytes that ``came8bit.planner`` expects at the highest point."""
     if choice.name == NONE or (choice.name == "PagedAdamW8bit" and job.device == "cpu"):
         return None  # on a CPU bitsandbytes does not page, so what is planned is something else
-    model = planner.from_architecture(
-        job.shape, "", planner.architecture_of({**SHAPES[job.shape], "model_type": "llama"})
-    )
+    model = planner.from_config(SHAPES[job.shape], job.shape, "")
     setup = planner.Setup(
         batch=job.batch,
         sequence=job.sequence,
@@ -63,10 +63,16 @@ def planned_peak(job: Job, choice: Choice) -> int | None:
         release=choice.released,
         budget=choice.page_budget,
     )
-    found = planner.estimate(model, planner.OPTIMIZERS[PLANNED[choice.name]], setup)
-    share = min(1.0, job.piece / (job.batch * job.sequence))
-    moments = [replace(m, logits=int(m.logits * share)) for m in found.moments]
-    return found.resident + max(moment.nbytes for moment in moments)
+    kind = planner.OPTIMIZERS[PLANNED[choice.name]]
+    return planner.estimate(model, kind, setup, traced(job)).peak
+
+
+def traced(job: Job) -> planner.Trace:
+    """Trace the job's own forward and backward, with its logits in pieces, on fake tensors."""
+    with FakeTensorMode(), positions_are_unpacked():
+        model = build(job.shape, torch.device("cpu"), job.seed)
+        tokens = torch.ones(job.batch, job.sequence + 1, dtype=torch.int64)
+        return planner.trace(model, lambda: loss_of(model, tokens, job.piece), [tokens])
 
 
 def row(

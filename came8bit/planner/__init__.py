@@ -1,44 +1,44 @@
-"""What fits where, before anything is allocated.
+"""Plan the memory of training before anything is allocated.
 
-A :class:`Model` is parameters by shape and, where its kind is known, an architecture that says what
-its layers keep for the backward.  It comes from a Hugging Face config.json, the header of a
-safetensors file, or by name.  :func:`estimate` adds up what training it with one of
-:data:`OPTIMIZERS` takes, moment by moment; :func:`ways` looks for settings that fit a card.
-
-Parameters, gradients and state are exact.  Activations are an estimate, whose error is measured by
-``benchmarks/planner.py``; ``docs/planner.md`` says what is counted and what is not.
+A :class:`Model` is parameters by shape and, where transformers or diffusers can build it, a
+workload that runs on fake tensors. It comes from a Hugging Face config.json, from headers of
+safetensors files, or by name. :func:`estimate` adds up what training it with one of
+:data:`OPTIMIZERS` takes, moment by moment; :func:`ways` looks for setups that fit a GPU.
+``docs/planner.md`` says what is counted and what is not.
 """
 
 from ..errors import UnknownModel
-from .advice import (
-    CARDS,
+from .activations import StorageCounter, Trace, Untraceable, Workload, trace
+from .estimate import (
     GIB,
+    GPUS,
+    ITEMSIZE,
     RESERVE,
     SHORTEST,
+    Estimate,
+    Moment,
+    Setup,
     Way,
+    estimate,
     largest_batch,
     longest_sequence,
     python_lines,
     smallest_effort,
     ways,
 )
-from .configs import FAMILIES, architecture_of
-from .estimate import ITEMSIZE, Estimate, Moment, Setup, estimate
-from .model import Architecture, Model, Parameter, Stage, from_architecture
-from .named import CONFIGS, named
+from .model import Model, Parameter
 from .optimizers import OPTIMIZERS, OptimizerKind, Options, State
-from .sources import from_path
+from .sources import CONFIGS, check_numbers, from_path, named
+from .workloads import from_config
 
 __all__ = [
-    "CARDS",
     "CONFIGS",
-    "FAMILIES",
     "GIB",
+    "GPUS",
     "ITEMSIZE",
     "OPTIMIZERS",
     "RESERVE",
     "SHORTEST",
-    "Architecture",
     "Estimate",
     "Model",
     "Moment",
@@ -46,18 +46,22 @@ __all__ = [
     "Options",
     "Parameter",
     "Setup",
-    "Stage",
     "State",
+    "StorageCounter",
+    "Trace",
     "UnknownModel",
+    "Untraceable",
     "Way",
-    "architecture_of",
+    "Workload",
+    "check_numbers",
     "estimate",
-    "from_architecture",
+    "from_config",
     "from_path",
     "largest_batch",
     "longest_sequence",
     "named",
     "python_lines",
     "smallest_effort",
+    "trace",
     "ways",
 ]

@@ -1,27 +1,35 @@
-"""Adds up what is in memory at each moment of a training step.
+"""What is in memory during a training step, and what fits a GPU.
 
-The moments are the loss (all activations and what the softmax needs), the backward of each stage
-(activations of the stages before it, gradients of those behind it) and the optimizer's step.  The
-peak is the largest of their sums, so gradients and activations, which are never all there together,
-are not added up.
+The moments are forward, backward and the optimizer's step. The peak is the largest of them, so
+gradients and activations, which never exist all at once, are not added up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
-from .model import Model, Parameter, Stage
-from .optimizers import OptimizerKind, Options, State
+import numpy as np
+
+from .activations import Trace, Untraceable
+from .model import Model, Parameter
+from .optimizers import OPTIMIZERS, OptimizerKind, Options, State
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+GIB = 1 << 30
 
-#: Bytes per logit at the highest point of the loss: the kept logarithm of the softmax, its gradient
-#: and the gradient of the loss behind it, all fp32, whatever the dtype of the model.
-LOSS_BYTES = 12
+#: Sizes of common GPUs. What is sold as 24 GB reports about 24 * 2**30 bytes.
+GPUS = (8, 12, 16, 24, 32, 48, 80)
 
+#: What is left free by default: the CUDA context, libraries' workspaces, rounding and gaps of the
+#: allocator. A round assumption, not a measurement.
+RESERVE = GIB
 
-LOSS = "loss"  # name of the moment
+#: The shortest sequence that is worth a proposal.
+SHORTEST = 128
+
+_LARGEST_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,8 @@ class Setup:
         fp32_embeddings: see :class:`Options`.
         min_8bit_size: see :class:`Options`.
         budget: see :class:`Options`.
-        activations: bytes of activations, from a measurement, in place of the estimate.
+        activations: bytes of activations, from a measurement, in place of the trace.
+        attention: ``"sdpa"``, ``"eager"``, or ``None`` for the model's default.
 
     Raises:
         ValueError: a value that does not exist, or two that exclude each other.
@@ -55,6 +64,7 @@ class Setup:
     min_8bit_size: int = Options.min_8bit_size
     budget: int | None = None
     activations: int | None = None
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEMSIZE:
@@ -81,6 +91,12 @@ class Setup:
         """What the optimizers' state depends on."""
         return Options(self.itemsize, self.min_8bit_size, self.fp32_embeddings, self.budget)
 
+    @property
+    def traced(self) -> dict[str, Any]:
+        """What a trace depends on besides the batch."""
+        names = ("dtype", "sequence", "checkpointing", "attention")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -100,15 +116,15 @@ class Moment:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory of one model with one optimizer.  All numbers are bytes.
+    """Memory of one model with one optimizer. All numbers are bytes.
 
     Attributes:
         optimizer: key of the optimizer.
         setup: how the model is trained.
-        parameters: exact.
-        state: exact; see :class:`State`.
-        gradients: exact: of all parameters together, whether or not they exist at once.
-        moments: what comes on top, moment by moment.
+        parameters: of the model.
+        state: see :class:`State`.
+        gradients: of all parameters together, whether or not they exist at once.
+        moments: the highest point of forward, backward and step: what comes on top.
         activations_known: whether activations are counted at all.
     """
 
@@ -141,7 +157,7 @@ class Estimate:
         return sum(self.state.host.values())
 
     def parts(self) -> dict[str, int]:
-        """What the peak consists of."""
+        """Return what the peak consists of."""
         moment = self.peak_moment
         return {
             "parameters": self.parameters,
@@ -154,105 +170,201 @@ class Estimate:
         }
 
 
-def estimate(model: Model, optimizer: OptimizerKind, setup: Setup) -> Estimate:
+def estimate(
+    model: Model, optimizer: OptimizerKind, setup: Setup, trace: Trace | None = None
+) -> Estimate:
     """Add up the memory of training ``model``.
+
+    Args:
+        model: what is trained.
+        optimizer: with what.
+        setup: how.
+        trace: of the activations; by default, ``model`` is traced.
 
     Raises:
         ValueError: the sequence is longer than the model's table of positions.
+        Untraceable: the model does not run on fake tensors.
     """
-    architecture = model.architecture
-    longest = architecture.longest if architecture else None
-    if longest is not None and setup.sequence > longest:
-        raise ValueError(
-            f"got sequence {setup.sequence}, but {model.name} has positions up to {longest}"
-        )
     numel = model.numel
+    if trace is None and model.workload is not None and setup.activations is None:
+        trace = model.workload.trace(batch=setup.batch, **setup.traced)
+    if trace is not None:
+        moments = _traced(model, optimizer, setup, trace)
+    else:
+        # Activations and gradients are not known to be apart: all of both.
+        sizes = [parameter.numel * setup.itemsize for parameter in model.parameters]
+        gradients = max(sizes) if setup.release else sum(sizes)
+        step = _temporaries(optimizer, setup, [model.largest]) if setup.release else 0
+        moments = [Moment("backward", setup.activations or 0, 0, gradients, step)]
+    if not setup.release:
+        every, step = numel * setup.itemsize, _temporaries(optimizer, setup, model.parameters)
+        moments.append(Moment("step", gradients=every, step=step))
     return Estimate(
         optimizer=optimizer.key,
         setup=setup,
         parameters=numel * setup.itemsize,
         state=optimizer.state(model.parameters, setup.options),
         gradients=numel * setup.itemsize,
-        moments=tuple(_moments(model, optimizer, setup)),
-        activations_known=architecture is not None or setup.activations is not None,
+        moments=tuple(moments),
+        activations_known=trace is not None or setup.activations is not None,
     )
 
 
-def _moments(model: Model, optimizer: OptimizerKind, setup: Setup) -> list[Moment]:
-    found = _forward_and_backward(model, setup)
-    parameters = model.parameters
-    if setup.release:
-        # The step of one parameter takes place inside the backward, at its worst the largest's.
-        extra = optimizer.temporaries([model.largest], setup.options)
-        return [m if m.name == LOSS else replace(m, step=extra) for m in found]
-    every = sum(parameter.numel for parameter in parameters) * setup.itemsize
-    extra = optimizer.temporaries(parameters, setup.options)
-    return [*found, Moment("step", gradients=every, step=extra)]
+def _temporaries(optimizer: OptimizerKind, setup: Setup, parameters: Iterable[Parameter]) -> int:
+    return optimizer.temporaries(list(parameters), setup.options)
 
 
-def _gradients(parameters: Sequence[Parameter], setup: Setup) -> int:
-    """Bytes of gradients that the backward of a stage with ``parameters`` has at once."""
-    sizes = [parameter.numel * setup.itemsize for parameter in parameters]
-    return max(sizes, default=0) if setup.release else sum(sizes)
+def _traced(model: Model, optimizer: OptimizerKind, setup: Setup, trace: Trace) -> list[Moment]:
+    """Return the highest points of forward and backward."""
+    gradients, step = trace.gradients.copy(), np.zeros_like(trace.alive)
+    if setup.release:  # each update takes place where its gradient is complete
+        by_name = {parameter.name: parameter for parameter in model.parameters}
+        for index, name in trace.updates:
+            extra = _temporaries(optimizer, setup, [by_name[name]])
+            step[index] = max(step[index], extra)
+    elif setup.accumulation:
+        gradients += model.numel * setup.itemsize
+    else:
+        gradients += trace.complete
+    activations = trace.alive - trace.gradients - trace.logits
+    total = activations + trace.logits + gradients + step
+    found = []
+    for name, start, end in (
+        ("forward", 0, trace.backward),
+        ("backward", trace.backward, len(total)),
+    ):
+        at = start + int(total[start:end].argmax())
+        parts = (activations[at], trace.logits[at], gradients[at], step[at])
+        found.append(Moment(name, *map(int, parts)))
+    return found
 
 
-def _forward_and_backward(model: Model, setup: Setup) -> list[Moment]:
-    if model.architecture is None or setup.activations is not None:
-        # Activations and gradients are not known to be apart: all of both.
-        every = _gradients(model.parameters, setup)
-        return [Moment("backward", activations=setup.activations or 0, gradients=every)]
-    architecture = model.architecture
-    tokens, size = setup.batch * setup.sequence, setup.itemsize
-    stages = architecture.stages(setup.batch, setup.sequence, size)
-    by_stage: dict[str, list[Parameter]] = {stage.name: [] for stage in stages}
-    for parameter in model.parameters:
-        by_stage[parameter.stage].append(parameter)
-    held = _held_activations(stages, setup, tokens * size * architecture.hidden)
-    # A tied matrix has a gradient from the output layer on.  At the end the embedding's is added to
-    # it, out of place: three of them exist for a moment.
-    tied = 0
-    if architecture.tied:
-        tied = architecture.logits * architecture.hidden * size
-    always = model.numel * size if setup.accumulation else 0
-    logits = tokens * architecture.logits
-    moments = [Moment(LOSS, activations=held[-1], logits=LOSS_BYTES * logits, gradients=always)]
-    done = 0  # gradients of the stages behind, unless they are freed
-    for index in reversed(range(len(stages))):
-        stage = stages[index]
-        is_last = stage.name == stages[-1].name
-        own = _gradients(by_stage[stage.name], setup)
-        if index in (0, len(stages) - 1):
-            done += tied
-        moments.append(
-            Moment(
-                f"backward of {stage.name}",
-                activations=held[index] + stage.scratch,
-                logits=size * logits if is_last else 0,
-                gradients=always or done + own,
-            )
-        )
-        if not setup.release:
-            done += own
-    return moments
+# --- what fits a GPU ------------------------------------------------------------------------------
 
 
-def _held_activations(stages: Sequence[Stage], setup: Setup, layer_input: int) -> list[int]:
-    """Bytes of activations that are there when the backward reaches each stage.
+@dataclass(frozen=True)
+class Way:
+    """A way to train a model.
 
-    With checkpointing a layer keeps ``layer_input`` bytes until its backward begins, and then all
-    of its stages at once.
+    Attributes:
+        setup: how.
+        estimate: what that takes; its ``optimizer`` says with which.
     """
-    held: list[int] = []
-    before = 0  # bytes kept by the stages, or layers, in front
-    inside = 0  # bytes of the stages of this layer so far
-    previous: int | None = None
-    for stage in stages:
-        if not setup.checkpointing or stage.layer is None:
-            before += stage.kept
-            held.append(before)
-            continue
-        if stage.layer != previous:
-            before, inside, previous = before + layer_input, 0, stage.layer
-        inside += stage.kept
-        held.append(before + inside)
-    return held
+
+    setup: Setup
+    estimate: Estimate
+
+
+def ways(model: Model, setup: Setup, *, paged: bool = False) -> list[Way]:
+    """Return ways to train with CAME8bit, from the plainest to the smallest.
+
+    Later ones cost something: stepping in the backward excludes accumulation and clipping by the
+    global norm; checkpointing runs each layer's forward again; paging needs host memory and a bus.
+    Checkpointing is left out where the model does not have it.
+
+    Args:
+        model: what to train.
+        setup: what all ways have at least.
+        paged: whether all of them page.
+    """
+    release = [setup.release] if setup.release or setup.accumulation else [False, True]
+    found: list[Way] = []
+    for key in ("paged-came8bit",) if paged else ("came8bit", "paged-came8bit"):
+        for checkpointing in sorted({setup.checkpointing, True}):
+            for releasing in release:
+                chosen = replace(setup, checkpointing=checkpointing, release=releasing)
+                try:
+                    found.append(Way(chosen, estimate(model, OPTIMIZERS[key], chosen)))
+                except Untraceable:
+                    if checkpointing == setup.checkpointing:
+                        raise
+    return found
+
+
+def smallest_effort(found: list[Way], usable: int) -> Way | None:
+    """Return the first of ``found`` whose peak is at most ``usable`` bytes."""
+    return next((way for way in found if way.estimate.peak <= usable), None)
+
+
+def largest_batch(model: Model, way: Way, usable: int) -> int | None:
+    """Return the largest micro-batch with which ``way`` stays within ``usable`` bytes.
+
+    It is 0 if none does, and ``None`` if it cannot be told.
+    """
+    workload, optimizer = model.workload, OPTIMIZERS[way.estimate.optimizer]
+    if workload is None or way.setup.activations is not None:
+        return None
+    # Bytes that are there anyway are not counted anew for every batch.
+    state = way.estimate.state
+    known = replace(optimizer, state=lambda parameters, options: state)
+
+    def fits(batch: int) -> bool:
+        setup = replace(way.setup, batch=batch)
+        trace = workload.at_batch(batch, **setup.traced)
+        if trace is None:
+            raise Untraceable("its operators depend on the batch")
+        return estimate(model, known, setup, trace).peak <= usable
+
+    try:
+        if not fits(1):
+            return 0
+        good, bad = 1, 2
+        while bad <= _LARGEST_BATCH and fits(bad):
+            good, bad = bad, 2 * bad
+        if bad > _LARGEST_BATCH:
+            return good
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if fits(middle) else (good, middle)
+    except Untraceable:
+        return None
+    return good
+
+
+def longest_sequence(model: Model, way: Way, usable: int) -> int:
+    """Return the longest sequence that fits into ``usable`` bytes, alone; 0 if none does.
+
+    Sequences are those of ``way``, halved as often as necessary, but not below :data:`SHORTEST`.
+    Where activations are not known or given, it is 0: they do not depend on the sequence then.
+    """
+    if model.workload is None or way.setup.activations is not None:
+        return 0
+    optimizer, sequence = OPTIMIZERS[way.estimate.optimizer], way.setup.sequence
+    while True:
+        setup = replace(way.setup, batch=1, sequence=sequence)
+        if estimate(model, optimizer, setup).peak <= usable:
+            return sequence
+        if sequence <= SHORTEST:
+            return 0
+        sequence = max(SHORTEST, sequence // 2)
+
+
+def python_lines(model: Model, way: Way) -> list[str]:
+    """Return the lines of a training script that make ``way``."""
+    setup, optimizer = way.setup, OPTIMIZERS[way.estimate.optimizer]
+    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[setup.dtype]
+    lines = ["import came8bit, torch", "", f"model = model.to(device='cuda', dtype=torch.{dtype})"]
+    # In eval mode, transformers ignores checkpointing without a word.
+    lines.append("model.train()  # from_pretrained returns it in eval mode")
+    if setup.checkpointing:
+        turn_on = model.workload.checkpointing if model.workload else ""
+        lines.append(turn_on or "model.gradient_checkpointing_enable({'use_reentrant': False})")
+    options = ["lr=2e-4"]
+    if setup.min_8bit_size != Setup.min_8bit_size:
+        options.append(f"min_8bit_size={setup.min_8bit_size}")
+    if setup.budget is not None and optimizer.key.startswith("paged"):
+        options.append(f"page_budget={setup.budget}")
+    parameters = "model.parameters()"
+    if setup.fp32_embeddings and any(parameter.embedding for parameter in model.parameters):
+        lines += [
+            "tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]",
+            "others = [p for p in model.parameters() if all(p is not t for t in tables)]",
+        ]
+        parameters = "[{'params': tables, 'optim_bits': 32}, {'params': others}]"
+    lines.append(f"optimizer = came8bit.{optimizer.label}({parameters}, {', '.join(options)})")
+    if setup.release:
+        lines.append("release = came8bit.step_in_backward(optimizer)")
+    lines.append("")
+    if model.workload is not None and model.workload.vocabulary:
+        lines.append("loss = model(**batch).loss  # and not the outputs: they hold the logits")
+    return [*lines, "loss.backward()", "optimizer.step()", "optimizer.zero_grad()"]

@@ -1,6 +1,6 @@
 """Bytes of state of each optimizer, buffer by buffer, and what a step needs besides.
 
-came8bit's come from :mod:`came8bit.state`, by which the optimizers themselves allocate.  Those of
+came8bit's come from :mod:`came8bit.state`, by which the optimizers themselves allocate. Those of
 ``torch.optim.AdamW`` and bitsandbytes follow their ``init_state``; tests compare all of them with
 tensors that were really allocated.
 """
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from ..paging.pages import page_layout
 from ..paging.placement import default_budget
-from ..state.layout import DEFAULT_MIN_8BIT_SIZE, plan
+from ..state.layout import DEFAULT_MIN_8BIT_SIZE, OPTIM_BITS, plan
 from .model import Parameter
 
 #: bitsandbytes keeps the state of smaller parameters on the device in its paged optimizers.
@@ -35,7 +36,7 @@ class Options:
     Attributes:
         itemsize: bytes per element of the parameters, 2 or 4.
         min_8bit_size: parameters with fewer elements keep 32-bit state.
-        fp32_embeddings: whether embeddings keep 32-bit state.  transformers' ``Trainer`` asks
+        fp32_embeddings: whether embeddings keep 32-bit state. transformers' ``Trainer`` asks
             bitsandbytes for that; with came8bit it is a parameter group with ``optim_bits=32``.
         budget: ``page_budget`` of the paged optimizers, bytes of the device; ``None``: the default.
     """
@@ -107,10 +108,10 @@ def _bitsandbytes(
 def _came(parameters: Iterable[Parameter], options: Options, *, bits: int, paged: bool) -> State:
     state = State()
     for parameter in parameters:
-        wide = bits == 32 or (parameter.embedding and options.fp32_embeddings)
+        wide = parameter.embedding and options.fp32_embeddings
         layout = plan(
             parameter.shape,
-            optim_bits=32 if wide else 8,
+            optim_bits=max(OPTIM_BITS) if wide else bits,
             min_8bit_size=options.min_8bit_size,
         )
         page = page_layout(layout) if paged else None
@@ -132,7 +133,7 @@ def _came(parameters: Iterable[Parameter], options: Options, *, bits: int, paged
 def _group(buffer: str, momentum_bits: int) -> str:
     """Under which name a buffer of :mod:`came8bit.state.layout` is shown."""
     if buffer == "exp_avg":
-        return "momentum codes" if momentum_bits == 8 else "momentum"
+        return "momentum codes" if momentum_bits < max(OPTIM_BITS) else "momentum"
     if buffer in ("absmax", "exp_avg_sq"):
         return {"absmax": "absmax", "exp_avg_sq": "full second moment"}[buffer]
     return "statistics" if buffer.startswith("exp_avg_") else "counters"
@@ -170,64 +171,39 @@ class OptimizerKind:
 
     Attributes:
         key: on the command line.
-        label: for people.
-        constructor: the Python expression that makes it.
-        package: what has to be imported for that.
+        label: human-readable; of this package's optimizers the class.
+        package: where it is from.
         state: bytes of state.
         temporaries: bytes that a step over these parameters needs besides, for its duration.
-        step_in_backward: whether :func:`came8bit.step_in_backward` works with it.
     """
 
     key: str
     label: str
-    constructor: str
     package: str
     state: Callable[[Sequence[Parameter], Options], State]
     temporaries: Callable[[Sequence[Parameter], Options], int] = _no_temporaries
 
-    @property
-    def step_in_backward(self) -> bool:
-        """Whether this package can let it step in backward."""
-        return self.package == "came8bit"
 
-
-def _kinds() -> dict[str, OptimizerKind]:
-    def torch_adamw(fused: bool) -> Callable[[Sequence[Parameter], Options], State]:
-        return lambda parameters, options: _adamw(parameters, options, fused=fused)
-
-    def bnb(bits: int, paged: bool) -> Callable[[Sequence[Parameter], Options], State]:
-        return lambda parameters, options: _bitsandbytes(
-            parameters, options, bits=bits, paged=paged
+def _kinds() -> Iterator[OptimizerKind]:
+    for fused in (False, True):
+        yield OptimizerKind(
+            "adamw-fused" if fused else "adamw",
+            "AdamW, fused" if fused else "AdamW",
+            "torch",
+            partial(_adamw, fused=fused),
+            _no_temporaries if fused else _root_of_second_moment,
         )
-
-    def came(bits: int, paged: bool) -> Callable[[Sequence[Parameter], Options], State]:
-        return lambda parameters, options: _came(parameters, options, bits=bits, paged=paged)
-
-    def mine(key: str, name: str, bits: int, paged: bool) -> OptimizerKind:
-        constructor = f"{name}(model.parameters(), lr=2e-4)"
-        return OptimizerKind(key, name, constructor, "came8bit", came(bits, paged), _workspace)
-
-    def theirs(key: str, name: str, label: str, bits: int, paged: bool) -> OptimizerKind:
-        constructor = f"bitsandbytes.optim.{name}(model.parameters(), lr=1e-3)"
-        return OptimizerKind(key, label, constructor, "bitsandbytes", bnb(bits, paged))
-
-    adamw = "torch.optim.AdamW(model.parameters(), lr=1e-3"
-    kinds = [
-        OptimizerKind(
-            "adamw", "AdamW", adamw + ")", "torch", torch_adamw(False), _root_of_second_moment
-        ),
-        OptimizerKind(
-            "adamw-fused", "AdamW, fused", adamw + ", fused=True)", "torch", torch_adamw(True)
-        ),
-        theirs("adamw32bit", "AdamW32bit", "AdamW, fp32 state (bitsandbytes)", 32, False),
-        theirs("adamw8bit", "AdamW8bit", "AdamW8bit (bitsandbytes)", 8, False),
-        theirs("paged-adamw8bit", "PagedAdamW8bit", "PagedAdamW8bit (bitsandbytes)", 8, True),
-        mine("came32bit", "CAME32bit", 32, False),
-        mine("paged-came32bit", "PagedCAME32bit", 32, True),
-        mine("came8bit", "CAME8bit", 8, False),
-        mine("paged-came8bit", "PagedCAME8bit", 8, True),
-    ]
-    return {kind.key: kind for kind in kinds}
+    for bits, paged in ((32, False), (8, False), (8, True)):
+        name = f"{'Paged' if paged else ''}AdamW{bits}bit"
+        key = f"{'paged-' if paged else ''}adamw{bits}bit"
+        state = partial(_bitsandbytes, bits=bits, paged=paged)
+        yield OptimizerKind(key, name, "bitsandbytes", state)
+    for bits in sorted(OPTIM_BITS, reverse=True):
+        for paged in (False, True):
+            name = f"{'Paged' if paged else ''}CAME{bits}bit"
+            key = f"{'paged-' if paged else ''}came{bits}bit"
+            state = partial(_came, bits=bits, paged=paged)
+            yield OptimizerKind(key, name, "came8bit", state, _workspace)
 
 
-OPTIMIZERS: dict[str, OptimizerKind] = _kinds()
+OPTIMIZERS: dict[str, OptimizerKind] = {kind.key: kind for kind in _kinds()}

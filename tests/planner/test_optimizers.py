@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import came8bit
-from benchmarks import planner as bench
 from came8bit import planner
 
 # A small model in the shapes that matter: below and above min_8bit_size, the sizes at which paging
@@ -215,7 +214,9 @@ def test_temporaries_of_a_step(key, dtype):
     }
     made = list(parameters(dtype).values())
     optimizer = stepped(makers[key](made))
-    with bench.Alive([*made, *[p.grad for p in made], *state_tensors(optimizer)]) as counted:
+    with planner.StorageCounter(
+        [*made, *[p.grad for p in made], *state_tensors(optimizer)]
+    ) as counted:
         optimizer.step()
     said = planned(key, dtype).moments[-1]
     assert said.name == "step"
