@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from came8bit import planner
-from came8bit.errors import CliError
+from came8bit.errors import CliError, printable
 from came8bit.planner import plot, report
 
 _WIDTH = 80
@@ -101,7 +101,7 @@ def _print_script(plan: report.Plan, fit: report.Fit) -> None:
     heading, lines = report.script(plan, fit)
     print("\n" + _fill(heading))
     if lines:
-        print(textwrap.indent("\n".join(lines), "    "))
+        print("\n" + textwrap.indent("\n".join(lines), "    "))
 
 
 def _print_details(plan: report.Plan) -> None:
@@ -110,7 +110,8 @@ def _print_details(plan: report.Plan) -> None:
         if fit.way not in printed:
             printed.append(fit.way)
             _print_script(plan, fit)
-    print(f"\nShapes from {plan.model.source}, {len(plan.model.parameters)} tensors.\n")
+    source = printable(plan.model.source)
+    print("\n" + _fill(f"Shapes from {source}, {len(plan.model.parameters)} tensors.") + "\n")
     parts, *others = report.details(plan)
     print_table(parts)
     print("\n" + "\n".join(report.bars(plan)))

@@ -72,7 +72,7 @@ _SANA = {
 def _configs() -> dict[str, tuple[str, dict[str, Any]]]:
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, (title, *sizes) in _GPT2S.items():
-        config = dict(zip(_GPT2_KEYS, sizes, strict=True))
+        config: dict[str, Any] = dict(zip(_GPT2_KEYS, sizes, strict=True))
         config |= {"model_type": "gpt2", "vocab_size": 50_257, "n_positions": 1024}
         found[name] = (title, config)
     for name, (title, kind, *rest) in _LLAMAS.items():
