@@ -91,7 +91,8 @@ def normalized(group: Mapping[str, Any]) -> dict[str, Any]:
             numbers = tuple(map(_number, value))
             if name == "betas" and len(numbers) == 2:
                 numbers += _DEFAULT_BETAS[2:]
-            changed[name] = numbers
+            if not (isinstance(value, (tuple, list)) and list(value) == list(numbers)):
+                changed[name] = numbers
     return {name: value for name, value in changed.items() if name in group}
 
 
