@@ -7,55 +7,35 @@ Groups, checks, lazily made state and the step loop; the arithmetic is behind tw
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from copy import deepcopy
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
+from torch._compile import _disable_dynamo
+from torch.nn.parameter import is_lazy
 
 from .errors import OUTSIDE, explaining
-from .ops.step import SkipWarning, step_group
+from .ops.step import SkipWarning, collect_one, moves, step_group
 from .paging.store import store_for
 from .state.layout import DEFAULT_MIN_8BIT_SIZE, Group
-from .state.store import StateStore, StepItem
-from .state_dict import read_state_dict
+from .state.store import StepItem, may_train
+from .stored_optimizer import StoredOptimizer
 from .validation import (
-    ADDED_OPTIONS,
     DEFAULT_SEED,
     FORMAT_VERSION,
     check_finite,
     check_foreign,
     check_options,
     check_params,
-    moved_error,
     normalized,
-    unusable_error,
-    usable,
     warn_of_options,
 )
 
 _UNCHANGED = "Nothing has been changed"
 
-Self = TypeVar("Self", bound="CAME")
 
-
-class Release(Protocol):
-    """What the optimizer needs of :mod:`came8bit.step_in_backward` while that is on."""
-
-    def attach(self, optimizer: CAME) -> None:
-        """Hook the parameters that are new."""
-
-    def finish_step(self, closure: Callable[[], Any] | None) -> None:
-        """Update what still has a gradient and end the step."""
-
-    def abandon_step(self) -> None:
-        """End the step without another update, because the state has been replaced."""
-
-
-class CAME(Optimizer):
+class CAME(StoredOptimizer):
     r"""CAME: confidence-guided adaptive memory-efficient optimization (arXiv 2307.02047).
 
     A parameter is seen as a batch of :math:`n \times k` matrices with gradient :math:`G`; all state
@@ -135,10 +115,6 @@ class CAME(Optimizer):
     _optim_bits: int | None = None
     _is_paged: bool | None = None
 
-    # A copy of the optimizer does not step in backward.
-    _release: Release | None = None
-    _store: StateStore
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -201,118 +177,6 @@ class CAME(Optimizer):
             )
         return fixed
 
-    # --- state ------------------------------------------------------------------------------------
-
-    @property
-    def state(self) -> Any:
-        """State by parameter; of paged state, what stays on the device."""
-        return self._store.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self._store.state = state
-
-    def __getstate__(self) -> dict[str, Any]:
-        with self._store.complete():
-            return {**super().__getstate__(), "store": self._store}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        store, saved = state.pop("store", None), state.pop("state", None)
-        if store is not None:
-            self._store = store
-        super().__setstate__(state)
-        # The base class adds an option that this optimizer does not have.
-        self.defaults.pop("differentiable", None)
-        for group in self.param_groups:
-            for name, value in ADDED_OPTIONS.items():
-                group.setdefault(name, value)
-        self._skip_warning = SkipWarning()
-        if saved is not None:
-            self._store.adopt(saved)
-
-    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
-        """Return a copy with state of its own, which is copied parameter by parameter."""
-        other = type(self).__new__(type(self))
-        memo[id(self)] = other
-        parts = {"defaults": self.defaults, "param_groups": self.param_groups}
-        other.__setstate__(deepcopy({**parts, "store": self._store}, memo))
-        other._store.reserve(other.param_groups)
-        for param, state in self.state.items():
-            if isinstance(param, Tensor):
-                state = self._store.read(param)
-                copied = {name: tensor.clone() for name, tensor in state.items()}
-                other._store.write(deepcopy(param, memo), copied)
-            else:
-                other.state[param] = deepcopy(state, memo)
-        return other
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return groups and complete state, as :class:`torch.optim.Optimizer` does.
-
-        State that is paged is copied into ordinary CPU tensors; :func:`came8bit.save_checkpoint`
-        needs no such copy.
-        """
-        hooks = self._optimizer_state_dict_pre_hooks
-        for hook in hooks.values():
-            hook(self)
-        try:
-            # They have run: what they change has to be seen by complete().
-            self._optimizer_state_dict_pre_hooks = OrderedDict()
-            with self._store.complete():
-                return super().state_dict()
-        finally:
-            self._optimizer_state_dict_pre_hooks = hooks
-
-    def load_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        *,
-        allow_missing: bool = False,
-        allow_unused: bool = False,
-    ) -> None:
-        """Continue from what :meth:`state_dict` returned; nothing is shared with ``state_dict``.
-
-        Tensors keep their dtype and move to their parameter's device, or to its page: whether
-        state is paged, and where, is this optimizer's own affair. The options come from
-        ``state_dict``; those that it lacks stay as they are. A step in backward that is under way
-        is over, without another update. Hooks run as in :class:`torch.optim.Optimizer`.
-
-        Parameters are matched by name where both sides have the same unique names, else by
-        position. ``optim_bits`` stays this optimizer's own: momentum in other bits is converted,
-        with a :class:`UserWarning`, as in :func:`came8bit.load_checkpoint`.
-
-        Args:
-            state_dict: of an optimizer of this package.
-            allow_missing: let parameters that were not saved, or whose saved state has NaN or
-                infinity, start without state.
-            allow_unused: leave out what was saved for parameters that this optimizer does not have.
-
-        Raises:
-            ValueError: the state belongs to another optimizer, a newer version or other
-                parameters. The optimizer is then as it was.
-            OSError, MemoryError: no room for pages. The optimizer is then as it was.
-        """
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            if replaced is not None:
-                state_dict = replaced
-        groups, saved = read_state_dict(
-            state_dict, self.param_groups, allow_missing=allow_missing, allow_unused=allow_unused
-        )
-        self._store.replace_all(saved)
-        self.__setstate__({"param_groups": groups})
-        self._state_replaced()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _state_replaced(self) -> None:
-        """End a step in backward that is under way, and count skips anew."""
-        self._skip_warning = SkipWarning()
-        if self._release is not None:
-            self._release.abandon_step()
-
     # --- groups -----------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -335,6 +199,7 @@ class CAME(Optimizer):
 
     # --- step -------------------------------------------------------------------------------------
 
+    @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -351,7 +216,7 @@ class CAME(Optimizer):
         """
         loss = None
         if self._release is not None:
-            self._release.finish_step(closure)
+            loss = self._release.finish_step(closure)
         else:
             if closure is not None:
                 with torch.enable_grad():
@@ -373,7 +238,9 @@ class CAME(Optimizer):
             first = 0
             for group in self.param_groups:
                 check_options(group)
-                items = (self._collect_one(p, i) for i, p in enumerate(group["params"], first))
+                items = (
+                    collect_one(self._store, p, i) for i, p in enumerate(group["params"], first)
+                )
                 work.append((group, [item for item in items if item is not None]))
                 first += len(group["params"])
             self._prepare(work)
@@ -385,36 +252,72 @@ class CAME(Optimizer):
     @torch.no_grad()
     def _update_one(self, group: Group, param: Tensor, position: int) -> None:
         """Update ``param``, a member of ``group``; errors do not say what has been changed."""
-        item = self._collect_one(param, position)
+        item = collect_one(self._store, param, position)
         if item is not None:
-            self._prepare([(group, [item])])
-            step_group(group, [item], self._store.visit)
-
-    def _collect_one(self, param: Tensor, position: int) -> StepItem | None:
-        """Check and return what a step needs of ``param``, ``None`` if there is nothing to do."""
-        grad = param.grad
-        if grad is None:
-            return None
-        if not usable(param, grad):
-            raise unusable_error(param, grad, position)
-        state = self.state.get(param) or {}
-        if state and not self._store.fits(param):
-            raise moved_error(param, state, self._store.shape_of(param), position)
-        if not param.numel():
-            return None
-        if grad.dtype == torch.float64:
-            grad = grad.to(torch.float32)
-        return StepItem(param, grad, state, position)
+            work: list[tuple[Group, list[StepItem]]] = [(group, [item])]
+            self._prepare(work)
+            step_group(group, work[0][1], self._store.visit)
 
     def _prepare(self, work: list[tuple[Group, list[StepItem]]]) -> None:
-        """Check what can be checked before the first update, and make missing state."""
-        for group, members in work:
+        """Check what can be checked before the first update, and make missing state.
+
+        Items that only make state, as tools do before they save, are taken out of ``work``.
+        """
+        for group, items in work:
             if group["nonfinite"] == "raise":
-                check_finite(members)
+                check_finite(items)
+        moving = [[item for item in items if moves(group, item)] for group, items in work]
         self._store.prepare(work, self.param_groups)
+        for (_, items), kept in zip(work, moving, strict=True):
+            items[:] = kept
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
+
+    def materialize(self) -> None:
+        """Make the state of every parameter that trains, as before its first step.
+
+        For tools that save, shard or measure state before training, in place of a step with
+        gradients of zero. Nothing is counted: the first step that follows is the first.
+
+        Raises:
+            OSError, MemoryError, NotImplementedError: as :meth:`step`; nothing has changed.
+        """
+        work = [
+            (group, [StepItem(param, param, {}, -1)])
+            for group in self.param_groups
+            for param in group["params"]
+            if may_train(param) and not is_lazy(param) and param.numel()
+            if not self.state.get(param)
+        ]
+        with explaining(_UNCHANGED):
+            self._store.prepare(work, self.param_groups)
+
+    def step_parameter(self, param: Tensor, group: Group, index: int) -> None:
+        """Update one parameter, as soon as its gradient is there; once per parameter and step.
+
+        For training loops with backward hooks of their own; :func:`came8bit.step_in_backward` does
+        more.
+
+        Args:
+            param: ``group["params"][index]``, with a gradient or else left alone.
+            group: one of ``param_groups``.
+
+        Raises:
+            ValueError: ``param`` is not there.
+        """
+        first = 0
+        for own in self.param_groups:
+            if own is group and index < len(own["params"]) and own["params"][index] is param:
+                check_options(own)
+                with explaining(_UNCHANGED):
+                    self._update_one(own, param, first + index)
+                return
+            first += len(own["params"])
+        raise ValueError(
+            f"step_parameter: got a parameter of shape {tuple(param.shape)}, expected "
+            f"group['params'][{index}] of a group of this optimizer"
+        )
 
     # --- what was skipped -------------------------------------------------------------------------
 

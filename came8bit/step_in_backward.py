@@ -42,36 +42,24 @@ from .validation import check_options
 __all__ = ["GradientRelease", "ReleasedGradient", "step_in_backward"]
 
 
+_PAGE = "docs/step_in_backward.md"
 SECOND = (
-    "a parameter got a second gradient before optimizer.step(), but with step_in_backward the "
-    "first one has been used and freed: to the optimizer they would be two steps. "
-    "Call optimizer.step() after each backward(); to add up the gradients of several backward "
-    "passes, run all but the last inside `with release.accumulate():`. A backward() whose "
-    "gradients are meant to be thrown away, as those that a generator's loss leaves in its "
-    "discriminator, updates, too, and zero_grad() comes too late: run it inside "
-    "`with release.accumulate():`, then zero_grad(), or freeze the parameters meanwhile. If this "
-    "was a single backward(), the parameter is used in several segments of reentrant "
-    "checkpointing, which is a backward pass each: use checkpoint(..., use_reentrant=False). The "
-    "parameter holds the update of the first gradient; where that is not wanted, return to a "
-    "checkpoint"
+    "got a second gradient before optimizer.step(), but step_in_backward has already applied the "
+    "first. Call step() after each backward(); to add gradients up, run all but the last inside "
+    "`with release.accumulate():`, as also passes whose gradients are meant to be discarded, and "
+    f"checkpoint with use_reentrant=False ({_PAGE}#accumulation)"
 )
 _GONE = (
-    "step_in_backward has used and freed this gradient during backward(); {what} has nothing to "
-    "work on. The parameters hold this update already, by the gradients as they came, neither "
-    "clipped nor unscaled: step() ends the step; where the update is not wanted, return to a "
-    "checkpoint. Global-norm clipping: use CAME's own clip_threshold, which limits the RMS of each "
-    "tensor's update (on by default), in place of clip_grad_norm_. GradScaler: train in bfloat16, "
-    "which needs none. To have the gradients all the same, run every backward() of the step inside "
-    "`with release.accumulate():`; they then exist all at once"
+    "{what} cannot be used: step_in_backward has already applied and freed this gradient, neither "
+    "clipped nor unscaled. Use clip_threshold in place of clip_grad_norm_ and bfloat16 in place of "
+    "a GradScaler, or keep the gradients: run every backward() of the step inside "
+    f"`with release.accumulate():` ({_PAGE}#clipping-and-gradscaler)"
 )
 _READ_IN_BACKWARD = (
-    "step_in_backward has used and freed this gradient, and something in the same backward() reads "
-    "it afterwards ({what}). DistributedDataParallel does that, with one process, too: leave it "
-    "away there, and use ordinary steps with several processes. So does a hook that was registered "
-    "after step_in_backward was called: register it before. To have the gradients all the same, "
-    "run every backward() of the step inside `with release.accumulate():`; they then exist all at "
-    "once. Parameters whose gradients were ready by now hold their update: zero_grad() and step() "
-    "end this step; where a part of it is not wanted, return to a checkpoint"
+    "{what} in backward() reads a gradient that step_in_backward has already applied and freed. "
+    "Do not wrap the model in DistributedDataParallel for single-process runs and register hooks "
+    "on gradients before step_in_backward, or run every backward() of the step inside "
+    f"`with release.accumulate():` ({_PAGE}#several-processes)"
 )
 
 _aten = torch.ops.aten
@@ -114,7 +102,7 @@ class ReleasedGradient(Tensor):
         in_backward = torch._C._current_graph_task_id() != -1
         # How autograd adds to a gradient that is there, the second one with create_graph=True.
         if func is _aten.add_.Tensor or (in_backward and func is _aten.add.Tensor):
-            raise RuntimeError(SECOND)
+            raise RuntimeError(f"a parameter {SECOND}")
         raise RuntimeError((_READ_IN_BACKWARD if in_backward else _GONE).format(what=func))
 
 
@@ -150,7 +138,8 @@ def step_in_backward(optimizer: Optimizer) -> GradientRelease:
         RuntimeError: several processes train together, or the wrapper scales gradients.
     """
     inner: Any = optimizer
-    while not isinstance(inner, CAME):
+    # Some wrappers are subclasses of what they wrap (Lightning, Fabric): look inside first.
+    while isinstance(getattr(inner, "optimizer", None), Optimizer) or not isinstance(inner, CAME):
         scaler = getattr(inner, "scaler", None)
         if scaler is not None and scaler.is_enabled():
             raise RuntimeError(
@@ -234,22 +223,25 @@ class GradientRelease:
 
     # --- for the optimizer ------------------------------------------------------------------------
 
-    def finish_step(self, closure: Callable[[], Any] | None) -> None:
-        """What ``optimizer.step()`` does: update what still has a gradient, and end the step.
+    def finish_step(self, closure: Callable[[], Any] | None) -> Any:
+        """Update what still has a gradient and end the step, as ``optimizer.step()`` does.
+
+        Args:
+            closure: evaluates the model; its ``backward()`` updates parameters.
+
+        Returns:
+            What ``closure`` returned.
 
         Raises:
-            RuntimeError: there is a closure.
             ValueError, TypeError, FloatingPointError, OSError, MemoryError: as in ordinary steps.
         """
         optimizer = self._optimizer()
         if optimizer is None:
-            return
+            return None
+        loss = None
         if closure is not None:
-            raise RuntimeError(
-                "step(closure) evaluates the model inside step(), but step_in_backward updates "
-                "parameters during backward(): call loss.backward(), then step() without a "
-                "closure, or remove() the handle of step_in_backward first"
-            )
+            with torch.enable_grad():
+                loss = closure()
         _drop_placeholders(optimizer)
         count = len(self._updated)
         optimizer._update_all(
@@ -263,6 +255,7 @@ class GradientRelease:
             optimizer._store.set_prefetch_order(list(self._updated.values()))
         self._forget_step()
         self.attach(optimizer)
+        return loss
 
     def abandon_step(self) -> None:
         """End the step without another update, if one is under way; its gradients go."""
@@ -327,7 +320,7 @@ class GradientRelease:
                 return
             index, position = place
             if position in self._updated:
-                raise RuntimeError(f"parameter {position}: {SECOND}")
+                raise RuntimeError(f"parameter {position} {SECOND}")
             if self._accumulating:
                 return
             if type(grad) is ReleasedGradient:

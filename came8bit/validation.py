@@ -319,9 +319,8 @@ def moved_error(
             "give an optimizer its state"
         )
     return ValueError(
-        f"parameter {position} has shape {tuple(param.shape)} on {param.device}, its state was "
-        f"made for shape {tuple(shape)} on {state['step'].device}; move the model "
-        "before the first step, or save state_dict(), make a new optimizer and load it"
+        f"parameter {position} has shape {tuple(param.shape)}, its state was made for shape "
+        f"{tuple(shape)}; make a new optimizer after changing the shape of a parameter"
     )
 
 

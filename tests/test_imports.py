@@ -23,9 +23,10 @@ ALLOWED: dict[str, set[str]] = {
     "overlap": set(),
     "validation": {"overlap", "state"},
     "paging": {"errors", "state"},
-    "ops": {"reference", "state"},
+    "ops": {"reference", "state", "validation"},
     "state_dict": {"errors", "ops", "reference", "state", "validation"},
-    "optim": {"errors", "ops", "paging", "state", "state_dict", "validation"},
+    "stored_optimizer": {"ops", "state", "state_dict", "validation"},
+    "optim": {"errors", "ops", "paging", "state", "stored_optimizer", "validation"},
     "variants": {"optim"},
     "step_in_backward": {"errors", "optim", "validation"},
     "checkpoint": {

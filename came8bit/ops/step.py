@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..state.layout import Group
-from ..state.store import Run, StepItem
+from ..state.store import Run, StateStore, StepItem
+from ..validation import moved_error, unusable_error, usable
 from . import libraries, schema
 
 _LOOK_EVERY = 16  # steps between two looks at the skip counters
@@ -23,6 +24,42 @@ _FACTORED = (
     *_MOMENTS,
     *("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "rms_ratio"),
 )
+
+
+def collect_one(store: StateStore, param: Tensor, position: int) -> StepItem | None:
+    """Check and return what a step needs of ``param``, None if there is nothing to do.
+
+    Raises:
+        ValueError, TypeError: the gradient, or the state in ``store``, does not fit the parameter.
+    """
+    grad = param.grad
+    if grad is None:
+        return None
+    if not usable(param, grad):
+        raise unusable_error(param, grad, position)
+    state = store.state.get(param) or {}
+    if state and not store.fits(param):
+        raise moved_error(param, state, store.shape_of(param), position)
+    if not param.numel():
+        return None
+    if grad.dtype == torch.float64:
+        grad = grad.to(torch.float32)
+    return StepItem(param, grad, state, position)
+
+
+def moves(group: Group, item: StepItem) -> bool:
+    """Return whether ``item`` is more than an occasion to make state.
+
+    Tools that save or shard state before training (``get_optimizer_state_dict``) take a step with
+    gradients of zero and a learning rate of 0. It must not count as the first, which bias
+    correction and the statistics would remember.
+    """
+    if item.state:
+        return True
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = float(lr) if lr.device.type == "cpu" else 1.0
+    return bool(lr) or bool(item.grad.any())
 
 
 def step_group(
@@ -79,7 +116,7 @@ class SkipWarning:
             "so far because the gradient was not finite; see skipped_steps() and the option "
             "nonfinite",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=6,
         )
 
 

@@ -21,6 +21,7 @@ from ..state.store import (
     StepItem,
     Work,
     fit,
+    follow_devices,
     fresh_items,
     may_train,
     missing_layouts,
@@ -84,10 +85,7 @@ class PagedStore:
         items = [item for _, members in work for item in members]
         if items:
             self.pager.prepare([item.param for item in items if "exp_avg" not in item.state])
-            for item in items:
-                if item.state["step"].device != item.param.device:
-                    for name, tensor in item.state.items():
-                        item.state[name] = tensor.to(item.param.device)
+            follow_devices(items)
         for item, _ in fresh:
             self.state[item.param] = item.state
 

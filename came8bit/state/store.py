@@ -7,6 +7,7 @@ outside their device.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -56,7 +57,7 @@ class StateStore(Protocol):
     state: defaultdict[Any, Any]
 
     def fits(self, param: Tensor) -> bool:
-        """Return whether ``param`` still has the shape and device that its state was made for."""
+        """Return whether ``param`` still has the shape that its state was made for."""
 
     def shape_of(self, param: Tensor) -> torch.Size | None:
         """Return the shape that the state of ``param`` was made for, None if it is incomplete."""
@@ -126,15 +127,14 @@ class DenseStore:
 
     def __init__(self) -> None:
         self.state: defaultdict[Any, Any] = defaultdict(dict)
+        self._warned = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
     def fits(self, param: Tensor) -> bool:
-        """As :meth:`StateStore.fits`."""
-        return (
-            self.state[param]["step"].device == param.device and self.shape_of(param) == param.shape
-        )
+        """As :meth:`StateStore.fits`: state follows its parameter to another device."""
+        return self.shape_of(param) == param.shape
 
     def shape_of(self, param: Tensor) -> torch.Size | None:
         """As :meth:`StateStore.shape_of`."""
@@ -155,6 +155,14 @@ class DenseStore:
         fresh = fresh_items(work)
         for item, layout in fresh:
             item.state.update(allocate(layout, item.param.device))
+        if follow_devices(item for _, items in work for item in items) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the state of a parameter that has moved to another device follows it; where "
+                "parameters move at every step, use PagedCAME8bit, or is_paged=True",
+                UserWarning,
+                stacklevel=5,
+            )
         for item, _ in fresh:
             self.state[item.param] = item.state
 
@@ -191,6 +199,17 @@ class DenseStore:
     def complete(self) -> AbstractContextManager[None]:
         """As :meth:`StateStore.complete`: it always is."""
         return nullcontext()
+
+
+def follow_devices(items: Iterable[StepItem]) -> bool:
+    """Move state to the device of its parameter; return whether some was elsewhere."""
+    moved = False
+    for item in items:
+        if item.state["step"].device != item.param.device:
+            moved = True
+            for name, tensor in item.state.items():
+                item.state[name] = tensor.to(item.param.device)
+    return moved
 
 
 def fresh_items(work: Work) -> list[tuple[StepItem, Layout]]:

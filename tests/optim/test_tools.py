@@ -1,0 +1,118 @@
+"""What training tools do with an optimizer besides stepping it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from training import assert_same, snapshot
+
+from came8bit import CAME8bit, PagedCAME8bit
+
+
+def make(cls=CAME8bit, **options):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(40, 120), torch.nn.ReLU(), torch.nn.Linear(120, 3))
+    return net, cls(net.parameters(), **{"lr": 0.01, "bias_correction": True, **options})
+
+
+def train(net, optimizer, steps, first=0):
+    for t in range(first, first + steps):
+        optimizer.zero_grad()
+        x = torch.randn(8, 40, generator=torch.Generator().manual_seed(t))
+        net(x).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("cls", [CAME8bit, PagedCAME8bit])
+@pytest.mark.parametrize("how", ["materialize", "get_optimizer_state_dict", "tensor lr"])
+def test_state_that_is_made_beforehand_changes_nothing_of_what_follows(cls, how):
+    expected = make(cls)
+    train(*expected, 3)
+    net, optimizer = make(cls)
+    if how == "materialize":
+        optimizer.materialize()
+    else:
+        if how == "tensor lr":
+            optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
+        get_optimizer_state_dict(net, optimizer)
+        optimizer.param_groups[0]["lr"] = 0.01
+    assert {int(state["step"]) for state in optimizer.state.values()} == {0}
+    assert len(optimizer.state) == 4
+    train(net, optimizer, 3)
+    assert_same(snapshot(expected[1]), snapshot(optimizer))
+
+
+def test_a_first_step_at_lr_0_counts_where_there_are_gradients():
+    net, optimizer = make(lr=0.0)
+    train(net, optimizer, 1)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
+
+
+def test_materialize_leaves_frozen_parameters_and_state_alone():
+    net, optimizer = make()
+    net[0].weight.requires_grad_(False)
+    optimizer.materialize()
+    assert len(optimizer.state) == 3
+    train(net, optimizer, 1)
+    before = snapshot(optimizer)
+    optimizer.materialize()
+    assert_same(before, snapshot(optimizer))
+
+
+@pytest.mark.parametrize("cls", [CAME8bit, PagedCAME8bit])
+def test_step_parameter_from_hooks_of_a_training_loop(cls):
+    expected = make(cls)
+    train(*expected, 3)
+    net, optimizer = make(cls)
+    group = optimizer.param_groups[0]
+
+    def hook_for(index):
+        def hook(param):
+            optimizer.step_parameter(param, group, index)
+            param.grad = None
+
+        return hook
+
+    for index, param in enumerate(group["params"]):
+        param.register_post_accumulate_grad_hook(hook_for(index))
+    for t in range(3):
+        x = torch.randn(8, 40, generator=torch.Generator().manual_seed(t))
+        net(x).square().sum().backward()
+    for p, q in zip(net.parameters(), expected[0].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_step_parameter_of_something_else():
+    _, optimizer = make()
+    group = optimizer.param_groups[0]
+    for param, index in ((torch.nn.Parameter(torch.ones(3)), 0), (group["params"][0], 1)):
+        with pytest.raises(ValueError, match="expected group\\['params'\\]"):
+            optimizer.step_parameter(param, group, index)
+    with pytest.raises(ValueError, match="of a group of this optimizer"):
+        optimizer.step_parameter(group["params"][0], dict(group), 0)
+
+
+def test_a_step_inside_a_compiled_function_is_one_clean_break():
+    """No recompilation over a schedule of learning rates, and the bits of the eager step."""
+    expected = make()
+    net, optimizer = make()
+    compiled = torch.compile(net, backend="eager")
+    torch._dynamo.reset()
+    counts = []
+
+    @torch.compile(backend="eager")
+    def step():
+        optimizer.step()
+
+    for t in range(6):
+        for one in (expected[1], optimizer):
+            one.param_groups[0]["lr"] = 0.01 / (t + 1)
+        train(*expected, 1, first=t)
+        optimizer.zero_grad()
+        x = torch.randn(8, 40, generator=torch.Generator().manual_seed(t))
+        compiled(x).square().sum().backward()
+        step()
+        counts.append(torch._dynamo.utils.counters["frames"]["total"])
+    assert_same(snapshot(expected[1]), snapshot(optimizer))
+    assert counts[1] == counts[-1]
