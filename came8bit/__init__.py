@@ -16,7 +16,7 @@ from .errors import CheckpointError
 from .ops.libraries import status as kernel_status
 from .ops.schema import dequantize_blockwise, quantize_blockwise
 from .optim import CAME
-from .step_in_backward import step_in_backward
+from .step_in_backward import GradientRelease, step_in_backward
 from .variants import CAME8bit, CAME32bit, PagedCAME, PagedCAME8bit, PagedCAME32bit
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "CAME32bit",
     "CheckpointError",
     "ConvertReport",
+    "GradientRelease",
     "LoadReport",
     "PagedCAME",
     "PagedCAME8bit",

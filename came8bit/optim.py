@@ -36,61 +36,55 @@ _UNCHANGED = "Nothing has been changed"
 
 
 class CAME(StoredOptimizer):
-    r"""CAME: confidence-guided adaptive memory-efficient optimization (arXiv 2307.02047).
+    """CAME: confidence-guided adaptive memory-efficient optimization (arXiv 2307.02047).
 
-    A parameter is seen as a batch of :math:`n \times k` matrices with gradient :math:`G`; all state
-    starts at zero, all arithmetic is fp32:
+    A parameter is seen as a batch of matrices. With gradient ``G``, all state zero at first and all
+    arithmetic in fp32, a step is::
 
-    .. math::
-        \begin{aligned}
-        &r \leftarrow \beta_2 r + (1-\beta_2)\,\mathrm{mean}_j(G^2+\epsilon_1) \qquad
-         c \leftarrow \beta_2 c + (1-\beta_2)\,\mathrm{mean}_i(G^2+\epsilon_1) \\
-        &U = G \sqrt{\mathrm{mean}(r)/r_i}\,/\sqrt{c_j} \qquad
-         \hat U = U / \max(1, \mathrm{RMS}(U)/d) \\
-        &M \leftarrow \beta_1 M + (1-\beta_1) \hat U \qquad
-         S = (\hat U - M)^2 + \epsilon_2 \\
-        &R \leftarrow \beta_3 R + (1-\beta_3)\,\mathrm{mean}_j(S) \qquad
-         C \leftarrow \beta_3 C + (1-\beta_3)\,\mathrm{mean}_i(S) \\
-        &p \leftarrow p - \gamma\lambda p - \gamma M \sqrt{\mathrm{mean}(R)/R_i}\,/\sqrt{C_j}
-        \end{aligned}
+        r <- beta2*r + (1-beta2)*mean_j(G**2 + eps1)     (rows; c likewise for columns)
+        U <- G * sqrt(mean(r)/r_i) / sqrt(c_j)
+        U <- U / max(1, RMS(U)/clip_threshold)
+        M <- beta1*M + (1-beta1)*U
+        R <- beta3*R + (1-beta3)*mean_j((U-M)**2 + eps2)  (rows; C likewise for columns)
+        p <- p - lr*weight_decay*p - lr*M * sqrt(mean(R)/R_i) / sqrt(C_j)
 
-    Parameters with fewer than two dimensions keep a full second moment :math:`v` in place of
-    :math:`r, c`, and have no confidence term: :math:`p \leftarrow p - \gamma\lambda p - \gamma M`.
+    Parameters with fewer than two dimensions keep a full second moment in place of ``r, c`` and
+    have no confidence term: ``p <- p - lr*weight_decay*p - lr*M``.
 
-    **Learning rate.** There is no bias correction, here as in the paper, and the last division
-    amplifies early updates: with the default betas the first update has an RMS of about 11 times
-    ``lr``, the hundredth 2.5 times, the thousandth 0.8 times.  So warm-up is load-bearing, and a
-    good ``lr`` is about a tenth of AdamW's.  ``bias_correction=True`` removes the effect; then
-    AdamW's ``lr`` is the place to start.
+    **Learning rate.** There is no bias correction, as in the paper, and the last division amplifies
+    early updates: with the default betas the RMS of the first update is about 11 times ``lr``, that
+    of the hundredth 2.5 times, that of the thousandth 0.8 times. So warm-up is essential, and a
+    good ``lr`` is about a tenth of AdamW's. ``bias_correction=True`` removes the effect; then start
+    with AdamW's ``lr``.
 
     ``docs/internals/algorithm.md`` lists where this differs from ``came-pytorch`` and why:
     convolutions are factored as ``(out, in*kh*kw)``, bf16 and fp16 parameters are rounded
     stochastically, gradients that are not finite are skipped, and loading keeps every dtype.
 
     Args:
-        params: parameters or dicts of parameter groups, or ``named_parameters()``.  fp32, bf16 or
-            fp16, any strides.  Every option below can be set per group.
-        lr: learning rate :math:`\gamma`, a number or a tensor with one element.  A tensor is
+        params: parameters or dicts of parameter groups, or ``named_parameters()``. fp32, bf16 or
+            fp16, any strides. Every option below can be set per group.
+        lr: learning rate, a number or a tensor with one element. A tensor is
             rounded to fp32 and read where it is used, so changing it in place works; put it on the
             parameters' device or the CPU.
         betas: decay of momentum, second moment and instability.
         eps: added to the squared gradient and to the instability.
-        clip_threshold: largest RMS :math:`d` of the preconditioned gradient of a parameter;
+        clip_threshold: largest RMS of the preconditioned gradient of a parameter;
             ``math.inf`` turns clipping off.
-        weight_decay: decoupled weight decay :math:`\lambda`.
+        weight_decay: decoupled weight decay.
         optim_bits: 32, or 8 for momentum in blockwise 8-bit codes (see :class:`CAME8bit`). The
             default is the class's: 32 for ``CAME``.
         is_paged: keep momentum (and other state of a parameter's size) outside the device, in pages
-            that come for a step and leave behind it; see ``docs/paging.md``.  Same bits.
+            that are brought in for a step and written back (``docs/paging.md``). Same bits.
             ``state_dict()`` then copies; ``optimizer.state`` has only what stays on the device.
         page_dir: an existing directory for a page file, for CPU and CUDA parameters alike, used by
-            one process at a time.  Without one, CUDA parameters have their pages in pinned host
+            one process at a time. Without one, CUDA parameters have their pages in pinned host
             memory, CPU parameters in an unnamed file in ``$TMPDIR`` or ``/var/tmp``.
-        page_budget: bytes that pages may take on each device.  Default: on CUDA 256 MiB, or three
+        page_budget: bytes that pages may take on each device. Default: on CUDA 256 MiB, or three
             times the largest page; on the CPU a sixteenth of all pages, at most 64 MiB and at
             least the largest page.
         min_8bit_size: parameters with fewer elements keep fp32 momentum; so do those with fewer
-            than two dimensions and those that codes would not make smaller.  Read, like
+            than two dimensions and those that codes would not make smaller. Read, like
             ``optim_bits`` and ``factored_view``, when the state of a parameter is made.
         rounding: ``"stochastic"`` or ``"nearest"``, of bf16 and fp16 parameters.
         cautious: drop the elements of an update whose sign disagrees with the gradient, and scale
@@ -99,12 +93,12 @@ class CAME(StoredOptimizer):
             ``"skip"`` leaves that parameter and its state alone and counts (:meth:`skipped_steps`).
             ``"raise"`` looks at all gradients before anything changes and raises
             :class:`FloatingPointError`; it waits for the device twice per step.
-            ``"propagate"`` computes with what is there.
+            ``"propagate"`` computes with the values as they are.
         maximize: ascend instead of descend.
         bias_correction: divide the moments by ``1 - beta**step``.
         nesterov: move by ``beta1*M + (1-beta1)*U`` in place of ``M`` (Dozat, 2016).
         factored_view: ``"smallest"`` or ``"last_two"``.
-        seed: of the stochastic rounding.  The bits depend on it, the parameter's position, its
+        seed: seed of stochastic rounding. The bits depend on it, the parameter's position, its
             step and the element only: equal on every device and replica, and after resuming.
 
     Raises:
@@ -183,7 +177,7 @@ class CAME(StoredOptimizer):
         """Add a group; its options default to the constructor's.
 
         Raises:
-            ValueError, TypeError: an option or a parameter is not usable.  The optimizer is then
+            ValueError, TypeError: an option or a parameter is not usable. The optimizer is then
                 as it was.
         """
         if isinstance(param_group, dict):

@@ -16,8 +16,8 @@ class CAME8bit(CAME):
 
     Momentum is kept in signed square-root codes, scaled by the largest magnitude of a block of 256
     values that never crosses a slice of the first dimension
-    (:mod:`came8bit.reference.quant`).  A zero stays exactly zero, and the momentum of an element
-    whose gradient has stopped decays to zero.  The factored statistics stay fp32: they change by
+    (:mod:`came8bit.reference.quant`). A zero stays exactly zero, and the momentum of an element
+    whose gradient has stopped decays to zero. The factored statistics stay fp32: they change by
     0.1 % and 0.01 % a step, which 8 bits cannot hold. The update of a step uses the momentum before
     it is coded.
 
