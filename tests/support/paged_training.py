@@ -1,7 +1,12 @@
 """Optimizers with paged state, trained on random gradients."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
-from training import gradients, snapshot, start
+from training import assert_same, gradients, snapshot, start
+
+from came8bit import CAME, CAME8bit, CAME32bit, PagedCAME, PagedCAME8bit, PagedCAME32bit
 
 # Pages, next to parameters that are too small for one, of every kind.
 SHAPES = [(256, 300), (7,), (64, 96), (128, 64, 3, 3), (), (20000,), (3, 150, 180), (12000, 2)]
@@ -41,3 +46,28 @@ def complete(optimizer):
 def fresh(optimizer, cls=None, **options):
     params = [p.detach().clone().requires_grad_() for p in optimizer.param_groups[0]["params"]]
     return (cls or type(optimizer))(params, **options)
+
+
+@contextmanager
+def unchanged(optimizer, error, message):
+    """The block raises and says so, and parameters and state are what they were."""
+    before = complete(optimizer)
+    with pytest.raises(error, match=message) as caught:
+        yield
+    assert str(caught.value).count("Nothing has been changed") == 1
+    assert "have been updated" not in str(caught.value)
+    assert_same(before, complete(optimizer))
+
+
+def page_file(directory):
+    (path,) = directory.iterdir()
+    return path
+
+
+PAIRS = [(CAME8bit, PagedCAME8bit), (CAME, PagedCAME), (CAME32bit, PagedCAME32bit)]
+
+
+def mapped(directory):
+    """How many windows of page files in ``directory`` this process has."""
+    with open("/proc/self/maps", encoding="ascii") as file:
+        return sum(str(directory) in line for line in file)
