@@ -88,6 +88,26 @@ def test_command(command: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert main(words) == 0
 
 
+def outputs() -> list[tuple[str, str]]:
+    """Return the commands whose output the docs quote, with that output."""
+    return [
+        (block.text.splitlines()[-1].removeprefix("$ "), block.output)
+        for path in PAGES
+        for block in blocks(path)
+        if block.language == "console" and block.output is not None
+    ]
+
+
+@pytest.mark.parametrize(("command", "output"), outputs())
+def test_output_of_a_command(
+    command: str, output: str, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(shlex.split(command)[1:]) == 0
+    assert output in capsys.readouterr().out
+
+
 def test_options_of_benchmarks_exist() -> None:
     source = "".join(
         path.read_text(encoding="utf-8")
