@@ -17,10 +17,31 @@ from .ops.libraries import status as kernel_status
 from .ops.schema import dequantize_blockwise, quantize_blockwise
 from .optim import CAME
 from .step_in_backward import GradientRelease, step_in_backward
-from .variants import CAME8bit, CAME32bit, PagedCAME, PagedCAME8bit, PagedCAME32bit
+from .variants import (
+    CAME2,
+    CAME4,
+    CAME8,
+    CAME2bit,
+    CAME4bit,
+    CAME8bit,
+    CAME32bit,
+    PagedCAME,
+    PagedCAME2,
+    PagedCAME2bit,
+    PagedCAME4,
+    PagedCAME4bit,
+    PagedCAME8,
+    PagedCAME8bit,
+    PagedCAME32bit,
+)
 
 __all__ = [
     "CAME",
+    "CAME2",
+    "CAME4",
+    "CAME8",
+    "CAME2bit",
+    "CAME4bit",
     "CAME8bit",
     "CAME32bit",
     "CheckpointError",
@@ -28,6 +49,11 @@ __all__ = [
     "GradientRelease",
     "LoadReport",
     "PagedCAME",
+    "PagedCAME2",
+    "PagedCAME2bit",
+    "PagedCAME4",
+    "PagedCAME4bit",
+    "PagedCAME8",
     "PagedCAME8bit",
     "PagedCAME32bit",
     "__version__",

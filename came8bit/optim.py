@@ -72,8 +72,8 @@ class CAME(StoredOptimizer):
         clip_threshold: largest RMS of the preconditioned gradient of a parameter;
             ``math.inf`` turns clipping off.
         weight_decay: decoupled weight decay.
-        optim_bits: 32, or 8 for momentum in blockwise 8-bit codes (see :class:`CAME8bit`). The
-            default is the class's: 32 for ``CAME``.
+        optim_bits: 32, or 8, 4 or 2 for momentum in codes of so many bits, in blocks (see
+            :mod:`came8bit.variants`). The default is the class's: 32 for ``CAME``.
         is_paged: keep momentum (and other state of a parameter's size) outside the device, in pages
             that are brought in for a step and written back (``docs/paging.md``). Same bits.
             ``state_dict()`` then copies; ``optimizer.state`` has only what stays on the device.

@@ -44,3 +44,42 @@ class PagedCAME8bit(CAME):
 
     _optim_bits = 8
     _is_paged = True
+
+
+class CAME4bit(CAME):
+    """:class:`CAME` with momentum in 4 bits, about 0.52 bytes of state per parameter.
+
+    As :class:`CAME8bit`, with 15 levels, blocks of 128 values and bf16 scales. What the code does
+    not remember of the momentum acts at once, so that every gradient has its whole effect
+    (:mod:`came8bit.reference.rungs`).
+    """
+
+    _optim_bits = 4
+
+
+class CAME2bit(CAME):
+    """:class:`CAME` with momentum in 2 bits, about 0.29 bytes of state per parameter.
+
+    As :class:`CAME4bit`, with the sign and two levels of magnitude for a block of 128 values.
+    """
+
+    _optim_bits = 2
+
+
+class PagedCAME4bit(CAME):
+    """:class:`CAME4bit` with paged state: ``is_paged=True``."""
+
+    _optim_bits = 4
+    _is_paged = True
+
+
+class PagedCAME2bit(CAME):
+    """:class:`CAME2bit` with paged state: ``is_paged=True``."""
+
+    _optim_bits = 2
+    _is_paged = True
+
+
+# Some trainers send every name that ends in "8bit" to bitsandbytes.
+CAME8, CAME4, CAME2 = CAME8bit, CAME4bit, CAME2bit
+PagedCAME8, PagedCAME4, PagedCAME2 = PagedCAME8bit, PagedCAME4bit, PagedCAME2bit

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "state": {"reference"},
     "overlap": set(),
     "validation": {"overlap", "state"},
-    "paging": {"errors", "state"},
+    "paging": {"errors", "reference", "state"},
     "ops": {"reference", "state", "validation"},
     "state_dict": {"errors", "ops", "reference", "state", "validation"},
     "stored_optimizer": {"ops", "state", "state_dict", "validation"},

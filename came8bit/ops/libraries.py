@@ -34,7 +34,7 @@ import torch
 CPU_ISAS = ("baseline", "avx2", "avx512")
 
 #: Options that no kernel has yet, with the value: the reference runs, whatever library is loaded.
-REFERENCE_ONLY: tuple[tuple[str, object], ...] = ()
+REFERENCE_ONLY: tuple[tuple[str, object], ...] = (("optim_bits", 4), ("optim_bits", 2))
 
 #: The stable ABI that the libraries are built for.
 OLDEST_TORCH = (2, 10)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.rungs import Rung, rung_of
 from ..state.layout import Group
 from ..state.store import Run, StateStore, StepItem
 from ..validation import moved_error, unusable_error, usable
@@ -135,23 +136,24 @@ def _skipped(members: Iterable[StepItem]) -> list[Tensor]:
 
 def _call_operators(group: Group, members: Sequence[StepItem]) -> None:
     """One operator call per kind of parameter and device."""
-    buckets: defaultdict[tuple[torch.device, bool, bool], list[StepItem]] = defaultdict(list)
+    buckets: defaultdict[tuple[torch.device, bool, Rung | None], list[StepItem]] = defaultdict(list)
     for item in members:
         state = item.state
-        buckets[item.param.device, "exp_avg_sq_row" in state, "absmax" in state].append(item)
-    scalars, by_reference = _scalars(group), libraries.needs_reference(group)
-    for (device, factored, coded), items in buckets.items():
+        rung = rung_of(state["exp_avg"], state.get("absmax", state.get("scales")))
+        buckets[item.param.device, "exp_avg_sq_row" in state, rung].append(item)
+    scalars = _scalars(group)
+    for (device, factored, rung), items in buckets.items():
         states = [item.state for item in items]
         names = _FACTORED if factored else _UNFACTORED
         buffers = {name: [state[name] for state in states] for name in names}
-        buffers["absmax"] = [state["absmax"] for state in states] if coded else []
+        buffers["absmax"] = [state[rung.scales_name] for state in states] if rung else []
         if scalars["lr_tensor"] is not None:
             rate = scalars["lr_tensor"].to(device, torch.float32, non_blocking=True)
             scalars["lr_tensor"] = rate
         operator: Callable[..., None] = (
             schema.factored_step_ if factored else schema.unfactored_step_
         )
-        if by_reference:
+        if libraries.needs_reference({**group, "optim_bits": rung.bits if rung else 32}):
             operator = schema.BY_REFERENCE[operator]
         params = [item.param for item in items]
         operator(

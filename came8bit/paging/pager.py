@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.rungs import momentum_shape
 from ..state import store
 from ..state.layout import Layout
 from .device_pages import DevicePages, Run
@@ -96,7 +97,9 @@ class Pager:
     def shape(self, param: Tensor) -> torch.Size | None:
         """Shape of the parameter that the page of ``param`` was made for, if there is one."""
         page = self._pages.get(param)
-        return None if page is None else torch.Size(page.layout.buffers[0].shape)
+        if page is None:
+            return None
+        return momentum_shape({b.name: b for b in page.layout.buffers}, param.shape)
 
     def _device_pages(self, device: torch.device) -> DevicePages:
         if device not in self._by_device:

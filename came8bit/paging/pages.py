@@ -25,7 +25,7 @@ MIN_PAGE_BYTES = 1 << 16
 
 ALIGNMENT = 256  # of every buffer within a page; what kernels and copy engines like best
 
-_PAGED = ("exp_avg", "absmax", "exp_avg_sq")
+_PAGED = ("exp_avg", "absmax", "scales", "exp_avg_sq")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import explaining
+from ..reference.rungs import momentum_shape
 from ..state.layout import Group, Layout, possible_layouts
 from ..state.store import (
     DenseStore,
@@ -53,8 +54,8 @@ class PagedStore:
 
     def shape_of(self, param: Tensor) -> torch.Size | None:
         """Return the shape that the state of ``param`` was made for, None if it is incomplete."""
-        momentum = (self.state.get(param) or {}).get("exp_avg")
-        return self.pager.shape(param) if momentum is None else momentum.shape
+        state = self.state.get(param) or {}
+        return momentum_shape(state, param.shape) if "exp_avg" in state else self.pager.shape(param)
 
     def drop_others(self, params: Iterable[Tensor]) -> None:
         """Free the pages of parameters that are neither in ``params`` nor in ``state``."""

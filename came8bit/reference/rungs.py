@@ -25,7 +25,9 @@ becomes code -8, which decodes to NaN, with 2 bits, which have no code to spare,
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -121,7 +123,7 @@ class Rung:
         slice_len = slice_shape(shape)[1]
         blocks, _ = _to_blocks(self._unpack(codes)[:, :slice_len], self.block)
         values = (_decode_4 if self.bits == 4 else _decode_2)(blocks, scales)
-        return values.flatten(1)[:, :slice_len].reshape(shape)
+        return values.flatten(1)[:, :slice_len].reshape(shape).contiguous()
 
     def _pack(self, codes: Tensor) -> Tensor:
         slices, slice_len = codes.shape
@@ -147,6 +149,45 @@ RUNGS: dict[int, Rung] = {
 """``optim_bits`` -> how momentum is stored; 32, which is not here, is plain fp32."""
 
 
+class Stored(Protocol):
+    """A tensor, or the description of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+
+
+def rung_of(exp_avg: Stored, scales: Stored | None) -> Rung | None:
+    """Return the rung that these buffers are on, None for fp32 momentum."""
+    if scales is None:
+        return None
+    if exp_avg.dtype == torch.int8:
+        return RUNGS[8]
+    return RUNGS[4] if len(scales.shape) == 2 else RUNGS[2]
+
+
+def momentum_shape(buffers: Mapping[str, Stored], shape: tuple[int, ...]) -> torch.Size:
+    """Return the shape of the parameter whose momentum is in ``buffers``.
+
+    Packed codes do not tell: it is ``shape`` if they fit it, else ``(slices, values of a slice)``
+    with the padding of the last byte.
+    """
+    codes, scales = buffers["exp_avg"], buffers.get("scales")
+    rung = rung_of(codes, scales)
+    if rung is None:
+        return torch.Size(codes.shape)
+    if scales is not None and (codes.shape, scales.shape) == (
+        rung.codes_shape(shape),
+        rung.scales_shape(shape),
+    ):
+        return torch.Size(shape)
+    return torch.Size((codes.shape[0], codes.shape[1] * rung.per_byte))
+
+
 @dataclass(frozen=True)
 class Momentum:
     """The buffers that hold the momentum of a parameter of ``shape``; fp32 without ``scales``."""
@@ -158,11 +199,7 @@ class Momentum:
     @property
     def rung(self) -> Rung | None:
         """None for fp32."""
-        if self.scales is None:
-            return None
-        if self.exp_avg.dtype == torch.int8:
-            return RUNGS[8]
-        return RUNGS[4] if self.scales.dim() == 2 else RUNGS[2]
+        return rung_of(self.exp_avg, self.scales)
 
     def load(self) -> Tensor:
         """``m``, fp32 of the parameter's shape."""

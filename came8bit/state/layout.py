@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.quant import absmax_shape, slice_shape
+from ..reference.quant import slice_shape
+from ..reference.rungs import RUNGS
 
 Group = Mapping[str, Any]
 """A parameter group: its options by name, and ``params``."""
 
 FACTORED_VIEWS = ("smallest", "last_two")
-OPTIM_BITS = (8, 32)
+OPTIM_BITS = (32, 8, 4, 2)
 DEFAULT_MIN_8BIT_SIZE = 4096
 
 
@@ -56,7 +57,7 @@ class Layout:
     Attributes:
         view: ``(b, n, k)``; when unfactored ``(1, slices, slice_len)`` of the 8-bit code.
         factored: whether second moment and instability are kept as rows and columns.
-        momentum_bits: 8 or 32.
+        momentum_bits: those of the rung it is on; 32 for fp32.
         buffers: every tensor, in the order of the operators' arguments.
     """
 
@@ -83,11 +84,12 @@ def _momentum(shape: tuple[int, ...], optim_bits: int, min_8bit_size: int) -> tu
     """fp32 momentum, or codes and scales where those are asked for, allowed and smaller."""
     numel = math.prod(shape)
     full = Buffer("exp_avg", shape, torch.float32)
-    if optim_bits != 8 or len(shape) < 2 or numel < min_8bit_size:
+    if optim_bits == 32 or len(shape) < 2 or numel < min_8bit_size:
         return (full,)
-    codes = Buffer("exp_avg", shape, torch.int8)
-    absmax = Buffer("absmax", absmax_shape(shape), torch.float32)
-    return (codes, absmax) if codes.nbytes + absmax.nbytes < full.nbytes else (full,)
+    rung = RUNGS[optim_bits]
+    codes = Buffer("exp_avg", rung.codes_shape(shape), rung.code_dtype)
+    scales = Buffer(rung.scales_name, rung.scales_shape(shape), rung.scale_dtype)
+    return (codes, scales) if codes.nbytes + scales.nbytes < full.nbytes else (full,)
 
 
 def _statistics(shape: tuple[int, ...], view: tuple[int, int, int] | None) -> tuple[Buffer, ...]:
@@ -118,7 +120,7 @@ def plan(
 
     Args:
         shape: of the parameter.
-        optim_bits: 8 or 32, bits of the momentum.
+        optim_bits: one of :data:`OPTIM_BITS`, bits of the momentum.
         min_8bit_size: parameters with fewer elements keep fp32 momentum.
         factored_view: one of :data:`FACTORED_VIEWS`.
 
@@ -142,7 +144,7 @@ def plan(
     return Layout(
         view=view or (1, *slice_shape(shape)),
         factored=view is not None,
-        momentum_bits=8 if len(momentum) == 2 else 32,
+        momentum_bits=optim_bits if len(momentum) == 2 else 32,
         buffers=(*momentum, *statistics[view], *_COUNTERS),
     )
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..reference.rungs import momentum_shape
 from .layout import Buffer, Group, Layout, plan_state
 
 
@@ -138,8 +139,8 @@ class DenseStore:
 
     def shape_of(self, param: Tensor) -> torch.Size | None:
         """As :meth:`StateStore.shape_of`."""
-        momentum = (self.state.get(param) or {}).get("exp_avg")
-        return None if momentum is None else momentum.shape
+        state = self.state.get(param) or {}
+        return momentum_shape(state, param.shape) if "exp_avg" in state else None
 
     def drop_others(self, params: Iterable[Tensor]) -> None:
         """Keep everything: state waits for its parameter to come back."""

@@ -74,7 +74,7 @@ def test_raise_changes_nothing(position):
 @settings(max_examples=25, deadline=None)
 @given(
     shapes=st.lists(st.lists(st.integers(1, 30), max_size=4).map(tuple), min_size=1, max_size=6),
-    bits=st.sampled_from([8, 32]),
+    bits=st.sampled_from([32, 8, 4, 2]),
     dtype=st.sampled_from(DTYPES),
     share=st.floats(0, 1),
     data=st.data(),
