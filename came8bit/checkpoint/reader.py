@@ -293,6 +293,7 @@ def _take_tensors(table: dict[str, Any], prefix: str) -> dict[str, Span]:
     for name in (
         "exp_avg",
         "absmax",
+        "scales",
         "exp_avg_sq",
         "exp_avg_sq_row",
         "exp_avg_sq_col",

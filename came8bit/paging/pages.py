@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -59,7 +59,7 @@ def resident_buffers(layout: Layout, page: PageLayout | None) -> Layout:
     if page is None:
         return layout
     rest = tuple(buffer for buffer in layout.buffers if buffer not in page.buffers)
-    return Layout(layout.view, layout.factored, layout.momentum_bits, rest)
+    return replace(layout, buffers=rest)
 
 
 @dataclass(eq=False)

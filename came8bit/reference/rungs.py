@@ -170,6 +170,14 @@ def rung_of(exp_avg: Stored, scales: Stored | None) -> Rung | None:
     return RUNGS[4] if len(scales.shape) == 2 else RUNGS[2]
 
 
+def has_nan(codes: Tensor, scales: Tensor | None) -> bool:
+    """Return whether packed codes have one that decodes to NaN; only 4 bits can."""
+    if rung_of(codes, scales) is not RUNGS[4]:
+        return False
+    nan = _NAN_NIBBLE & 15
+    return bool(((codes & 15 == nan) | (codes >> 4 == nan)).any())
+
+
 def momentum_shape(buffers: Mapping[str, Stored], shape: tuple[int, ...]) -> torch.Size:
     """Return the shape of the parameter whose momentum is in ``buffers``.
 

@@ -55,12 +55,14 @@ class Layout:
     """The state of one parameter.
 
     Attributes:
+        shape: of the parameter.
         view: ``(b, n, k)``; when unfactored ``(1, slices, slice_len)`` of the 8-bit code.
         factored: whether second moment and instability are kept as rows and columns.
         momentum_bits: those of the rung it is on; 32 for fp32.
         buffers: every tensor, in the order of the operators' arguments.
     """
 
+    shape: tuple[int, ...]
     view: tuple[int, int, int]
     factored: bool
     momentum_bits: int
@@ -142,6 +144,7 @@ def plan(
     view = min(candidates, key=lambda v: sum(buffer.nbytes for buffer in statistics[v]))
     momentum = _momentum(shape, optim_bits, min_8bit_size)
     return Layout(
+        shape=shape,
         view=view or (1, *slice_shape(shape)),
         factored=view is not None,
         momentum_bits=optim_bits if len(momentum) == 2 else 32,

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ..ops.schema import dequantize_blockwise, quantize_blockwise
 from ..reference.quant import NAN_CODE, slice_shape
+from ..reference.rungs import RUNGS, Momentum, Rung, has_nan, rung_of
 from ..state.layout import Layout, possible_layouts
 
 COUNTERS = ("step", "skipped")
 """Buffers that are whole numbers and no tensors of a file."""
 
+_MOMENTUM = ("exp_avg", "absmax", "scales")
 _LARGEST_COUNT = 2**53  # no run has more steps, and float64 has each smaller one
 _ELEMENTS = 1 << 20  # of momentum that are converted at a time
 
@@ -51,6 +53,9 @@ def find_fault(state: Mapping[str, Any]) -> str | None:
         if value.dtype == torch.int8:
             if bool((value == NAN_CODE).any()):
                 return f"{name} has codes of NaN"
+        elif value.dtype == torch.uint8:
+            if has_nan(value, state.get("scales")):
+                return f"{name} has codes of NaN"
         elif value.is_floating_point():
             low, high = (float(bound) for bound in torch.aminmax(value.detach()))
             if not (math.isfinite(low) and math.isfinite(high)):
@@ -63,29 +68,48 @@ def find_fault(state: Mapping[str, Any]) -> str | None:
 def convert_momentum(state: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """Return ``state`` with its momentum as ``layout`` has it; the rest is passed on as it is.
 
-    From 8 to 32 bits is exact, and back from there too. From 32 to 8 rounds to the nearest code,
-    as the step does. Blocks never cross a slice of the first dimension, so working slice by slice
-    gives what the whole tensor would.
+    From any rung to 32 bits is exact, and back from there too. Otherwise values are rounded as the
+    step rounds them; what a coarse code does not remember is lost, as no parameter moves here.
+    Blocks never cross a slice of the first dimension, so working slice by slice gives what the
+    whole tensor would.
     """
-    bits = 8 if "absmax" in state else 32
-    if bits == layout.momentum_bits:
+    codes, scales = state["exp_avg"], state.get("absmax", state.get("scales"))
+    source, target = rung_of(codes, scales), RUNGS.get(layout.momentum_bits)
+    if source is target:
         return dict(state)
-    momentum = state["exp_avg"]
-    slices, slice_len = slice_shape(momentum.shape)
+    shape = layout.shape
+    slices, slice_len = slice_shape(shape)
     rows = max(1, _ELEMENTS // max(1, slice_len))
-    rest = {name: value for name, value in state.items() if name not in ("exp_avg", "absmax")}
+    rest = {name: value for name, value in state.items() if name not in _MOMENTUM}
     made = {
-        buffer.name: torch.empty(buffer.shape, dtype=buffer.dtype, device=momentum.device)
+        buffer.name: torch.empty(buffer.shape, dtype=buffer.dtype, device=codes.device)
         for buffer in layout.buffers
-        if buffer.name in ("exp_avg", "absmax")
+        if buffer.name in _MOMENTUM
     }
     for first in range(0, slices, rows):
         part = slice(first, first + rows)
-        if layout.momentum_bits == 32:
-            made["exp_avg"][part] = dequantize_blockwise(momentum[part], state["absmax"][part])
+        part_shape = (min(rows, slices - first), *shape[1:])
+        m = _decode(codes[part], None if scales is None else scales[part], part_shape)
+        if target is None:
+            made["exp_avg"][part] = m
         else:
-            made["exp_avg"][part], made["absmax"][part] = quantize_blockwise(momentum[part])
+            made["exp_avg"][part], made[target.scales_name][part] = _encode(m, target)
     return {**made, **rest}
+
+
+def _decode(codes: Tensor, scales: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Return fp32 momentum of ``shape``, from the kernel where there is one."""
+    if scales is not None and codes.dtype == torch.int8:
+        values: Tensor = dequantize_blockwise(codes, scales)
+        return values
+    return Momentum(codes, scales, shape).load()
+
+
+def _encode(m: Tensor, rung: Rung) -> tuple[Tensor, Tensor]:
+    if rung.bits == 8:
+        codes, scales = quantize_blockwise(m)
+        return codes, scales
+    return rung.encode(m, torch.zeros(m.shape, dtype=torch.bool, device=m.device))
 
 
 def with_momentum(layout: Layout, bits: int, shape: Sequence[int]) -> Layout:

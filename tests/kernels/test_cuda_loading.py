@@ -231,7 +231,7 @@ def info_of(
         "versions": info.environment.versions(),
         "git": None,
         "kernels": info.environment.kernels(),
-        "reference_only": (),
+        "reference_only": libraries.status().reference_only,
         "hardware": info.environment.hardware(),
     }
     return info.describe(facts)
