@@ -207,12 +207,15 @@ def _parameter(entry: Entry, position: int) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """``value`` as JSON has it; what it lacks is a string."""
     if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no infinity
+        return _plain(value.tolist())
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return value
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return f"a number of {value.bit_length()} bits"
+    known = isinstance(value, (str, int)) or value is None
+    known = known or (isinstance(value, float) and math.isfinite(value))
+    return value if known else str(value)

@@ -251,6 +251,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_LARGEST_BITS = 1024
+_DEEPEST = 50
 _LARGEST_TENSOR = 4096  # bytes; options are numbers, not buffers
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -284,6 +286,8 @@ def encode(value: Any, what: str) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, Integral):
+        if int(value).bit_length() > _LARGEST_BITS:
+            raise CheckpointError(f"{what} has {int(value).bit_length()} bits, which is too many")
         return int(value)
     if isinstance(value, Real):
         number = float(value)
@@ -302,23 +306,25 @@ def encode(value: Any, what: str) -> Any:
     )
 
 
-def decode(value: Any) -> Any:
+def decode(value: Any, depth: int = 0) -> Any:
     """The inverse of :func:`encode`; tensors are on the CPU.
 
     Raises:
         ValueError, KeyError, TypeError, RuntimeError: ``value`` did not come from there.
     """
+    if depth > _DEEPEST:
+        raise ValueError("an option is nested too deeply")
     if isinstance(value, list):
-        return [decode(item) for item in value]
+        return [decode(item, depth + 1) for item in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "float":
         return float({"inf": "inf", "-inf": "-inf", "nan": "nan"}[content])
     if kind == "tuple":
-        return tuple(decode(item) for item in content)
+        return tuple(decode(item, depth + 1) for item in content)
     if kind == "dict":
-        return {key: decode(item) for key, item in content.items()}
+        return {key: decode(item, depth + 1) for key, item in content.items()}
     if kind == "tensor":
         data = torch.tensor(list(bytes.fromhex(content["bytes"])), dtype=torch.uint8)
         return data.view(_DTYPES[content["dtype"]]).reshape(content["shape"])

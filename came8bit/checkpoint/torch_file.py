@@ -24,6 +24,7 @@ from .archive import Archive, StoredTensor, explained
 from .format import Entry, find_layout, label, place
 
 _LARGEST_OPTION = 4096  # bytes of a tensor among the options
+_DEEPEST = 50
 _MOST_VALUES = 100_000  # in the options of all groups together
 
 _OFFICIAL = {"optim_bits": 32, "factored_view": "last_two", "format_version": FORMAT_VERSION}
@@ -117,18 +118,20 @@ class TorchFile:
             value = self._archive.read(value) if value.shape == () else value.shape
         return as_count(value, name)
 
-    def _option(self, value: Any, budget: Iterator[int]) -> Any:
-        """Return ``value`` with its tensors; what is deep or refers to itself ends."""
-        if next(budget, None) is None:
-            raise CheckpointError(f"the options have more than {_MOST_VALUES} values")
+    def _option(self, value: Any, budget: Iterator[int], depth: int = 0) -> Any:
+        """Return ``value`` with its tensors; what is deep, wide or refers to itself ends."""
+        if next(budget, None) is None or depth > _DEEPEST:
+            raise CheckpointError(
+                f"the options have more than {_MOST_VALUES} values, or are nested too deeply"
+            )
         if isinstance(value, StoredTensor):
             if math.prod(value.shape) * value.dtype.itemsize > _LARGEST_OPTION:
                 raise CheckpointError(f"an option is a tensor of shape {value.shape}")
             return self._archive.read(value)
         if isinstance(value, dict):
-            return {key: self._option(item, budget) for key, item in value.items()}
+            return {key: self._option(item, budget, depth + 1) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self._option(item, budget) for item in value)
+            return type(value)(self._option(item, budget, depth + 1) for item in value)
         return value
 
 

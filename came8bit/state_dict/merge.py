@@ -313,7 +313,8 @@ def _merge_options(
                 merged[key] = value.clone()
             else:
                 merged[key] = deepcopy(value)
-    check_group(merged, index)
+    # The saved bits do not stay, but say what the state is.
+    check_group({**merged, "optim_bits": saved.get("optim_bits", own["optim_bits"])}, index)
     return merged
 
 

@@ -148,6 +148,8 @@ def change(path, value):
 
 
 META, GROUP = "__metadata__", ("__metadata__", "groups", 0)
+EMPTY = {"tensor": {"dtype": "float32", "shape": [0], "bytes": ""}}
+DEEP = json.loads("[" * 200 + "]" * 200)
 PARAM = ("__metadata__", "parameters", 0)
 WRONG = {
     "newer file": (change((META, "format_version"), "2"), "format version 2.*upgrade came8bit"),
@@ -161,6 +163,11 @@ WRONG = {
     "groups are no list": (change((META, "groups"), 3), "header is damaged"),
     "bad option": (change((*GROUP, "lr"), -1.0), "lr -1.0"),
     "unreadable option": (change((*GROUP, "lr"), {"pickle": "x"}), "unknown kind of value"),
+    "empty tensor": (change((*GROUP, "optim_bits"), EMPTY), r"group 0: .*[Tt]ensor"),
+    "tensor as text": (change((*GROUP, "rounding"), EMPTY), r"group 0: .*[Tt]ensor"),
+    "huge number": (change((*GROUP, "seed"), 10**400), "got seed 1000"),
+    "huge lr": (change((*GROUP, "lr"), 10**400), "group 0: OverflowError"),
+    "deep option": (change((*GROUP, "note"), DEEP), "nested too deeply"),
     "wrong type": (change((*GROUP, "betas"), 3), "betas 3"),
     "unknown group": (change((*PARAM, "group"), 1), "group 1 does not exist"),
     "negative step": (change((*PARAM, "step"), -1), "header is damaged"),

@@ -9,6 +9,7 @@ file.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
 import re
@@ -37,7 +38,19 @@ from came8bit.state_dict.values import find_fault
 SHAPES = {"m": (9, 10), "v": (3,)}
 SECONDS, MEMORY = 10, 2 << 30
 NUMBERS = [0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
-VALUES = [None, True, -1, 0, 1.5, 2**53, 2**70, 1e400, "", "\x1b[2J", [], {}, [[]], {"tuple": []}]
+TENSOR = {"tensor": {"dtype": "float32", "shape": [], "bytes": "0000c07f"}}  # NaN
+VALUES = [TENSOR, {"tensor": {"dtype": "bool", "shape": [0], "bytes": ""}}, 10**400]
+VALUES += [None, True, -1, 0, 1.5, 2**53, 2**70, 1e400, "", "\x1b[2J", [], {}, [[]], {"tuple": []}]
+
+OBJECTS = [
+    *(*VALUES, 3.0, b"bytes", (1, 2), {1: 2}, {(): ()}, [[0] * 3] * 3, -(10**5000)),
+    *(
+        torch.tensor(x)
+        for x in (3, 3.0, 0.5, -1.0, 1e300, torch.nan, torch.inf, [], True, [1.0, 2])
+    ),
+    *(torch.zeros(9, 10), torch.zeros(10, 9).t(), torch.full((9, 10), torch.nan), torch.ones(9)),
+    *(torch.ones(9, 10).bfloat16(), torch.ones(9, 10).to(torch.complex64), torch.Size([3])),
+]
 
 
 def damaged(content: bytes, choose: random.Random) -> bytes:
@@ -88,6 +101,17 @@ def places(tree):
         yield tree, key
         if isinstance(tree[key], (dict, list)):
             yield from places(tree[key])
+
+
+def damaged_dict(content: bytes, choose: random.Random) -> bytes:
+    """A file of torch.save in which something else stands in some places of the state dict."""
+    table = torch.load(io.BytesIO(content), weights_only=True)
+    for _ in range(choose.choice([1, 1, 2])):
+        where, key = choose.choice(list(places(table)))
+        where[key] = choose.choice(OBJECTS)
+    file = io.BytesIO()
+    torch.save(table, file)
+    return file.getvalue()
 
 
 def damaged_member(content: bytes, choose: random.Random, folder: Path) -> bytes:
@@ -165,6 +189,8 @@ def main(kind: str, seed: int, count: int) -> None:
             made, lies = damaged(content, choose), choose.random() < 0.5
             if lies and kind == "checkpoint":
                 made = damaged_header(content, choose)
+            elif lies and choose.random() < 0.5:
+                made = damaged_dict(content, choose)
             elif lies:
                 made = damaged_member(content, choose, folder)
             path.unlink()
