@@ -61,10 +61,14 @@ def read_state_dict(
         found = found.without_faults(
             {index: find_fault(one.state) for index, one in enumerate(saved)}, allow_missing
         )
-    except ValueError as error:
-        raise ValueError(
-            printable(f"load_state_dict: {error}; nothing has been changed")
-        ) from error
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        what = str(error)
+        if not isinstance(error, ValueError):
+            what = f"the state dict makes no sense ({type(error).__name__}: {what})"
+        text = printable(f"load_state_dict: {what}; nothing has been changed", 4000)
+        raise ValueError(text) from error
     for group, partner in zip(found.groups, found.partners, strict=True):
         if partner is None or found.differences.matched_by == "name":
             continue
@@ -90,6 +94,9 @@ def _parameters(
     """Return the groups, the parameters, and the keys of states that belong to none of them."""
     groups, states = state_dict["param_groups"], state_dict["state"]
     keys = [key for group in groups for key in group["params"]]
+    for index, group in enumerate(groups):
+        if len(list(group.get("param_names", group["params"]))) != len(group["params"]):
+            raise ValueError(f"group {index} has too many names, or too few")
     names: Sequence[str | None] = names_of(groups) or [None] * len(keys)
     group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
     saved = []
