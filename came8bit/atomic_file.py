@@ -1,8 +1,8 @@
 """A file that is there as a whole or not at all, whatever happens while it is written.
 
 The bytes go into a temporary file in the folder of the target, are made durable, and take the
-target's name in one step.  Who dies before that leaves a temporary file behind, and the next writer
-into the folder removes it.  It knows the dead from the living by a lock that the system releases
+target's name in one step. Who dies before that leaves a temporary file behind, and the next writer
+into the folder removes it. It knows the dead from the living by a lock that the system releases
 with the process: process numbers would be wrong across containers and machines that share a folder.
 """
 
@@ -33,9 +33,9 @@ _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 def atomic_file(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[BinaryIO]:
     """Yield a new file; when the block ends without error, it takes the place of ``path``.
 
-    The file can be written and sought.  A symbolic link stays one: what it points to is replaced.
+    The file can be written and sought. A symbolic link stays one: what it points to is replaced.
     The new file has the permissions of the one that it replaces, and its owner and group where the
-    system allows that; else what the umask leaves.  A file that is read-only is replaced, too: who
+    system allows that; else what the umask leaves. A file that is read-only is replaced, too: who
     may write to the folder may do that.
 
     Args:
@@ -44,7 +44,7 @@ def atomic_file(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Binar
 
     Raises:
         OSError: the folder is missing, ``path`` is not a file, or writing failed; it names
-            ``path``.  What was there is unchanged, and the temporary file is gone.
+            ``path``. What was there is unchanged, and the temporary file is gone.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
@@ -57,7 +57,7 @@ def atomic_file(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Binar
     if old is not None and not stat.S_ISREG(old.st_mode):
         raise OSError(errno.EEXIST, "exists and is not a file; name a file in a folder", f"{path}")
     remove_leftovers(target.parent)
-    # Until it has its permissions, nobody may read it who may not read what it replaces.
+    # Until it has its permissions, only its owner may read it.
     temporary, file = _create(target, 0o666 if old is None else 0o600)
     try:
         with file:
@@ -89,7 +89,7 @@ def _size_of(path: Path) -> int:
 
 
 def _explained(error: OSError, wanted: int, folder: Path) -> str:
-    """The words of ``error``, for which there was no room, and how much was wanted and is free."""
+    """Return the text of ``error``, how many bytes were wanted, and how many are free."""
     free = shutil.disk_usage(folder).free
     return (
         f"{error.strerror}: wanted {wanted:,} bytes, {free:,} are free in {folder}; what was there "
@@ -120,8 +120,8 @@ def _naming(target: Path) -> Iterator[None]:
 def _become_like(old: os.stat_result, descriptor: int) -> None:
     """Give an open file the permissions, owner and group of ``old``, as far as the system allows.
 
-    What it does not allow is no error, for the contents matter more; but the file is readable by
-    no more than ``old`` was.
+    What it does not allow is not an error, for the contents matter more; but the file is never
+    readable by more users than ``old`` was.
     """
     if sys.platform == "win32":
         return
@@ -130,7 +130,7 @@ def _become_like(old: os.stat_result, descriptor: int) -> None:
         try:
             os.fchown(descriptor, -1, old.st_gid)
         except OSError:
-            mode &= ~0o070 | (mode & 0o007) << 3  # another group, which may do what everybody may
+            mode &= ~0o070 | (mode & 0o007) << 3  # another group, which may do what others may
     if made.st_uid != old.st_uid:
         with contextlib.suppress(OSError):
             os.fchown(descriptor, old.st_uid, -1)
@@ -144,7 +144,7 @@ def remove_leftovers(folder: Path) -> None:
         names = [entry.name for entry in entries]
     for name in names:
         if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
-            # What cannot be opened or removed is somebody else's, or gone by now.
+            # What cannot be opened or removed belongs to another user, or is gone by now.
             with contextlib.suppress(OSError):
                 _remove_if_dead(folder / name)
 
@@ -157,7 +157,7 @@ def _remove_if_dead(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDWR | flags)
     except PermissionError:
-        # It may have got the permissions of a read-only file.  Some systems lock that as well.
+        # It may have got the permissions of a read-only file. Some systems lock that as well.
         descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -168,7 +168,7 @@ def _remove_if_dead(path: Path) -> None:
 
 
 def _create(target: Path, mode: int) -> tuple[Path, BinaryIO]:
-    """A new temporary file in the folder of ``target``, locked for as long as it is open.
+    """Return a new temporary file in the folder of ``target``, locked for as long as it is open.
 
     Its permissions are what the umask leaves of ``mode``.
     """
@@ -185,7 +185,7 @@ def _create(target: Path, mode: int) -> tuple[Path, BinaryIO]:
 
 
 def _lock(descriptor: int, path: Path) -> bool:
-    """Lock a new file; ``False`` if somebody took it for a leftover before that."""
+    """Lock a new file; ``False`` if another process took it for a leftover before that."""
     if sys.platform == "win32":
         return True
     try:
@@ -193,12 +193,12 @@ def _lock(descriptor: int, path: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        return True  # a file system without locks: nobody can lock, so nobody removes leftovers
+        return True  # a file system without locks: leftovers are never removed
     return _is_at(descriptor, path)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one that ``path`` names."""
+    """Return whether the open file is the one that ``path`` names."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:

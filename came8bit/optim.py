@@ -316,7 +316,7 @@ class CAME(StoredOptimizer):
     # --- what was skipped -------------------------------------------------------------------------
 
     def skipped_steps(self) -> int:
-        """Updates of single parameters left out so far because of a gradient that is not finite.
+        """Count the updates of single parameters skipped so far for a gradient that is not finite.
 
         Waits for the device.
         """

@@ -1,8 +1,8 @@
 """Step in backward: each parameter is updated, and its gradient freed, as soon as it is ready.
 
-After an ordinary backward pass all gradients exist at once.  Here a hook on every parameter hands
+After an ordinary backward pass all gradients exist at once. Here a hook on every parameter hands
 the gradient to the optimizer when autograd has finished it, and frees it, so that only the one in
-hand exists.  ``docs/step_in_backward.md`` says what this means for a training loop.
+hand exists. ``docs/step_in_backward.md`` says what this means for a training loop.
 
 Four things are kept in order:
 
@@ -10,14 +10,14 @@ Four things are kept in order:
   ``param.grad`` until ``optimizer.step()``: a tensor without memory that raises when it is read or
   added to.
 * **Streams.**  Autograd runs a hook on the stream on which it has accumulated the gradient, after
-  everything that read the parameter has been queued.  So the update goes to the current stream of
-  the hook, and ``backward()`` lets its caller's stream wait for it at the end.  The gradient may
+  everything that read the parameter has been queued. So the update goes to the current stream of
+  the hook, and ``backward()`` lets its caller's stream wait for it at the end. The gradient may
   have been allocated on another stream, the one of the operation that made it; ``record_stream``
   keeps its memory from being given away before the update has read it.
 * **Refusals.**  Before the first update of a step, everything is checked that does not depend on
-  gradients still to come: options, and the pages of all parameters.  What fails later has to say
+  gradients still to come: options, and the pages of all parameters. What fails later has to say
   how far the step has come.
-* **References.**  Autograd keeps hooks where Python's garbage collector cannot look.  A hook that
+* **References.**  Autograd keeps hooks where Python's garbage collector cannot look. A hook that
   held the optimizer would keep it, and the model, for good; so it holds a weak reference.
 """
 
@@ -68,7 +68,7 @@ _aten = torch.ops.aten
 class ReleasedGradient(Tensor):
     """What is left in ``param.grad`` of a gradient that has been used: no memory, no values.
 
-    Shape, dtype and device are the gradient's.  Setting it to zero does nothing; every other
+    Shape, dtype and device are the gradient's. Setting it to zero does nothing; every other
     operation raises :class:`RuntimeError`.
     """
 
@@ -116,7 +116,7 @@ def step_in_backward(optimizer: Optimizer) -> GradientRelease:
     """Let ``loss.backward()`` update every parameter as soon as its gradient is ready.
 
     The training loop stays as it is; ``optimizer.step()`` is still called after each backward pass,
-    and ends the step.  The results are those of ordinary stepping, to the last bit::
+    and ends the step. The results are those of ordinary stepping, to the last bit::
 
         release = came8bit.step_in_backward(optimizer)
         for batch in batches:
@@ -126,10 +126,10 @@ def step_in_backward(optimizer: Optimizer) -> GradientRelease:
 
     Args:
         optimizer: one of this package's, or a wrapper that has one as its ``optimizer``, such as
-            accelerate's.  Groups may be added and parameters (un)frozen later.
+            accelerate's. Groups may be added and parameters (un)frozen later.
 
     Returns:
-        A handle with ``remove()`` and ``accumulate()``.  As a context manager it removes itself.
+        A handle with ``remove()`` and ``accumulate()``. As a context manager it removes itself.
         The optimizer keeps it; it does not keep the optimizer.
 
     Raises:
@@ -193,7 +193,7 @@ class GradientRelease:
         self.remove()
 
     def remove(self) -> None:
-        """Take the hooks away; the optimizer then steps in ``step()`` again.  Idempotent."""
+        """Remove the hooks; the optimizer then updates in ``step()`` again. Idempotent."""
         for _, hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
@@ -210,7 +210,7 @@ class GradientRelease:
         """Let gradients add up in the backward passes inside, and update nothing.
 
         The first backward pass outside updates each parameter with the sum, ``optimizer.step()``
-        those that this pass does not reach.  Gradients exist all at once meanwhile.
+        those that this pass does not reach. Gradients exist all at once meanwhile.
 
         Args:
             enabled: ``False`` for a context without effect, as for the last of several passes.
@@ -265,7 +265,7 @@ class GradientRelease:
             self._forget_step()
 
     def attach(self, optimizer: CAME) -> None:
-        """Hook every parameter that has no hook yet, and let go of those that have left."""
+        """Attach a hook to every parameter that has none yet, and drop those that have left."""
         this = weakref.ref(self)
 
         def hook(param: Tensor) -> None:

@@ -22,7 +22,7 @@ class Release(Protocol):
     """What the optimizer needs of :mod:`came8bit.step_in_backward` while that is on."""
 
     def attach(self, optimizer: Any) -> None:
-        """Hook the parameters that are new."""
+        """Attach to the parameters that are new."""
 
     def finish_step(self, closure: Callable[[], Any] | None) -> Any:
         """Update what still has a gradient, end the step, and return the closure's loss."""
@@ -144,7 +144,7 @@ class StoredOptimizer(Optimizer):
             post_hook(self)
 
     def _state_replaced(self) -> None:
-        """End a step in backward that is under way, and count skips anew."""
+        """End a step in backward that is under way, and start counting skips again."""
         self._skip_warning = SkipWarning()
         if self._release is not None:
             self._release.abandon_step()

@@ -286,7 +286,7 @@ def _warn_of_large_vectors(params: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def usable(param: Tensor, grad: Tensor) -> bool:
-    """Whether a step can use ``grad`` for ``param``."""
+    """Return whether a step can use ``grad`` for ``param``."""
     return (
         grad.dtype in GRAD_DTYPES
         and param.dtype in PARAM_DTYPES
@@ -297,7 +297,7 @@ def usable(param: Tensor, grad: Tensor) -> bool:
 
 
 def unusable_error(param: Tensor, grad: Tensor, position: int) -> Exception:
-    """The error to raise where :func:`usable` says no."""
+    """Return the error to raise where :func:`usable` says no."""
     message = (
         f"parameter {position} is {param.dtype} of shape {tuple(param.shape)} on {param.device}: "
         f"got a gradient of {grad.dtype}, layout {grad.layout}, shape {tuple(grad.shape)} on "
@@ -311,7 +311,7 @@ def unusable_error(param: Tensor, grad: Tensor, position: int) -> Exception:
 def moved_error(
     param: Tensor, state: Mapping[str, Tensor], shape: torch.Size | None, position: int
 ) -> Exception:
-    """The error for a parameter that is no longer what its state was made for, of ``shape``."""
+    """Return the error for a parameter whose state was made for another ``shape``."""
     if shape is None:
         return ValueError(
             f"the state of parameter {position} (shape {tuple(param.shape)}) is not complete: it "

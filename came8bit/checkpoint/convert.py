@@ -59,14 +59,14 @@ def convert_checkpoint(
 
     Args:
         source: a checkpoint, or a file of ``torch.save`` with the ``state_dict()`` of an optimizer
-            of this package or of came-pytorch.  Options that the latter lacks get this package's
+            of this package or of came-pytorch. Options that the latter lacks get this package's
             defaults, and ``factored_view="last_two"``.
-        target: of the new file; it may be ``source``.  Written like
+        target: of the new file; it may be ``source``. Written like
             :func:`~came8bit.save_checkpoint` does, parameter by parameter.
         optim_bits: of the momentum in all groups; ``None`` leaves them as they are.
 
     Raises:
-        CheckpointError: ``source`` is damaged, foreign or newer.  Nothing has been written.
+        CheckpointError: ``source`` is damaged, foreign or newer. Nothing has been written.
         OSError: a file cannot be read or written.
     """
     if optim_bits is not None and optim_bits not in CHOICES["optim_bits"]:
@@ -126,7 +126,7 @@ def convert_checkpoint(
 
 
 def _wanted(entry: Entry, group: Mapping[str, Any], saved: Mapping[str, Any]) -> Layout | None:
-    """The layout that ``entry`` gets under the options of ``group``; None without state."""
+    """Return the layout that ``entry`` gets under the options of ``group``; None without state."""
     layout = entry.layout
     if layout is None or entry.shape is None or group["optim_bits"] == saved.get("optim_bits"):
         return layout

@@ -38,14 +38,14 @@ def save_checkpoint(
 ) -> int:
     """Write options and state of ``optimizer`` to a safetensors file.
 
-    When it returns, the file is complete and on the disk.  Until then, whatever happens, ``path``
-    is what it was before.  The state is written parameter by parameter; beyond it, memory is needed
+    When it returns, the file is complete and on the disk. Until then, whatever happens, ``path``
+    is what it was before. The state is written parameter by parameter; beyond it, memory is needed
     for one parameter whose state is paged or on another device, and for next to nothing otherwise.
-    The model is not in the file: save it beside.  With replicas, save on one of them.
+    The model is not in the file: save it beside. With replicas, save on one of them.
 
     Args:
         optimizer: one of this package's.
-        path: of the new file.  A temporary file is made in the same folder, and those that dead
+        path: of the new file. A temporary file is made in the same folder, and those that dead
             writers have left there are removed.
         metadata: strings to keep in the file, such as an epoch; loading returns them.
 
@@ -79,7 +79,7 @@ def save_checkpoint(
 
 
 def check_optimizer(optimizer: object, function: str) -> None:
-    """Raise a :class:`TypeError` for what is no optimizer of this package."""
+    """Raise a :class:`TypeError` for what is not an optimizer of this package."""
     if isinstance(optimizer, CAME):
         return
     inner = getattr(optimizer, "optimizer", None)
@@ -107,7 +107,7 @@ def write_checkpoint(
         path: of the new file.
         groups: the options of every group, without parameters and names.
         entries: the parameters in order, without state.
-        read: from the position of a parameter to its state, empty if there is none.  Called once
+        read: from the position of a parameter to its state, empty if there is none. Called once
             for each, in order; the state is dropped before the next call.
         user: strings to keep beside it.
         state_bytes: of all tensors together, for the error of a full disk.
@@ -179,7 +179,7 @@ def _write_state(
 
 
 def pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of ``tensor`` in row-major order; on the CPU they are shared, not copied."""
+    """Return the bytes of ``tensor`` in row-major order; on the CPU they are shared, not copied."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     for begin in range(0, flat.numel(), CHUNK):
         yield flat[begin : begin + CHUNK].cpu().numpy().data

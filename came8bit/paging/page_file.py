@@ -30,7 +30,7 @@ GRANULE = mmap.ALLOCATIONGRANULARITY
 
 _MAGIC = b"came8bit pages\n"
 _held: set[str] = set()  # page files of this process
-# A file is opened and locked, or unlocked and deleted, while no other thread looks at `_held`.  The
+# A file is opened and locked, or unlocked and deleted, while no other thread looks at `_held`. The
 # garbage collector may close one file in the middle of opening another: the lock is reentrant.
 _holding = threading.RLock()
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -38,7 +38,7 @@ _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def default_directory() -> Path:
-    """Where page files go if the user names no directory: ``$TMPDIR``, ``/var/tmp``, or temp."""
+    """Return the default directory of page files: ``$TMPDIR``, ``/var/tmp``, or temp."""
     if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK):
         return Path("/var/tmp")  # on a disk, where /tmp is often memory
     return Path(tempfile.gettempdir())
@@ -63,7 +63,7 @@ class PageFile:
     """A file whose space is reserved beforehand, mapped one window at a time.
 
     In a directory of the user's it is ``came8bit-<number>.pages``, locked, and deleted when it is
-    no longer used; one that a killed run left behind is used again.  Without a directory it has
+    no longer used; one that a killed run left behind is used again. Without a directory it has
     no name, and the system deletes it with the process.
 
     Args:
@@ -223,7 +223,7 @@ def _round_up(nbytes: int) -> int:
 
 
 def _free(place: int | Path) -> int:
-    """Bytes that may still be written to the disk of a file or directory."""
+    """Return the bytes that may still be written to the disk of a file or directory."""
     status = os.statvfs(place)
     return status.f_bavail * status.f_frsize
 
@@ -254,7 +254,7 @@ def _no_room(error: OSError, wanted: int, had: int, name: str) -> OSError:
 
 
 def _cannot_open(error: OSError, name: str, directory: Path, wanted: int) -> OSError:
-    """What to raise instead of ``error``, which came when a file was opened or begun."""
+    """Return what to raise instead of ``error``, which came when a file was opened or begun."""
     if error.errno in _NO_ROOM:
         return _no_room(error, wanted, _free(directory), name)
     advice = "Name another directory with page_dir="
@@ -284,7 +284,7 @@ def _refuse_stranger(path: Path) -> None:
 
 
 def _open_locked(directory: Path, wanted: int) -> tuple[int, Path]:
-    """The first page file in ``directory`` that this process does not have, locked."""
+    """Return the first page file in ``directory`` that this process does not have, locked."""
     if not os.path.isdir(directory):
         raise FileNotFoundError(
             errno.ENOENT,

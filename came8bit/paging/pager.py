@@ -124,7 +124,7 @@ class Pager:
     # --- state of one parameter -------------------------------------------------------------------
 
     def allocate(self, param: Tensor, layout: Layout) -> dict[str, Tensor]:
-        """New state of ``param``, whose page has been reserved; the resident part."""
+        """Make state of ``param``, whose page has been reserved; return the resident part."""
         page = self._pages.get(param)
         if page is not None:
             self._by_device[page.device].clear(page)

@@ -2,7 +2,7 @@
 
 A *page* is the large buffers of one parameter's state, the ones as long as the parameter itself:
 momentum with its scales, and the second moment of a parameter that is not factored.  Row and
-column statistics and counters are no part of it.
+column statistics and counters are not part of it.
 
 A :class:`BackingStore` gives out *addresses*, byte ranges of a growing space that begin as zeros,
 and lends them as tensors of bytes. It does not know what they contain.

@@ -70,7 +70,7 @@ class State:
 
 
 def _adamw(parameters: Iterable[Parameter], options: Options, *, fused: bool) -> State:
-    """State has the parameter's dtype; the counter is an fp32 tensor, on the CPU unless fused."""
+    """Return state in the parameter's dtype; the counter is fp32, on the CPU unless fused."""
     state = State()
     for parameter in parameters:
         for name in ("exp_avg", "exp_avg_sq"):
@@ -131,7 +131,7 @@ def _came(parameters: Iterable[Parameter], options: Options, *, bits: int, paged
 
 
 def _group(buffer: str, momentum_bits: int) -> str:
-    """Under which name a buffer of :mod:`came8bit.state.layout` is shown."""
+    """Return under which name a buffer of :mod:`came8bit.state.layout` is shown."""
     if buffer == "exp_avg":
         return "momentum codes" if momentum_bits < max(OPTIM_BITS) else "momentum"
     if buffer in ("absmax", "exp_avg_sq"):
@@ -140,7 +140,7 @@ def _group(buffer: str, momentum_bits: int) -> str:
 
 
 def _staging(pages: Sequence[int], budget: int | None) -> int:
-    """Bytes of the device that pages take: all of them if they fit, else the budget."""
+    """Return the bytes of the device that pages take: all of them if they fit, else the budget."""
     if budget is None:
         return min(sum(pages), default_budget("cuda", pages))
     if budget < max(pages):
@@ -156,7 +156,7 @@ def _no_temporaries(parameters: Sequence[Parameter], options: Options) -> int:
 
 
 def _root_of_second_moment(parameters: Sequence[Parameter], options: Options) -> int:
-    """The default, ``foreach``: a list of roots of all second moments."""
+    """Return the default, ``foreach``: a list of roots of all second moments."""
     return sum(parameter.numel for parameter in parameters) * options.itemsize
 
 

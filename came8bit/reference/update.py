@@ -45,7 +45,7 @@ class Hyper:
     seed: int = 0
 
     def lr_and_shrink(self) -> tuple[float, float]:
-        """``(lr, lr*weight_decay)`` in fp32.
+        """Return ``(lr, lr*weight_decay)`` in fp32.
 
         A float ``lr`` is multiplied in float64 and rounded once; a tensor is rounded to fp32 first
         and multiplied in fp32.
@@ -56,7 +56,7 @@ class Hyper:
         return lr.item(), (lr * fp32(self.weight_decay)).item()
 
     def correction(self, beta: float, step: int) -> float:
-        """``1 - beta**step`` (1 without bias correction), formed in float64, rounded once."""
+        """Return ``1 - beta**step`` (1 if not corrected), formed in float64 and rounded once."""
         return fp32(1.0 - beta**step) if self.bias_correction else 1.0
 
     def direction_correction(self, step: int) -> float:
@@ -64,7 +64,7 @@ class Hyper:
         return self.correction(self.beta1, step + 1 if self.nesterov else step)
 
     def spent(self, step: int) -> float:
-        """What the steps to come would make of momentum now, relative to the scale of the update.
+        """Return the weight that future steps would give momentum, relative to this update.
 
         ``beta1 + beta1**2 + ... = beta1/(1-beta1)``; a look-ahead has the first of these behind it.
         Divided by no bias correction, so the one in the scale is taken back; formed in float64.
@@ -78,34 +78,34 @@ class Hyper:
 
 
 def ema(old: Tensor, beta: float, new: Tensor) -> Tensor:
-    """``beta*old + (1-beta)*new``."""
+    """Return ``beta*old + (1-beta)*new``."""
     return old * fp32(beta) + new * fp32(1.0 - beta)
 
 
 def mean_square(total: Tensor, count: int, eps1: float) -> Tensor:
-    """Mean of ``g**2 + eps1`` from the sum of ``g**2``."""
+    """Return the mean of ``g**2 + eps1`` from the sum of ``g**2``."""
     return total / fp32(count) + fp32(eps1)
 
 
 def row_factor(r: Tensor, scale: float | Tensor, tree: Tree) -> Tensor:
-    """``scale * sqrt(mean(r) / r_i)`` for ``r`` of shape ``(b, n)``; two roots cannot overflow."""
+    """Return ``scale * sqrt(mean(r) / r_i)`` for ``r`` of ``(b, n)``; two roots cannot overflow."""
     mean = (tree.vector(r) / fp32(r.shape[-1])).unsqueeze(-1)
     return (square_root(mean) / square_root(r)) * scale
 
 
 def column_factor(c: Tensor, correction: float) -> Tensor:
-    """``1 / sqrt(c_j / correction)``."""
+    """Return ``1 / sqrt(c_j / correction)``."""
     return 1.0 / square_root(c / correction)
 
 
 def clip_scale(rms: Tensor, clip_threshold: float) -> Tensor:
-    """``kappa = 1 / max(1, RMS(u) / clip_threshold)``."""
+    """Return ``kappa = 1 / max(1, RMS(u) / clip_threshold)``."""
     ratio = rms / fp32(clip_threshold)
     return torch.where(ratio > 1, 1.0 / ratio, 1.0)
 
 
 def root_mean(total: Tensor, count: int) -> Tensor:
-    """``sqrt(total / count)``."""
+    """Return ``sqrt(total / count)``."""
     return square_root(total / fp32(count))
 
 
@@ -118,7 +118,7 @@ def predicted_rms(
     count: int,
     tree: Tree,
 ) -> Tensor:
-    """RMS that ``u`` would have if every ``g**2`` were the product of its row and column sums.
+    """Return the RMS of ``u`` if every ``g**2`` were the product of its row and column sums.
 
     Known before the second sweep, and off by a factor that hardly changes from step to step.
     """
@@ -131,7 +131,7 @@ def predicted_rms(
 
 
 def next_rms_ratio(rms: Tensor, predicted: Tensor) -> Tensor:
-    """Measured over predicted RMS, the factor for the next step; 1 where it means nothing."""
+    """Return measured over predicted RMS, the factor for the next step; 1 if undefined."""
     ratio = rms / predicted
     return torch.where((ratio > 0) & (ratio < math.inf), ratio, 1.0)
 
@@ -139,7 +139,7 @@ def next_rms_ratio(rms: Tensor, predicted: Tensor) -> Tensor:
 def mean_instability(
     d2: Tensor, ud: Tensor, u2: Tensor, delta: Tensor, count: int, beta1: float, eps2: float
 ) -> Tensor:
-    """Mean of ``(kappa*u - m_t)**2 + eps2`` from sums around the expected scale ``kappa_0``.
+    """Return the mean of ``(kappa*u - m_t)**2 + eps2`` from sums around ``kappa_0``.
 
     ``kappa*u - m_t = beta1*(kappa*u - m)``. With ``d = kappa_0*u - m`` and
     ``delta = kappa - kappa_0`` its square is ``beta1**2 * (d**2 + 2*delta*u*d + delta**2*u**2)``,
@@ -151,32 +151,32 @@ def mean_instability(
 
 
 def gain(kappa: Tensor, beta1: float) -> Tensor:
-    """``kappa*(1-beta1)``: what ``u`` is multiplied by on its way into the momentum."""
+    """Return ``kappa*(1-beta1)``: what ``u`` is multiplied by on its way into the momentum."""
     return kappa * fp32(1.0 - beta1)
 
 
 def momentum(decayed: Tensor, w: Tensor) -> Tensor:
-    """``m_t = beta1*m + w``, ``w = gain*u``; see :func:`_decayed_momentum` for the first term."""
+    """Return ``m_t = beta1*m + w``, where ``w = gain*u``."""
     return decayed + w
 
 
 def look_ahead(m: Tensor, w: Tensor, beta1: float) -> Tensor:
-    """Nesterov's direction ``beta1*m_t + w`` (Dozat, 2016): one decay ahead of the momentum."""
+    """Return Nesterov's direction ``beta1*m_t + w`` (Dozat, 2016), one decay ahead."""
     return m * fp32(beta1) + w
 
 
 def spend(direction: Tensor, m: Tensor, remembered: Tensor, rest: float) -> Tensor:
-    """``direction + (m_t - remembered)*rest``: what its code forgets acts now, not bit by bit."""
+    """Return ``direction + (m_t - remembered)*rest``: what the code forgets acts now."""
     return direction + (m - remembered) * rest
 
 
 def agrees(m: Tensor, w: Tensor) -> Tensor:
-    """Cautious mask (arXiv 2411.16085): momentum and gradient have the same strict sign."""
+    """Return the cautious mask (arXiv 2411.16085): momentum and gradient have one strict sign."""
     return ((m > 0) & (w > 0)) | ((m < 0) & (w < 0))
 
 
 def cautious_scale(mask: Tensor) -> Tensor:
-    """``1 / max(mean(mask), 0.001)``."""
+    """Return ``1 / max(mean(mask), 0.001)``."""
     fraction = mask.sum().to(torch.float32) / fp32(mask.numel())
     return 1.0 / torch.where(fraction < fp32(1e-3), fp32(1e-3), fraction)
 
@@ -193,7 +193,7 @@ def apply_(
     step: int,
     hyper: Hyper,
 ) -> None:
-    """``p <- round((p - p*shrink) - update)``: fp32 inside, one rounding to the parameter's dtype.
+    """Do ``p <- round((p - p*shrink) - update)``: fp32 inside, one rounding to the dtype of p.
 
     Not ``p*(1 - shrink)``: 1 - 1e-6 in fp32 is off by 3 % of the 1e-6, in the same direction at
     every step.
@@ -261,7 +261,7 @@ def factored_step_(
     hyper: Hyper,
     tree: Tree = CPU_TREE,
 ) -> None:
-    """One CAME step of a parameter seen as matrices; updates every tensor but ``grad`` in place.
+    """Take a CAME step of a parameter seen as matrices; update all tensors but ``grad`` in place.
 
     Args:
         param, grad: fp32, bf16 or fp16 of one shape, any strides.
@@ -342,7 +342,7 @@ def unfactored_step_(
     hyper: Hyper,
     tree: Tree = CPU_TREE,
 ) -> None:
-    """One CAME step with a full second moment and no confidence term (0-D, 1-D, narrow matrices).
+    """Take a CAME step with a full second moment and no confidence term (0-D, 1-D, narrow).
 
     Args:
         exp_avg_sq: fp32 of the parameter's shape, contiguous.
