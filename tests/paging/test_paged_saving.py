@@ -95,7 +95,7 @@ def test_refused_states_change_nothing(broken):
     state_dict["state"][6][broken] = torch.zeros(3)
     optimizer = train(make(PagedCAME8bit), 1)
     before = complete(optimizer)
-    with pytest.raises(ValueError, match=r"parameter 6 .* does not fit: .*; nothing has been ch"):
+    with pytest.raises(ValueError, match=r"parameter 6.*; nothing has been ch"):
         optimizer.load_state_dict(state_dict)
     assert_same(before, complete(optimizer))
     train(optimizer, 1, first=1)
