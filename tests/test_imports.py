@@ -161,6 +161,14 @@ def test_the_command_line_uses_the_public_names_only() -> None:
         assert used <= {*came8bit.__all__, *inner}, path
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_within_the_package_are_relative(path: Path) -> None:
+    """All but ``import came8bit``, by which the command line uses the public names."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    absolute = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in absolute if name.split(".")[0] == "came8bit"]
+
+
 def test_public_names_are_all_there() -> None:
     assert sorted(came8bit.__all__, key=str.lower) == sorted(set(came8bit.__all__), key=str.lower)
     for name in came8bit.__all__:

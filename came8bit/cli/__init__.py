@@ -15,9 +15,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from came8bit.cli import convert, estimate, info, inspect, tradeoff
-from came8bit.environment import package_version
-from came8bit.errors import CliError, printable
+from ..environment import package_version
+from ..errors import CliError, printable
+from . import convert, estimate, info, inspect, tradeoff
 
 _COMMANDS = (info, estimate, inspect, convert, tradeoff)
 

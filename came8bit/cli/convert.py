@@ -8,7 +8,8 @@ import sys
 from typing import Any
 
 import came8bit
-from came8bit.errors import CliError, printable
+
+from ..errors import CliError, printable
 
 
 def add_parser(subparsers: Any) -> None:

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from came8bit import planner
-from came8bit.errors import CliError, printable
-from came8bit.planner import plot, report
+from .. import planner
+from ..errors import CliError, printable
+from ..planner import plot, report
 
 _WIDTH = 80
 _fill = partial(textwrap.fill, width=_WIDTH, break_on_hyphens=False)

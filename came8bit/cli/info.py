@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 import came8bit
-from came8bit import environment
+
+from .. import environment
 
 
 def add_parser(subparsers: Any) -> None:

@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 import came8bit
-from came8bit.errors import CliError, printable
+
+from ..errors import CliError, printable
 
 _COLUMNS = ("", "name", "shape", "dtype", "group", "step", "skipped", "momentum", "view", "bytes")
 
