@@ -152,15 +152,16 @@ def _of_transformers(library: Any, config: Config, what: str) -> tuple[type, Wor
             0  # classifiers look for padding; what the token is costs nothing
         )
 
-    def build(dtype: torch.dtype, checkpointing: bool, attention: str | None) -> nn.Module:
-        chosen = library.CONFIG_MAPPING[kind].from_dict(settings)
+    def make(dtype: torch.dtype, attention: str | None, **changes: float) -> Any:
+        chosen = library.CONFIG_MAPPING[kind].from_dict({**settings, **changes})
         more = {} if attention is None else {"attn_implementation": attention}
-        model: Any = made._from_config(chosen, dtype=dtype, **more)
-        if chosen._attn_implementation != "eager":
-            for key in _ATTENTION_DROPOUT:
-                for module in (chosen, *model.modules()):
-                    if isinstance(getattr(module, key, None), float):
-                        setattr(module, key, 0.0)
+        return made._from_config(chosen, dtype=dtype, **more)
+
+    def build(dtype: torch.dtype, checkpointing: bool, attention: str | None) -> nn.Module:
+        model = make(dtype, attention)
+        dropped = [key for key in _ATTENTION_DROPOUT if getattr(model.config, key, 0)]
+        if dropped and model.config._attn_implementation != "eager":
+            model = make(dtype, attention, **dict.fromkeys(dropped, 0.0))
         if checkpointing:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # it has another name in version 6

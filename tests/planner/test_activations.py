@@ -99,6 +99,15 @@ def test_dropout_keeps_a_byte_an_element_as_on_a_gpu():
     assert dropped.saved - plain.saved == masks
 
 
+def test_dropout_of_attention_is_counted_with_eager_attention_only():
+    def saved(attention, **changes):
+        workload = planner.from_config({**bench.SMALL_GPT2, **changes}, "", "").workload
+        return workload.trace("bf16", 2, 64, attention=attention).saved
+
+    assert saved("sdpa") == saved(None) == saved(None, attn_pdrop=0.0)
+    assert saved("eager") > saved("eager", attn_pdrop=0.0) > saved("sdpa")
+
+
 def test_logits_and_gradients_are_told_apart():
     trace = work().trace("bf16", 2, 64)
     table = 2 * 2000 * 256

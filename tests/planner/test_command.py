@@ -187,7 +187,7 @@ def test_what_helps_where_nothing_fits(capsys, arguments, message):
 
 
 def test_a_batch_and_a_sequence_that_fit_are_proposed(capsys):
-    gpu = ["gpt2", "--gpu", "1.6", "--fp32-embeddings"]
+    gpu = ["gpt2", "--gpu", "1.8"]
     _, text, _ = run(capsys, *gpu, "--batch", "8")
     said = re.search(r"(--batch 1 --sequence (\d+)) fits", " ".join(text.split()))
     assert "import came8bit" in run(capsys, *gpu, *said[1].split())[1]
