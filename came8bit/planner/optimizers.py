@@ -134,9 +134,10 @@ def _group(buffer: str, momentum_bits: int) -> str:
     """Return under which name a buffer of :mod:`came8bit.state.layout` is shown."""
     if buffer == "exp_avg":
         return "momentum codes" if momentum_bits < max(OPTIM_BITS) else "momentum"
-    if buffer in ("absmax", "exp_avg_sq"):
-        return {"absmax": "absmax", "exp_avg_sq": "full second moment"}[buffer]
-    return "statistics" if buffer.startswith("exp_avg_") else "counters"
+    if buffer.startswith("exp_avg_") and buffer != "exp_avg_sq":
+        return "statistics"
+    counters = dict.fromkeys(("rms_ratio", "step", "skipped"), "counters")
+    return {"exp_avg_sq": "full second moment", **counters}.get(buffer, buffer)
 
 
 def _staging(pages: Sequence[int], budget: int | None) -> int:

@@ -9,6 +9,7 @@ import torch
 
 import came8bit
 from came8bit import planner
+from came8bit.state.layout import OPTIM_BITS
 
 # A small model in the shapes that matter: below and above min_8bit_size, the sizes at which paging
 # begins (64 KiB a page here, 100,000 elements in bitsandbytes), vectors, convolutions, narrow ones.
@@ -79,7 +80,7 @@ def test_parameters_and_gradients(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("min_8bit_size", [0, 4096, 200_000])
-@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("bits", OPTIM_BITS)
 def test_came(dtype, min_8bit_size, bits):
     made = parameters(dtype)
     optimizer = stepped(came8bit.CAME(made.values(), optim_bits=bits, min_8bit_size=min_8bit_size))
@@ -99,7 +100,7 @@ def test_came_with_fp32_embeddings():
     assert wide.state.nbytes > plain.state.nbytes
 
 
-@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("bits", OPTIM_BITS)
 def test_paged_came(bits, tmp_path):
     made = parameters("fp32")
     optimizer = stepped(
