@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -181,7 +182,7 @@ def sanitizer(tool: str) -> Callable[[Report, Part], None]:
 def measure(report: Report, part: Part, module: str, *options: object) -> None:
     """Run a benchmark, which writes each figure as it finds it; show what its log says."""
     # It is to end by itself; what it is stopped in is all that is lost.
-    seconds = min(part.left(), 30.0) if report.dry else part.left() - 10
+    seconds = min(part.left(), 90.0 if report.dry else math.inf) - 10
     command = [sys.executable, "-m", f"benchmarks.{module}", *options, "--out", report.out]
     command += ["--seconds", f"{max(5.0, seconds):.0f}"]
     status = report.run(part, *command, *["--device", "cpu"] * report.dry)

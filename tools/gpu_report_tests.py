@@ -110,13 +110,13 @@ def judge(report: Report, part: Part, sessions: list[Session]) -> None:
     bad = {kind: [test for test, found in kinds.items() if found == kind] for kind in KINDS}
     unfinished = [session for session in sessions if not session.finished]
     passed = sum(kind == "passed" for kind in kinds.values())
+    counts = ", ".join(f"{len(tests)} {kind}" for kind, tests in bad.items())
     if report.dry:
-        bad["skipped"] = []
+        bad["skipped"] = []  # as it should be
         broken = unfinished or any(bad.values())
         part.end(FAILED if broken else NOT_RUN, "no GPU")
     else:
         part.end(OK if passed == len(kinds) > 0 and not unfinished else FAILED)
-    counts = ", ".join(f"{len(tests)} {kind}" for kind, tests in bad.items())
     part.lines.append(f"{passed} passed, {counts}")
     for session in unfinished:
         ended = "ran out of time" if session.status is None else f"ended with {session.status}"
