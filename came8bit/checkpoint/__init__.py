@@ -1,6 +1,6 @@
 """Optimizer state in a file: written whole or not at all, read whole or not at all.
 
-``docs/checkpoints.md`` describes the file.  Everything here goes through the optimizer's
+``docs/checkpoints.md`` describes the file. Everything here goes through the optimizer's
 store, so it does not matter where the state lives.
 """
 

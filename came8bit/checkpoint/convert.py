@@ -207,7 +207,7 @@ def _parameter(entry: Entry, position: int) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON has it; what it lacks is a string."""
+    """Return ``value`` as JSON has it; what it lacks is a string."""
     if isinstance(value, Tensor):
         return _plain(value.tolist())
     if isinstance(value, dict):

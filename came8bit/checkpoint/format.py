@@ -1,7 +1,7 @@
 """What stands at the head of a checkpoint, as data; :mod:`.reader` reads it, here it is written.
 
 A checkpoint is a safetensors file: eight bytes with the length of the header, a header in JSON, the
-bytes of the tensors without gaps.  What this package adds lies in the header's ``__metadata__``,
+bytes of the tensors without gaps. What this package adds lies in the header's ``__metadata__``,
 where other programs leave it alone:
 
 * ``format``, ``format_version``: what this is, and which layout of the rest it has;
@@ -13,7 +13,7 @@ where other programs leave it alone:
 * ``user``: JSON, what the caller wanted to keep beside it.
 
 The tensors of a parameter lie next to each other, in the order of :class:`~..state.layout.Layout`,
-codes last, so that everything before them is aligned.  They are called ``<name>.<buffer>``, or
+codes last, so that everything before them is aligned. They are called ``<name>.<buffer>``, or
 ``<position>.<buffer>`` where parameters have no names.
 """
 
@@ -116,20 +116,20 @@ class Header:
 
 
 def stored_buffers(layout: Layout) -> list[Buffer]:
-    """The buffers that become tensors of the file, in the file's order."""
+    """Return the buffers that become tensors of the file, in the file's order."""
     buffers = [buffer for buffer in layout.buffers if buffer.name not in COUNTERS]
     return sorted(buffers, key=lambda buffer: -buffer.dtype.itemsize)
 
 
 def stored_bytes(layout: Layout) -> int:
-    """Bytes of a parameter's tensors in the file."""
+    """Return the bytes of a parameter's tensors in the file."""
     return sum(buffer.nbytes for buffer in stored_buffers(layout))
 
 
 def find_layout(
     shape: Sequence[int], tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> Layout | None:
-    """The layout of a parameter of ``shape`` that stores exactly ``tensors``, if there is one."""
+    """Return the layout of a parameter of ``shape`` that stores exactly ``tensors``, if any."""
     for layout in possible_layouts(shape):
         if tensors == {b.name: (b.dtype, b.shape) for b in stored_buffers(layout)}:
             return layout
@@ -137,7 +137,7 @@ def find_layout(
 
 
 def place(layout: Layout, begin: int) -> dict[str, Span]:
-    """Where the tensors of a parameter lie whose first byte is at ``begin``."""
+    """Return where the tensors of a parameter lie whose first byte is at ``begin``."""
     spans = {}
     for buffer in stored_buffers(layout):
         spans[buffer.name] = Span(buffer.dtype, buffer.shape, begin, begin + buffer.nbytes)
@@ -146,12 +146,12 @@ def place(layout: Layout, begin: int) -> dict[str, Span]:
 
 
 def label(entry: Entry, position: int) -> str:
-    """What the parameter is called in tensor names and messages."""
+    """Return what the parameter is called in tensor names and messages."""
     return str(position) if entry.name is None else entry.name
 
 
 def reserved_bytes(header: Header) -> int:
-    """An upper bound for the length of ``header`` when all its parameters will have state.
+    """Return an upper bound for the length of ``header`` when all its parameters will have state.
 
     So the tensors can be written before the header, and each state has to be read only once.
     """
@@ -168,7 +168,7 @@ def reserved_bytes(header: Header) -> int:
 
 
 def header_bytes(header: Header, size: int, digest: str) -> bytes:
-    """The length field and the header, padded to ``size`` bytes."""
+    """Return the length field and the header, padded to ``size`` bytes."""
     text = _render(header, digest)
     if len(text) > size:
         raise AssertionError(f"a header of {len(text)} bytes does not fit into {size}")
@@ -176,7 +176,7 @@ def header_bytes(header: Header, size: int, digest: str) -> bytes:
 
 
 def _longest(entry: Entry) -> Entry:
-    """``entry`` with the state that takes the most room in a header."""
+    """Return ``entry`` with the state that takes the most room in a header."""
     if entry.shape is None:
         return entry
     layouts = possible_layouts(entry.shape)
@@ -247,7 +247,7 @@ def _dump(value: Any) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``"bfloat16"`` for ``torch.bfloat16``."""
+    """Return ``"bfloat16"`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -272,7 +272,7 @@ _DTYPES = {
 
 
 def encode(value: Any, what: str) -> Any:
-    """``value`` in terms of JSON; :func:`decode` gives it back with its types and bits.
+    """Return ``value`` in terms of JSON; :func:`decode` gives it back with its types and bits.
 
     NumPy's numbers become Python's.
 
@@ -307,7 +307,7 @@ def encode(value: Any, what: str) -> Any:
 
 
 def decode(value: Any, depth: int = 0) -> Any:
-    """The inverse of :func:`encode`; tensors are on the CPU.
+    """Undo :func:`encode`; tensors are on the CPU.
 
     Raises:
         ValueError, KeyError, TypeError, RuntimeError: ``value`` did not come from there.

@@ -127,7 +127,7 @@ def _total(counters: Sequence[Tensor]) -> Tensor:
 
 
 def _skipped(members: Iterable[StepItem]) -> list[Tensor]:
-    """Skips counted so far, by device."""
+    """Return the skips counted so far, by device."""
     counters: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
     for item in members:
         counters[item.param.device].append(item.state["skipped"])
@@ -135,7 +135,7 @@ def _skipped(members: Iterable[StepItem]) -> list[Tensor]:
 
 
 def _call_operators(group: Group, members: Sequence[StepItem]) -> None:
-    """One operator call per kind of parameter and device."""
+    """Make one operator call per kind of parameter and device."""
     buckets: defaultdict[tuple[torch.device, bool, Rung | None], list[StepItem]] = defaultdict(list)
     for item in members:
         state = item.state

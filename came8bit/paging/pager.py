@@ -95,7 +95,7 @@ class Pager:
             self.drop(param)
 
     def shape(self, param: Tensor) -> torch.Size | None:
-        """Shape of the parameter that the page of ``param`` was made for, if there is one."""
+        """Return the shape of the parameter that the page of ``param`` was made for, if any."""
         page = self._pages.get(param)
         if page is None:
             return None
@@ -131,7 +131,7 @@ class Pager:
         return store.allocate(resident(layout, page.layout if page else None), param.device)
 
     def read(self, param: Tensor) -> dict[str, Tensor]:
-        """The paged buffers of ``param``: in the file or in pinned memory, until the next step."""
+        """Return the paged buffers of ``param``, in a file or pinned memory; valid for one step."""
         page = self._pages.get(param)
         return self._by_device[page.device].read(page) if page is not None else {}
 
@@ -148,7 +148,7 @@ class Pager:
     # --- a step -----------------------------------------------------------------------------------
 
     def usable(self) -> bool:
-        """Whether all pages are where they were."""
+        """Return whether all pages are where they were."""
         try:
             for lane in self._by_device.values():
                 lane.backing.check()
@@ -157,14 +157,14 @@ class Pager:
         return True
 
     def set_order(self, params: Iterable[Tensor]) -> None:
-        """From now on prefetch in this order; with an empty one, in that of each step."""
+        """Prefetch in this order from now on; with an empty one, in that of each step."""
         self._order = list(params)
         self._expect(self._order, again=False)
 
     def check(self, params: Iterable[Tensor]) -> None:
         """Refuse everything that can be refused before ``params`` are visited.
 
-        That includes pages of other parameters that are lost.  Pages of those that have moved to
+        That includes pages of other parameters that are lost. Pages of those that have moved to
         another device follow them.
 
         Raises:

@@ -1,7 +1,7 @@
 """What a page is, and what keeps its bytes while the device does not have them.
 
 A *page* is the large buffers of one parameter's state, the ones as long as the parameter itself:
-momentum with its scales, and the second moment of a parameter that is not factored.  Row and
+momentum with its scales, and the second moment of a parameter that is not factored. Row and
 column statistics and counters are not part of it.
 
 A :class:`BackingStore` gives out *addresses*, byte ranges of a growing space that begin as zeros,
@@ -37,7 +37,7 @@ class PageLayout:
     nbytes: int
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The buffers as views of ``flat``, the page's bytes."""
+        """Return the buffers as views of ``flat``, the page's bytes."""
         return {
             buffer.name: flat[start : start + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
             for buffer, start in zip(self.buffers, self.starts, strict=True)
@@ -45,7 +45,7 @@ class PageLayout:
 
 
 def page_layout(layout: Layout) -> PageLayout | None:
-    """The page that state of ``layout`` has, or ``None`` where it is too small for one."""
+    """Return the page that state of ``layout`` has, or ``None`` where it is too small for one."""
     buffers = tuple(buffer for buffer in layout.buffers if buffer.name in _PAGED)
     starts, end = [], 0
     for buffer in buffers:
@@ -55,7 +55,7 @@ def page_layout(layout: Layout) -> PageLayout | None:
 
 
 def resident_buffers(layout: Layout, page: PageLayout | None) -> Layout:
-    """``layout`` without what its page holds."""
+    """Return ``layout`` without what its page holds."""
     if page is None:
         return layout
     rest = tuple(buffer for buffer in layout.buffers if buffer not in page.buffers)
@@ -107,13 +107,13 @@ class BackingStore(Protocol):
     """Memory of the host, or a file, that keeps bytes."""
 
     def reserve(self, sizes: Sequence[int]) -> list[int]:
-        """Addresses of ranges of ``sizes`` bytes, all zero; all of them or an error."""
+        """Return addresses of ranges of ``sizes`` bytes, all zero; all of them or an error."""
 
     def release(self, address: int, nbytes: int) -> None:
         """Take back what :meth:`reserve` gave."""
 
     def pieces(self, address: int, nbytes: int) -> list[Tensor]:
-        """The range as tensors of bytes, one after the other, to read and write.
+        """Return the range as tensors of bytes, one after the other, to read and write.
 
         A backing store may lend its memory for as long as one of these tensors lives.
         """
@@ -133,7 +133,7 @@ class AddressRanges:
         self._free[nbytes].append(address)
 
     def take(self, sizes: Sequence[int], end: int) -> tuple[list[int], list[int], int]:
-        """Addresses for ``sizes``, which of them are used again, and the new end of the space."""
+        """Return addresses for ``sizes``, which of them are reused, and the new end of space."""
         addresses, again = [], []
         free = {size: list(self._free[size]) for size in set(sizes)}
         for index, size in enumerate(sizes):
@@ -146,13 +146,13 @@ class AddressRanges:
         return addresses, again, end
 
     def taken(self, sizes: Sequence[int], addresses: Sequence[int], again: Sequence[int]) -> None:
-        """The answer of :meth:`take` is in use now."""
+        """Note that the answer of :meth:`take` is in use now."""
         for index in again:
             self._free[sizes[index]].remove(addresses[index])
 
 
 def read_pieces(pieces: Sequence[Tensor]) -> Tensor:
-    """One tensor of bytes: the piece itself if there is one, or a copy."""
+    """Return one tensor of bytes: the only piece itself, or a copy."""
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 

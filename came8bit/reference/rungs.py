@@ -83,20 +83,20 @@ class Rung:
         return torch.int8 if self.per_byte == 1 else torch.uint8
 
     def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the codes of a parameter of ``shape``: the same, or ``(slices, bytes of a slice)``."""
+        """Return the shape of the codes: ``shape``, or ``(slices, bytes of a slice)``."""
         if self.per_byte == 1:
             return tuple(shape)
         slices, slice_len = slice_shape(shape)
         return (slices, -(-slice_len // self.per_byte))
 
     def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """``(slices, blocks)``, and another dimension where a block has several scales."""
+        """Return ``(slices, blocks)``, and another dimension where a block has several scales."""
         slices, slice_len = slice_shape(shape)
         blocks = (slices, -(-slice_len // self.block))
         return blocks if self.scales == 1 else (*blocks, self.scales)
 
     def encode(self, m: Tensor, idle: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales of the fp32 ``m``, of the parameter's shape.
+        """Return codes and scales of the fp32 ``m``, of the parameter's shape.
 
         Args:
             m: momentum.
@@ -114,7 +114,7 @@ class Rung:
     def decode(
         self, codes: Tensor, scales: Tensor, shape: tuple[int, ...], factor: float = 1.0
     ) -> Tensor:
-        """fp32 momentum of ``shape`` times ``factor``, which is multiplied into the scales."""
+        """Return fp32 momentum of ``shape``, its scales multiplied by ``factor``."""
         scales = scales.to(torch.float32)
         if factor != 1.0:
             scales = scales * fp32(factor)
@@ -210,19 +210,19 @@ class Momentum:
         return rung_of(self.exp_avg, self.scales)
 
     def load(self) -> Tensor:
-        """``m``, fp32 of the parameter's shape."""
+        """Return ``m``, fp32 of the parameter's shape."""
         if self.rung is None or self.scales is None:
             return self.exp_avg
         return self.rung.decode(self.exp_avg, self.scales, self.shape)
 
     def decayed(self, beta1: float) -> Tensor:
-        """``beta1*m``; of codes the scale of the block is multiplied, not every value."""
+        """Return ``beta1*m``; of codes the scale of the block is multiplied, not every value."""
         if self.rung is None or self.scales is None:
             return self.exp_avg * fp32(beta1)
         return self.rung.decode(self.exp_avg, self.scales, self.shape, beta1)
 
     def encode(self, m: Tensor, idle: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """What :meth:`store` takes for ``m``; and, if the step spends the rest, what that holds."""
+        """Return what :meth:`store` keeps of ``m`` and, if the step spends the rest, its values."""
         m = m.view(self.shape)
         if self.rung is None:
             return (m,), None
@@ -237,7 +237,7 @@ class Momentum:
 
 
 def _to_blocks(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """``(slices, blocks, size)`` of ``x`` in row-major order, and which of it is no padding."""
+    """Return ``x`` as ``(slices, blocks, size)`` in row-major order, and which is not padding."""
     slices, slice_len = slice_shape(x.shape)
     blocks = -(-slice_len // size)
     padding = (0, blocks * size - slice_len)

@@ -10,8 +10,8 @@ A parameter is seen in one of three ways (``view``, three integers whose product
 * *unfactored*: a full second moment and no confidence term, for 0-D and 1-D parameters and for
   matrices so narrow that row and column statistics would be larger.
 
-``factored_view="smallest"`` takes the one with the fewest bytes in total.  Of equal ones it takes
-the first in the order above.  ``"last_two"`` always takes the first, as the official code does.
+``factored_view="smallest"`` takes the one with the fewest bytes in total. Of equal ones it takes
+the first in the order above. ``"last_two"`` always takes the first, as the official code does.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Layout:
 
 
 def _factored_views(shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """Candidate ``(b, n, k)`` in order of preference; none below two dimensions."""
+    """Return candidate ``(b, n, k)`` in order of preference; none below two dimensions."""
     if len(shape) < 2:
         return []
     slices, slice_len = slice_shape(shape)
@@ -83,7 +83,7 @@ def _factored_views(shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
 
 
 def _momentum(shape: tuple[int, ...], optim_bits: int, min_8bit_size: int) -> tuple[Buffer, ...]:
-    """fp32 momentum, or codes and scales where those are asked for, allowed and smaller."""
+    """Return fp32 momentum, or codes and scales where asked for, allowed and smaller."""
     numel = math.prod(shape)
     full = Buffer("exp_avg", shape, torch.float32)
     if optim_bits == 32 or len(shape) < 2 or numel < min_8bit_size:
@@ -95,7 +95,7 @@ def _momentum(shape: tuple[int, ...], optim_bits: int, min_8bit_size: int) -> tu
 
 
 def _statistics(shape: tuple[int, ...], view: tuple[int, int, int] | None) -> tuple[Buffer, ...]:
-    """Second moment and instability, factored by ``view`` or (``None``) a full second moment."""
+    """Return second moment and instability factored by ``view``, or a full second moment."""
     if view is None:
         return (Buffer("exp_avg_sq", shape, torch.float32),)
     b, n, k = view
@@ -118,7 +118,7 @@ def plan(
     min_8bit_size: int = DEFAULT_MIN_8BIT_SIZE,
     factored_view: str = "smallest",
 ) -> Layout:
-    """State of a parameter of ``shape``, without allocating it.
+    """Return the state of a parameter of ``shape``, without allocating it.
 
     Args:
         shape: of the parameter.
@@ -163,7 +163,7 @@ def plan_state(param: Tensor, group: Group) -> Layout:
 
 
 def possible_layouts(shape: Iterable[int]) -> list[Layout]:
-    """Every layout that some setting of the options gives a parameter of ``shape``."""
+    """Return every layout that some setting of the options gives a parameter of ``shape``."""
     shape = tuple(shape)
     found: list[Layout] = []
     for factored_view in FACTORED_VIEWS:
@@ -183,7 +183,7 @@ def state_bytes(
     min_8bit_size: int = DEFAULT_MIN_8BIT_SIZE,
     factored_view: str = "smallest",
 ) -> int:
-    """Bytes of optimizer state for parameters of these ``shapes``; arguments as in :func:`plan`."""
+    """Return the bytes of state for parameters of ``shapes``; arguments as in :func:`plan`."""
     return sum(
         plan(
             shape,

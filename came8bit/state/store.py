@@ -254,7 +254,7 @@ def may_train(param: Tensor) -> bool:
 
 
 def allocate(layout: Layout, device: torch.device) -> dict[str, Tensor]:
-    """New buffers of ``layout`` on ``device``, contiguous, with their initial values."""
+    """Return new buffers of ``layout`` on ``device``, contiguous, with their initial values."""
     return {
         buffer.name: torch.full(buffer.shape, buffer.initial, dtype=buffer.dtype, device=device)
         for buffer in layout.buffers
@@ -262,7 +262,7 @@ def allocate(layout: Layout, device: torch.device) -> dict[str, Tensor]:
 
 
 def fit(saved: Mapping[str, Any], layouts: Sequence[Layout]) -> Layout:
-    """The first of ``layouts`` that the saved state of one parameter has.
+    """Return the first of ``layouts`` that the saved state of one parameter has.
 
     Args:
         saved: name to value; the counters may be Python integers.
@@ -281,7 +281,7 @@ def fit(saved: Mapping[str, Any], layouts: Sequence[Layout]) -> Layout:
 
 
 def copy(saved: Mapping[str, Any], layout: Layout, device: torch.device) -> dict[str, Tensor]:
-    """New contiguous buffers of ``layout`` on ``device`` with the values of ``saved``.
+    """Return new contiguous buffers of ``layout`` on ``device`` with the values of ``saved``.
 
     Every dtype is kept; no memory is shared with ``saved``, which fits ``layout`` or has more.
     """
@@ -289,7 +289,7 @@ def copy(saved: Mapping[str, Any], layout: Layout, device: torch.device) -> dict
 
 
 def _complaint(saved: Mapping[str, Any], layout: Layout) -> str | None:
-    """What is wrong with ``saved``, or ``None``."""
+    """Return what is wrong with ``saved``, or ``None``."""
     if not isinstance(saved, Mapping):
         return f"got the state of a parameter as {type(saved).__name__}, expected a dict"
     expected = [buffer.name for buffer in layout.buffers]

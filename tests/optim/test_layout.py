@@ -55,7 +55,7 @@ def test_view_and_bits(shape, smallest, last_two, bits):
 
 def test_equal_views_take_the_first_of_the_list():
     # One matrix: batched last two and first against rest are the same; (1, n, k) has n + k against
-    # 1 + n k.  Where factored and unfactored tie in bytes, factored wins: 8 (n + k) + 4 is never
+    # 1 + n k. Where factored and unfactored tie in bytes, factored wins: 8 (n + k) + 4 is never
     # a multiple of 16 less than 4 n k by accident, so a tie needs 2 (n + k) + 1 = n k.
     assert plan((40, 40)).view == (1, 40, 40)
     assert plan((1, 40, 40)).view == (1, 40, 40)

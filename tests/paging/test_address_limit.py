@@ -1,8 +1,8 @@
 """Training with less address space than the state has bytes, which only real paging survives.
 
-Each run is a process of its own.  It has imported everything, makes the model, its gradients and
+Each run is a process of its own. It has imported everything, makes the model, its gradients and
 the optimizer, and then limits its address space (``RLIMIT_AS``) to what it has, one eighth of the
-state's bytes, and :data:`CONSTANT`.  File mappings count, as memory does.
+state's bytes, and :data:`CONSTANT`. File mappings count, as memory does.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A device that does everything as late, or in as odd an order, as its events allow.
 
-Nothing that is put into a queue happens until somebody waits for it.  Then the queues are worked
+Nothing that is put into a queue happens until somebody waits for it. Then the queues are worked
 off by a policy: of the operations whose queue they head and whose events have happened, the policy
-chooses.  An ordering that no event demands will be broken by one policy or another, and the bits
+chooses. An ordering that no event demands will be broken by one policy or another, and the bits
 will be wrong.
 """
 

@@ -1,6 +1,6 @@
 """Every tolerance of the test suite, with the reason for its size.
 
-``U`` is the unit roundoff of fp32.  Where a test can ask for equality it does (``torch.equal``);
+``U`` is the unit roundoff of fp32. Where a test can ask for equality it does (``torch.equal``);
 what is here is for comparisons with other arithmetic.
 """
 
@@ -14,7 +14,7 @@ U = 2.0**-24
 # because every step rounds the parameter.
 
 PARITY_PARAM = 1e-6
-"""||p - p'|| / ||p||.  The parameter is rounded once a step by either side, errors independent:
+"""||p - p'|| / ||p||. The parameter is rounded once a step by either side, errors independent:
 sqrt(2 * 100) * U = 8e-7 where every element rounds at its worst; measured 1.2e-7, 3.2e-7 at
 beta1 = 0, where an update moves the parameter ten times further."""
 
@@ -26,8 +26,8 @@ PARITY_ROUNDING = 100**0.5 * U
 """Part of ||p||, added to the former: one rounding of the parameter a step, a random walk."""
 
 PARITY_STATISTICS = 5e-5
-"""r, c, R, C, v elementwise.  r and c are averages of positive numbers, good to a few U times the
-100 steps of the average (1e-5 at worst, 2e-6 measured).  The instability adds the cancellation
+"""r, c, R, C, v elementwise. r and c are averages of positive numbers, good to a few U times the
+100 steps of the average (1e-5 at worst, 2e-6 measured). The instability adds the cancellation
 in u - m: with updates that repeat up to 1e-3 it loses a factor of 30 (measured 3e-5)."""
 
 FLOAT64_FACTOR = 2.0
