@@ -330,7 +330,8 @@ def test_empty_lists_and_parameters(shim: Control) -> None:
     with kernels():
         named = arguments_of([make_problem((1, 8), generator=generator())], [])
         empty = {name: [] for name, value in named.items() if isinstance(value, list)}
-        schema.factored_step_(**{**named, **empty})
+        # The dispatcher has to see a tensor.
+        schema.factored_step_(**{**named, **empty, "lr_tensor": torch.tensor(0.0)})
     empty = make_problem((0, 8), generator=generator())
     step([empty], [torch.zeros(0, 8)])
     assert shim.launches() == []
