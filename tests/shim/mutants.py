@@ -51,7 +51,7 @@ MUTANTS = [
     ),
     Mutant(
         "no barrier before a buffer is used again", "tile.cuh",
-        f"{BARRIER}  // whoever used the buffer before is done", "",
+        f"{BARRIER}  // the previous user of the buffer is done", "",
     ),
     Mutant(
         "no barrier behind the row factors", "instability.cuh",
