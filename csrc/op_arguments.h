@@ -23,6 +23,7 @@ using Tensors = std::vector<Tensor>;
 struct Device {
   const char* name;
   bool (*holds)(const Tensor&);
+  bool has_4bit;  // momentum
 };
 
 class Checker {
@@ -44,7 +45,8 @@ class Checker {
     return kFloat32;
   }
 
-  // Pointer to contiguous state of `size` values of T: int8_t, float or int64_t.
+  // Pointer to contiguous state of `size` values of T: int8_t, uint8_t, uint16_t for bf16, float or
+  // int64_t.
   template <class T>
   T* state(const Tensors& tensors, size_t i, int64_t size, const char* name) const {
     const Tensor& t = tensors[i];
@@ -89,6 +91,11 @@ class Checker {
       a.blocks_per_slice = (a.slice_len + kBlockSize - 1) / kBlockSize;
       if (absmax.empty()) {
         a.exp_avg = state<float>(exp_avg, i, numel, "exp_avg");
+      } else if (device_.has_4bit && exp_avg[i].scalar_type() == ScalarType::Byte) {
+        // A slice takes whole bytes. With 2 bits there are twice as many scales.
+        a.blocks_per_slice = (a.slice_len + kBlockSize4 - 1) / kBlockSize4;
+        a.exp_avg = state<uint8_t>(exp_avg, i, a.slices * ((a.slice_len + 1) / 2), "exp_avg");
+        a.scales = state<uint16_t>(absmax, i, a.slices * a.blocks_per_slice, "absmax");
       } else {
         a.exp_avg = state<int8_t>(exp_avg, i, numel, "exp_avg");
         a.absmax = state<float>(absmax, i, a.slices * a.blocks_per_slice, "absmax");
@@ -147,7 +154,8 @@ class Checker {
  private:
   template <class T>
   static constexpr ScalarType scalar_type_of() {
-    if (sizeof(T) == 1) return ScalarType::Char;
+    if (sizeof(T) == 1) return T(-1) < T(0) ? ScalarType::Char : ScalarType::Byte;
+    if (sizeof(T) == 2) return ScalarType::BFloat16;
     return sizeof(T) == 4 ? ScalarType::Float : ScalarType::Long;
   }
 

@@ -21,14 +21,38 @@ CAME8BIT_INLINE T decode(T code, T absmax) {
   return (t * abs(t)) * absmax;
 }
 
+// 4 bits: levels up to 7, two codes in a byte, the first in the lower half; bf16 scales. See
+// came8bit/reference/rungs.py.
+constexpr int kBlockSize4 = 128;
+constexpr int kNanCode4 = -8;
+constexpr float kInverse7 = 1.0f / 7.0f;
+constexpr float kLargestSquare4 = 7.0f * 7.0f;
+constexpr uint32_t kLargestBf16 = 0x7f7f0000u;
+
+template <class T>
+CAME8BIT_INLINE T decode4(T code, T scale) {
+  const T t = code * T(kInverse7);
+  return (t * abs(t)) * scale;
+}
+
+// The bits of the nearest bf16 that is finite; for a finite x >= 0.
+CAME8BIT_INLINE uint16_t scale_bits(float x) {
+  const uint32_t pattern = float_bits(x);
+  if (pattern > kLargestBf16) return static_cast<uint16_t>(kLargestBf16 >> 16);
+  return static_cast<uint16_t>((pattern + 0x7fffu + ((pattern >> 16) & 1u)) >> 16);
+}
+CAME8BIT_INLINE float scale_of(uint16_t bits) {
+  return bits_float(static_cast<uint32_t>(bits) << 16);
+}
+
 // Blocks below this are scaled by a power of two first: 127^2/absmax would overflow.
 constexpr float kTinyAbsmax = 0x1p-100f;
 constexpr float kTinyFactor = 0x1p64f;
 
 // 127^2/absmax (of a tiny block: after scaling), or 0 for a block that stores zeros.
-CAME8BIT_INLINE float level_scale(float absmax) {
+CAME8BIT_INLINE float level_scale(float absmax, float largest_square = kLargestSquare) {
   if (absmax < kSmallestAbsmax) return 0.0f;
-  return kLargestSquare / (absmax < kTinyAbsmax ? absmax * kTinyFactor : absmax);
+  return largest_square / (absmax < kTinyAbsmax ? absmax * kTinyFactor : absmax);
 }
 // The same of a block that is not tiny; of one of zeros any number will do.
 CAME8BIT_INLINE float level_scale_of_usual(float absmax) {

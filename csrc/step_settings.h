@@ -61,6 +61,14 @@ struct StepSettings {
     return correction(0, nesterov ? step + 1 : step);
   }
 
+  // What the steps to come would make of momentum now, relative to the scale of the update: the sum
+  // of the powers of beta1, of which a look-ahead has the first behind it.
+  CAME8BIT_INLINE float spent(int64_t step) const {
+    const double beta1 = betas[0], rest = (nesterov ? beta1 * beta1 : beta1) / (1.0 - beta1);
+    const double steps = static_cast<double>(nesterov ? step + 1 : step);
+    return static_cast<float>(bias_correction ? rest * (1.0 - ::pow(beta1, steps)) : rest);
+  }
+
   CAME8BIT_INLINE float sign() const { return maximize ? -1.0f : 1.0f; }
 };
 

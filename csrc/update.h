@@ -153,6 +153,12 @@ CAME8BIT_INLINE T look_ahead(T m, T w, T beta1) {
   return m * beta1 + w;
 }
 
+// direction + (m_t - held)*rest: what the code of the momentum forgets acts now.
+template <class T>
+CAME8BIT_INLINE T spend(T direction, T m, T held, T rest) {
+  return direction + (m - held) * rest;
+}
+
 // Cautious mask: same strict sign.
 template <class T>
 CAME8BIT_INLINE auto agrees(T m, T w) -> decltype(m > w) {

@@ -10,7 +10,8 @@ namespace {
 // What one block needs beside the tensors; the parameter and the gradient where they are strided.
 struct Buffers {
   alignas(64) float momentum[kBlockSize];
-  alignas(64) float step[kBlockSize];
+  alignas(64) float step[kBlockSize];  // 4 bits: w
+  alignas(64) float kept[kBlockSize4];
   alignas(64) uint16_t random[kBlockSize + kDraw];
   alignas(64) float param[kBlockSize];
   alignas(64) float grad[kBlockSize];
@@ -46,6 +47,8 @@ void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffe
     if (p.absmax != nullptr) {
       s.codes = static_cast<const int8_t*>(p.exp_avg) + e;
       s.exp_avg = buffers.momentum + done;
+    } else if (p.scales != nullptr) {
+      s.exp_avg = buffers.momentum + done;
     } else {
       s.exp_avg = static_cast<float*>(p.exp_avg) + e;
     }
@@ -62,10 +65,10 @@ void for_each_block(const Blocks& blocks, int64_t task, const Run& run) {
   // Divisions once a task, not once a block.
   int64_t slice = begin / blocks.per_slice, in_slice = begin % blocks.per_slice;
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t done = in_slice * kBlockSize;
+    const int64_t done = in_slice * blocks.size;
     const int64_t rest = blocks.slice_len - done;
     run(block, slice * blocks.slice_len + done,
-        static_cast<int>(rest < kBlockSize ? rest : kBlockSize));
+        static_cast<int>(rest < blocks.size ? rest : blocks.size));
     if (++in_slice == blocks.per_slice) {
       in_slice = 0;
       ++slice;
@@ -73,10 +76,51 @@ void for_each_block(const Blocks& blocks, int64_t task, const Run& run) {
   }
 }
 
+// --- 4-bit momentum ---------------------------------------------------------------------------
+
+// Fills `buffers` with w and the new momentum of a block; returns the largest to be encoded.
+float momentum_of_block4(const Parameter& p, const StepConstants& constants, const Factors& factors,
+                         Buffers& buffers, int64_t block, int64_t first, int size) {
+  const Kernels& table = kernels();
+  const auto momentum = (p.exp_avg_sq ? table.momentum4_unfactored : table.momentum4)[p.grad_dtype];
+  table.decode4(codes4(p, first), false, scale_of(p.scales[block]) * constants.beta1, size,
+                buffers.momentum);
+  float largest = 0.0f;
+  for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t, int done) {
+    largest = std::max(largest, momentum(constants, {s, buffers.step + done, buffers.kept + done}));
+  });
+  return largest;
+}
+
+// A block is encoded before it is applied: the update needs to know what the code holds.
+void apply_blocks4(const Parameter& p, const StepConstants& constants, const Factors& factors,
+                   int64_t task) {
+  const Kernels& table = kernels();
+  const auto apply =
+      (p.exp_avg_sq ? table.apply4_unfactored : table.apply4)[p.param_dtype][p.grad_dtype];
+  const bool draws = constants.stochastic && p.param_dtype != kFloat32;
+  Buffers buffers;
+  for_each_block(Blocks(p), task, [&](int64_t block, int64_t first, int size) {
+    const float largest = momentum_of_block4(p, constants, factors, buffers, block, first, size);
+    p.scales[block] = table.encode4(buffers.kept, largest, size, codes4(p, first));
+    const uint16_t* random =
+        draws ? table.random_bits(constants, p.offset + static_cast<uint64_t>(first), size,
+                                  buffers.random)
+              : nullptr;
+    for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t e, int done) {
+      s.param = p.param.read(e, s.size, buffers.param);
+      s.random = random ? random + done : nullptr;
+      apply(constants, {s, buffers.step + done, buffers.kept + done});
+      p.param.write(e, s.size, s.param);
+    });
+  });
+}
+
 }  // namespace
 
 void apply_blocks(const Parameter& p, const StepConstants& constants, const Factors& factors,
                   int64_t task) {
+  if (p.scales != nullptr) return apply_blocks4(p, constants, factors, task);
   const Kernels& table = kernels();
   const auto& of_dtype = p.exp_avg_sq
                              ? (p.absmax ? table.apply8_unfactored : table.apply32_unfactored)
@@ -132,6 +176,11 @@ int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const
   Buffers buffers;
   int64_t total = 0;
   for_each_block(Blocks(p), task, [&](int64_t block, int64_t first, int size) {
+    if (p.scales != nullptr) {
+      momentum_of_block4(p, constants, factors, buffers, block, first, size);
+      total += table.agreeing4(buffers.step, buffers.momentum, size);
+      return;
+    }
     for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t, int) {
       s.absmax = p.absmax ? p.absmax[block] * constants.beta1 : 0.0f;
       total += agreeing(constants, s);
@@ -141,7 +190,7 @@ int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const
 }
 
 void quantize(const float* x, int64_t slices, int64_t slice_len, int8_t* codes, float* absmax) {
-  const Blocks blocks(slices, slice_len);
+  const Blocks blocks(slices, slice_len, kBlockSize);
   const Kernels& table = kernels();
   for_each_task(blocks.tasks(), thread_count(), [&](int64_t task, int64_t) {
     for_each_block(blocks, task, [&](int64_t block, int64_t first, int size) {
@@ -153,7 +202,7 @@ void quantize(const float* x, int64_t slices, int64_t slice_len, int8_t* codes, 
 
 void dequantize(const int8_t* codes, const float* absmax, int64_t slices, int64_t slice_len,
                 float* x) {
-  const Blocks blocks(slices, slice_len);
+  const Blocks blocks(slices, slice_len, kBlockSize);
   const auto decode = kernels().decode;
   for_each_task(blocks.tasks(), thread_count(), [&](int64_t task, int64_t) {
     for_each_block(blocks, task, [&](int64_t block, int64_t first, int size) {

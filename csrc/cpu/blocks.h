@@ -1,4 +1,4 @@
-// Sweep C over blocks of at most 256 values of one slice, and the codec by itself.
+// Sweep C over blocks of at most 256 values of one slice (4 bits: 128), and the codec by itself.
 #pragma once
 
 #include "step.h"
@@ -9,14 +9,18 @@ constexpr int64_t kBlocksPerTask = 64;
 
 // The blocks of a parameter in row-major order. With fp32 momentum a block is a piece of a row.
 struct Blocks {
-  int64_t slices, slice_len, per_slice;
+  int64_t slices, slice_len, size, per_slice;
 
-  Blocks(int64_t slices, int64_t slice_len)
+  Blocks(int64_t slices, int64_t slice_len, int64_t size)
       : slices(slices),
         slice_len(slice_len),
-        per_slice((slice_len + kBlockSize - 1) / kBlockSize) {}
+        size(size),
+        per_slice((slice_len + size - 1) / size) {}
   explicit Blocks(const Parameter& p)
-      : Blocks(p.absmax ? p.slices : p.b * p.n, p.absmax ? p.slice_len : p.k) {}
+      : Blocks(coded(p) ? p.slices : p.b * p.n, coded(p) ? p.slice_len : p.k,
+               p.scales ? kBlockSize4 : kBlockSize) {}
+
+  static bool coded(const Parameter& p) { return p.absmax != nullptr || p.scales != nullptr; }
 
   int64_t count() const { return slices * per_slice; }
   int64_t tasks() const { return (count() + kBlocksPerTask - 1) / kBlocksPerTask; }

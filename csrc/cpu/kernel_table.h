@@ -41,7 +41,7 @@ struct InstabilityTile {
 // What is the same for all elements of a parameter in one step; `lr` and `shrink` are those of
 // rate().
 struct StepConstants : StepSettings {
-  float gain, correction2, scale;
+  float gain, correction2, scale, spent;
   uint32_t index, step;
 };
 
@@ -58,6 +58,13 @@ struct Segment {
   float absmax;
   float* exp_avg;          // fp32 momentum, read and written; 8-bit: new momentum, written
   const uint16_t* random;  // nullptr where nothing is drawn
+};
+
+// The same for 4-bit momentum, whose update needs to know what its code has kept. `exp_avg` holds
+// beta1 times the old momentum, then the new one.
+struct Segment4 : Segment {
+  float* w;     // written
+  float* kept;  // written: what is to be encoded; then what the code holds
 };
 
 // What the encoding of a segment has to know (8-bit momentum only).
@@ -85,6 +92,19 @@ struct Kernels {
   int (*agreeing32[kDtypes])(const StepConstants&, const Segment&);
   int (*agreeing8_unfactored[kDtypes])(const StepConstants&, const Segment&);
   int (*agreeing32_unfactored[kDtypes])(const StepConstants&, const Segment&);
+
+  // 4 bits: w and the new momentum; returns its largest magnitude, as `largest_magnitude` does.
+  // Index: gradient dtype. Then the update from them; index: parameter dtype, gradient dtype.
+  float (*momentum4[kDtypes])(const StepConstants&, const Segment4&);
+  float (*momentum4_unfactored[kDtypes])(const StepConstants&, const Segment4&);
+  void (*apply4[kDtypes][kDtypes])(const StepConstants&, const Segment4&);
+  void (*apply4_unfactored[kDtypes][kDtypes])(const StepConstants&, const Segment4&);
+  int (*agreeing4)(const float* w, const float* m, int size);
+
+  // At most kBlockSize4 values; `encode4` also replaces them by what the codes stand for, and
+  // `decode4` begins with the second half of the first byte where `odd`.
+  uint16_t (*encode4)(float* x, float largest, int size, uint8_t* codes);
+  void (*decode4)(const uint8_t* codes, bool odd, float scale, int size, float* x);
 
   // Lane sum of at most kChunk values of g*g, and of u*u for a full second moment.
   float (*sum_g2[kDtypes])(const void* grad, int size);

@@ -16,8 +16,9 @@ constexpr int64_t kSerialElements = 1 << 16;
 constexpr int64_t kChunksPerTask = 16;
 
 StepConstants constants_of(const Parameter& p, const StepSettings& s, int64_t step, float kappa) {
-  StepConstants c = {s,       gain(kappa, s.one_minus_beta1), s.correction(1, step), 0.0f,
-                     p.index, static_cast<uint32_t>(step)};
+  StepConstants c = {
+      s,       gain(kappa, s.one_minus_beta1), s.correction(1, step), 0.0f, s.spent(step),
+      p.index, static_cast<uint32_t>(step)};
   const StepSettings::Rate rate = s.rate();
   c.lr = rate.lr;
   c.shrink = rate.shrink;

@@ -13,6 +13,12 @@ struct Parameter : ParamArguments {
   StridedRuns param, grad;
 };
 
+// Where the 4-bit code of element `e` is; a slice takes whole bytes.
+inline uint8_t* codes4(const Parameter& p, int64_t e) {
+  const int64_t slice = e / p.slice_len, in_slice = e - slice * p.slice_len;
+  return static_cast<uint8_t*>(p.exp_avg) + slice * ((p.slice_len + 1) / 2) + in_slice / 2;
+}
+
 void factored_step(const std::vector<Parameter>& parameters, const StepSettings& settings);
 void unfactored_step(const std::vector<Parameter>& parameters, const StepSettings& settings);
 

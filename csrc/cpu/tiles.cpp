@@ -55,18 +55,23 @@ void gather(const StridedRuns& from, int64_t first, int64_t row_stride, int rows
   }
 }
 
-// Momentum in 8 bits whose blocks do not begin with the rows.
+// Momentum in 8 bits whose blocks do not begin with the rows, or in 4 bits.
 void gather_momentum(const Parameter& p, int64_t first, int rows, int cols, GroupBuffer& buffer) {
-  const int64_t per_slice = (p.slice_len + kBlockSize - 1) / kBlockSize;
+  const Kernels& table = kernels();
+  const int64_t block_size = p.scales ? kBlockSize4 : kBlockSize;
   for (int i = 0; i < rows; ++i) {
     for (int done = 0; done < cols;) {
       const int64_t e = first + i * p.k + done;
       const int64_t in_slice = e % p.slice_len;
-      const int64_t to_end = std::min(kBlockSize - in_slice % kBlockSize, p.slice_len - in_slice);
+      const int64_t block = e / p.slice_len * p.blocks_per_slice + in_slice / block_size;
+      const int64_t to_end = std::min(block_size - in_slice % block_size, p.slice_len - in_slice);
       const int size = static_cast<int>(std::min<int64_t>(to_end, cols - done));
-      kernels().decode(static_cast<const int8_t*>(p.exp_avg) + e,
-                       p.absmax[e / p.slice_len * per_slice + in_slice / kBlockSize], size,
-                       buffer.value + i * kChunk + done);
+      float* out = buffer.value + i * kChunk + done;
+      if (p.scales != nullptr) {
+        table.decode4(codes4(p, e), in_slice % 2 != 0, scale_of(p.scales[block]), size, out);
+      } else {
+        table.decode(static_cast<const int8_t*>(p.exp_avg) + e, p.absmax[block], size, out);
+      }
       done += size;
     }
   }
@@ -146,7 +151,7 @@ void instability_task(const Parameter& p, const CpuGrid& grid, Workspace& w, flo
   const int64_t row = t.batch * p.n + t.row;
   const int64_t first = row * p.k + t.col;
   const bool coded = p.absmax != nullptr && blocks_begin_with_rows(p);
-  const bool decoded = p.absmax != nullptr && !coded;
+  const bool decoded = p.scales != nullptr || (p.absmax != nullptr && !coded);
   const Kernels& table = kernels();
   const auto instability = (coded ? table.instability8 : table.instability32)[p.grad_dtype];
   const int64_t itemsize = coded ? sizeof(int8_t) : sizeof(float);

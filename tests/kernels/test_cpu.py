@@ -14,7 +14,7 @@ import tolerances
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import OPEN, SHAPES, case_of
+from kernel_cases import OPEN, SHAPES, case_of, check_against_reference
 from peak import step_peak
 from problems import (
     Problem,
@@ -34,18 +34,6 @@ pytestmark = pytest.mark.kernels
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def check_against_reference(case: Case, steps: int, isas: list[str]) -> None:
-    """Step the reference, and a copy with every instruction set; compare after each step."""
-    expected = case.problem()
-    copies = {isa: expected.copy() for isa in isas}
-    for t, grad in enumerate(case.grads(steps), 1):
-        expected.run_reference(grad, **case.options)
-        for isa, problem in copies.items():
-            libraries.set_cpu_isa(isa)
-            problem.run_op(grad, **case.options)
-            assert_same_bits(problem.tensors(), expected.tensors(), f"{isa}, step {t}, {case}")
 
 
 # --- kernel against reference ---------------------------------------------------------------------

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+from problems import assert_same_bits
 from strategies import Case
+
+from came8bit.ops import libraries
 
 OPEN = {"clip_threshold": math.inf}
 """Without clipping the elements of an unfactored parameter know nothing of each other."""
@@ -18,6 +21,18 @@ def case_of(shape: tuple[int, ...], **changes: object) -> Case:
         offset=0, scale=1.0, zeros=0.1, seed=0,
     )  # fmt: skip
     return Case(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def check_against_reference(case: Case, steps: int, isas: list[str]) -> None:
+    """Step the reference, and a copy with every instruction set; compare after each step."""
+    expected = case.problem()
+    copies = {isa: expected.copy() for isa in isas}
+    for t, grad in enumerate(case.grads(steps), 1):
+        expected.run_reference(grad, **case.options)
+        for isa, problem in copies.items():
+            libraries.set_cpu_isa(isa)
+            problem.run_op(grad, **case.options)
+            assert_same_bits(problem.tensors(), expected.tensors(), f"{isa}, step {t}, {case}")
 
 
 # Sizes at which something else begins, which random examples would meet too rarely.

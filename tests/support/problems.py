@@ -14,6 +14,7 @@ from came8bit import reference
 from came8bit.ops import schema
 from came8bit.reference import quant
 from came8bit.reference.reduction import CPU_TREE, Tree
+from came8bit.reference.rungs import RUNGS
 
 HYPER = dict(
     lr=1e-3,
@@ -119,6 +120,10 @@ def make_problem(
     if bits == 8:
         state["exp_avg"] = torch.zeros(shape, dtype=torch.int8)
         state["absmax"] = torch.zeros(quant.absmax_shape(shape))
+    elif bits in RUNGS:
+        rung = RUNGS[bits]
+        state["exp_avg"] = torch.zeros(rung.codes_shape(shape), dtype=rung.code_dtype)
+        state["absmax"] = torch.zeros(rung.scales_shape(shape), dtype=rung.scale_dtype)
     else:
         state["exp_avg"] = torch.zeros(shape)
     if factored:
