@@ -33,8 +33,11 @@ import torch
 #: Names of the instruction sets, in the order of their numbers in ``csrc/cpu/dispatch.cpp``.
 CPU_ISAS = ("baseline", "avx2", "avx512")
 
-#: Options that no kernel has yet, with the value: the reference runs, whatever library is loaded.
-REFERENCE_ONLY: tuple[tuple[str, object], ...] = (("optim_bits", 4), ("optim_bits", 2))
+#: Options that a device's kernels do not have yet, with the value: the reference runs instead.
+REFERENCE_ONLY: dict[str, tuple[tuple[str, object], ...]] = {
+    "cpu": (("optim_bits", 2),),
+    "cuda": (("optim_bits", 4), ("optim_bits", 2)),
+}
 
 #: The stable ABI that the libraries are built for.
 OLDEST_TORCH = (2, 10)
@@ -208,7 +211,11 @@ def load() -> KernelsStatus:
 
 def status() -> KernelsStatus:
     """Return which compiled libraries are loaded and, if not, why."""
-    options = tuple(f"{name}={value!r}" for name, value in REFERENCE_ONLY)
+    options = tuple(
+        f"{name}={value!r} on {device.upper()}"
+        for device, missing in REFERENCE_ONLY.items()
+        for name, value in missing
+    )
     return KernelsStatus(cpu=CPU.status(), cuda=CUDA.status(), reference_only=options)
 
 
@@ -226,15 +233,19 @@ def warn_once() -> None:
     )
 
 
-def needs_reference(options: Mapping[str, Any]) -> bool:
-    """Return whether no kernel has one of ``options``, and warn of each once."""
-    missing = [f"{name}={value!r}" for name, value in REFERENCE_ONLY if options[name] == value]
+def needs_reference(options: Mapping[str, Any], device: str) -> bool:
+    """Return whether the kernels of ``device`` lack one of ``options``, and warn of each once."""
+    missing = [
+        f"{device.upper()} kernels do not have {name}={value!r} yet"
+        for name, value in REFERENCE_ONLY.get(device, ())
+        if options[name] == value
+    ]
     for option in missing:
         if option not in _warned:
             _warned.add(option)
             warnings.warn(
-                f"came8bit's compiled kernels do not have {option} yet: the reference "
-                "implementation runs instead, with the same rule and many times slower",
+                f"came8bit's compiled {option}: the reference implementation runs instead, with "
+                "the same rule and many times slower",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -153,7 +153,8 @@ def _call_operators(group: Group, members: Sequence[StepItem]) -> None:
         operator: Callable[..., None] = (
             schema.factored_step_ if factored else schema.unfactored_step_
         )
-        if libraries.needs_reference({**group, "optim_bits": rung.bits if rung else 32}):
+        options = {**group, "optim_bits": rung.bits if rung else 32}
+        if libraries.needs_reference(options, device.type):
             operator = schema.BY_REFERENCE[operator]
         params = [item.param for item in items]
         operator(

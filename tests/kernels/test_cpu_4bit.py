@@ -13,6 +13,9 @@ from kernel_cases import SHAPES, case_of, check_against_reference
 from problems import assert_same_bits, make_problem, random_grad, run_ops
 from strategies import DTYPES, Case, cases, kernel_isas
 
+from came8bit import CAME
+from came8bit.ops import libraries
+
 pytestmark = pytest.mark.kernels
 
 OPTIONS: dict[str, dict[str, object]] = {
@@ -77,6 +80,25 @@ def test_any_number_of_threads(shape: tuple[int, ...]) -> None:
         problems.append(problem)
     for name, x in problems[0].tensors().items():
         assert torch.equal(x, problems[1].tensors()[name]), name
+
+
+def test_optimizers_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a warning, which would be an error here, and with the bits of the reference."""
+    moved = []
+    for by_reference in (False, True):
+        params = [torch.nn.Parameter(torch.ones(64, 300)), torch.nn.Parameter(torch.ones(64))]
+        optimizer = CAME(params, lr=1e-3, optim_bits=4, nesterov=True)
+        if by_reference:
+            monkeypatch.setattr(libraries, "needs_reference", lambda options, device: True)
+        for t in range(3):
+            for param in params:
+                generator = torch.Generator().manual_seed(t)
+                param.grad = random_grad(tuple(param.shape), torch.float32, generator)
+            optimizer.step()
+        moved.append(params)
+    assert optimizer.state[params[0]]["exp_avg"].dtype == torch.uint8
+    for got, expected in zip(*moved, strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("shape", [(6, 512), (6, 1)], ids=str)
