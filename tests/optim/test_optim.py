@@ -1,208 +1,28 @@
-"""Construction, groups and the step of the optimizer classes."""
+"""Groups and the step of the optimizer classes."""
 
 from __future__ import annotations
 
-import inspect
 import math
-import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training import assert_same, gradients, run, same_bits, snapshot, start
+from training import (
+    assert_same,
+    gradients,
+    parameter,
+    run,
+    same_bits,
+    snapshot,
+    start,
+    with_gradient,
+)
 
-import came8bit
-from came8bit import CAME, CAME8bit, CAME32bit, PagedCAME, PagedCAME8bit, PagedCAME32bit
-from came8bit.validation import check_finite
+from came8bit import CAME, CAME8bit, CAME32bit
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DENSE = [CAME, CAME8bit, CAME32bit]
-
-
-def parameter(*shape, dtype=torch.float32):
-    return torch.nn.Parameter(torch.ones(shape, dtype=dtype))
-
-
-def with_gradient(*shape, dtype=torch.float32, seed=0):
-    param = start(shape, dtype)
-    param.grad = next(gradients(shape, steps=1, seed=seed)).to(dtype)
-    return param
-
-
-# --- construction ---------------------------------------------------------------------------------
-
-
-def test_signature():
-    names = list(inspect.signature(CAME8bit).parameters)
-    expected = ["params", "lr", "betas", "eps", "clip_threshold", "weight_decay"]
-    assert names[:6] == expected
-    assert names == list(inspect.signature(CAME32bit).parameters)
-    parameters = inspect.signature(CAME).parameters
-    assert set(parameters) == {*names, "optim_bits"}
-    for paged in (PagedCAME, PagedCAME8bit, PagedCAME32bit):
-        assert names == list(inspect.signature(paged).parameters)
-    for name in set(parameters) - {*expected, "other"}:
-        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
-    defaults = {name: parameters[name].default for name in expected[1:]}
-    assert defaults == {
-        "lr": 2e-4,
-        "betas": (0.9, 0.999, 0.9999),
-        "eps": (1e-30, 1e-16),
-        "clip_threshold": 1.0,
-        "weight_decay": 0.0,
-    }
-
-
-@pytest.mark.parametrize(
-    ("cls", "options", "bits"),
-    [
-        (CAME, {}, 32),
-        (CAME, {"optim_bits": 8}, 8),
-        (CAME8bit, {}, 8),
-        (CAME32bit, {}, 32),
-        (PagedCAME, {}, 32),
-        (PagedCAME8bit, {}, 8),
-        (PagedCAME32bit, {}, 32),
-    ],
-)
-def test_bits_of_the_classes(cls, options, bits):
-    param = with_gradient(64, 64)
-    optimizer = cls([param], **options)
-    assert not optimizer.state  # nothing is made before the first step
-    optimizer.step()
-    dtype = torch.int8 if bits == 8 else torch.float32
-    assert optimizer.state[param]["exp_avg"].dtype == dtype
-
-
-@pytest.mark.parametrize("cls", [PagedCAME, PagedCAME8bit, PagedCAME32bit])
-def test_paged_classes_cannot_be_dense(cls):
-    with pytest.raises(ValueError, match=f"{cls.__name__}: got is_paged=False, expected True; use"):
-        cls([parameter(2)], is_paged=False)
-
-
-BAD_OPTIONS = [
-    ({"lr": -1.0}, "got lr -1.0, expected a finite number >= 0"),
-    ({"lr": math.nan}, "got lr nan"),
-    ({"lr": math.inf}, "got lr inf"),
-    ({"lr": 1e39}, "got lr 1e\\+39"),
-    ({"lr": "fast"}, "got lr 'fast', expected a number or a tensor"),
-    ({"lr": None}, "got lr None"),
-    ({"lr": torch.tensor([1e-3, 1e-3])}, "Tensor lr must be 1-element"),
-    ({"lr": torch.tensor(1j)}, "Tensor lr must be 1-element and real"),
-    ({"lr": torch.tensor(-1.0)}, "expected a finite number >= 0"),
-    ({"lr": torch.tensor(math.nan)}, "expected a finite number >= 0"),
-    ({"betas": (0.9,)}, "expected three numbers in \\[0, 1\\)"),
-    ({"betas": (0.9, 0.999, 1.0)}, "expected three numbers in \\[0, 1\\)"),
-    ({"betas": (0.9, math.nan, 0.9999)}, "expected three numbers in \\[0, 1\\)"),
-    ({"betas": (-0.1, 0.999, 0.9999)}, "expected three numbers in \\[0, 1\\)"),
-    ({"betas": (0.9, 0.999, 1 - 1e-9)}, "that stay below 1 in float32"),
-    ({"betas": 0.9}, "expected three numbers in \\[0, 1\\)"),
-    ({"eps": (1e-30, 0.0)}, "expected two finite positive numbers"),
-    ({"eps": (1e-50, 1e-16)}, "not 0 in float32"),
-    ({"eps": (1e-30, math.nan)}, "expected two finite positive numbers"),
-    ({"eps": (math.inf, 1e-16)}, "expected two finite positive numbers"),
-    ({"eps": 1e-8}, "expected two finite positive numbers"),
-    ({"clip_threshold": 0.0}, "got clip_threshold 0.0, expected a positive number"),
-    ({"clip_threshold": math.nan}, "got clip_threshold nan"),
-    ({"clip_threshold": None}, "got clip_threshold None"),
-    ({"weight_decay": -1e-2}, "got weight_decay -0.01, expected a finite number >= 0"),
-    ({"weight_decay": math.nan}, "got weight_decay nan"),
-    ({"rounding": "up"}, "got rounding 'up', expected one of \\('stochastic', 'nearest'\\)"),
-    ({"nonfinite": "ignore"}, "got nonfinite 'ignore', expected one of"),
-    ({"factored_view": "first"}, "got factored_view 'first', expected one of"),
-    ({"cautious": 1}, "got cautious 1, expected True or False"),
-    ({"maximize": None}, "got maximize None, expected True or False"),
-    ({"bias_correction": "yes"}, "got bias_correction 'yes', expected True or False"),
-    ({"min_8bit_size": -1}, "got min_8bit_size -1, expected an integer >= 0"),
-    ({"min_8bit_size": 1.5}, "got min_8bit_size 1.5, expected an integer >= 0"),
-    ({"seed": -1}, "got seed -1, expected an integer in \\[0, 2\\*\\*63\\)"),
-    ({"seed": 2**63}, "got seed 9223372036854775808, expected"),
-    ({"optim_bits": 5}, "got optim_bits 5, expected one of \\(32, 8, 4, 2\\)"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=lambda x: str(x)[:40])
-def test_bad_options(options, message):
-    """Refused at construction, in a group, in a late change; nothing moves."""
-    with pytest.raises(ValueError, match=message):
-        CAME([parameter(3)], **options)
-    param = with_gradient(64, 64)
-    optimizer = CAME8bit([param])
-    optimizer.step()
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=message):
-        optimizer.add_param_group({"params": [parameter(3)], **options})
-    assert_same(before, snapshot(optimizer))
-    group = optimizer.param_groups[0]
-    (name,) = options
-    good, group[name] = group[name], options[name]
-    with pytest.raises(ValueError, match=message):
-        optimizer.step()
-    group[name] = good
-    assert_same(before, snapshot(optimizer))
-
-
-BAD_PARAMETERS = [
-    (lambda: parameter(3, dtype=torch.complex64), TypeError, "is torch.complex64"),
-    (lambda: parameter(3, dtype=torch.float64), TypeError, "is torch.float64"),
-    (lambda: torch.zeros(3, 3).to_sparse().requires_grad_(), TypeError, "layout torch.sparse_coo"),
-    (
-        lambda: torch.nn.Parameter(torch.zeros(1, 4).expand(3, 4)),
-        ValueError,
-        "elements share memory",
-    ),
-    (lambda: "weight", TypeError, "optimizer can only optimize Tensors"),
-    (lambda: torch.zeros(3, requires_grad=True) * 2, ValueError, "non-leaf"),
-]
-
-
-@pytest.mark.parametrize(("make", "error", "message"), BAD_PARAMETERS)
-def test_bad_parameters(make, error, message):
-    with pytest.raises(error, match=message):
-        CAME8bit([make()])
-    optimizer = CAME8bit([parameter(3)])
-    before = snapshot(optimizer)
-    with pytest.raises(error, match=message):
-        optimizer.add_param_group({"params": [parameter(3), make()]})
-    assert_same(before, snapshot(optimizer))
-
-
-def test_duplicate_parameters():
-    param = parameter(3)
-    with pytest.raises(ValueError, match="duplicate parameters: parameter 1 of the group"):
-        CAME8bit([param, param])
-    with pytest.raises(ValueError, match="duplicate parameters"):
-        CAME8bit([("a", param), ("b", param)])
-    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
-        CAME8bit([{"params": [param]}, {"params": [parameter(3), param]}])
-
-
-def test_other_wrong_arguments_of_params():
-    with pytest.raises(TypeError, match="should be an iterable of Tensors or dicts"):
-        CAME8bit(parameter(3))
-    with pytest.raises(ValueError, match="empty parameter list"):
-        CAME8bit([])
-    with pytest.raises(TypeError, match="ordered collections"):
-        CAME8bit([{"params": {parameter(3)}}])
-    with pytest.raises(TypeError, match="unexpected keyword argument 'weight_deacy'"):
-        CAME8bit([parameter(3)], weight_deacy=0.1)
-
-
-def test_groups_take_generators_single_tensors_and_names():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    optimizer = CAME8bit(model[0].parameters())
-    optimizer.add_param_group({"params": (p for p in model[1].parameters()), "lr": 1.0})
-    optimizer.add_param_group({"params": parameter(2)})
-    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2, 1]
-    assert [group["lr"] for group in optimizer.param_groups] == [2e-4, 1.0, 2e-4]
-    named = CAME8bit(model.named_parameters())
-    assert named.param_groups[0]["param_names"] == ["0.weight", "0.bias", "1.weight", "1.bias"]
-
-
-def test_public_names():
-    assert set(came8bit.__all__) <= set(dir(came8bit))
-    assert came8bit.__version__ == "0.1.0"
 
 
 # --- the step -------------------------------------------------------------------------------------
@@ -538,73 +358,3 @@ def test_clip_threshold_may_be_infinite():
     run(CAME8bit([unclipped], clip_threshold=math.inf), unclipped, grads)
     run(CAME8bit([high], clip_threshold=1e30), high, grads)
     assert torch.equal(unclipped, high)
-
-
-# --- gradients that are not finite ----------------------------------------------------------------
-
-
-def test_raise_leaves_everything_as_it_was():
-    params = [with_gradient(64, 64), with_gradient(7), with_gradient(8, 8)]
-    optimizer = CAME8bit(params, nonfinite="raise")
-    params[1].grad[2] = math.nan
-    params[2].grad[0, 0] = -math.inf
-    before = snapshot(optimizer)
-    with pytest.raises(FloatingPointError, match=r"parameter 1 \(shape \(7,\)\), 2 \(shape \(8, 8"):
-        optimizer.step()
-    assert_same(before, snapshot(optimizer))
-    assert not optimizer.state
-    for param in params:
-        param.grad.nan_to_num_(0.0, 0.0, 0.0)
-    optimizer.step()
-    assert optimizer.skipped_steps() == 0
-    assert len(optimizer.state) == 3
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_raise_looks_in_fp32(dtype):
-    """A norm that overflows fp16 is no reason to raise."""
-    param = start((64, 64), dtype)
-    param.grad = torch.full((64, 64), 6e4).to(dtype)
-    CAME8bit([param], nonfinite="raise").step()
-    check_finite([])
-
-
-def test_raise_when_the_preconditioned_gradient_overflows():
-    """It can only where the state is broken already: u = g / sqrt(v) is of order one."""
-    param = with_gradient(64)
-    optimizer = CAME8bit([param], nonfinite="raise")
-    optimizer.step()
-    optimizer.state[param]["exp_avg_sq"].fill_(math.nan)
-    before = param.detach().clone()
-    with pytest.raises(FloatingPointError, match="preconditioned gradient of a parameter"):
-        optimizer.step()
-    assert torch.equal(param, before)
-
-
-def test_propagate_computes_with_what_is_there():
-    param = with_gradient(64, 64)
-    param.grad[0, 0] = math.nan
-    optimizer = CAME8bit([param], nonfinite="propagate")
-    optimizer.step()
-    assert param.isnan().any()
-    assert optimizer.skipped_steps() == 0
-
-
-def test_skips_are_counted_and_warned_about_late_and_rarely():
-    param, healthy = start((64, 64)), start((8,))
-    optimizer = CAME8bit([param, healthy])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(128):
-            param.grad = torch.full((64, 64), math.nan)
-            healthy.grad = torch.ones(8)
-            optimizer.step()
-    assert optimizer.skipped_steps() == 128
-    assert [str(w.message).split()[1] for w in caught] == ["16", "112"]
-    assert all(w.category is RuntimeWarning and w.filename == __file__ for w in caught)
-    assert int(optimizer.state[param]["step"]) == 0
-    assert int(optimizer.state[healthy]["step"]) == 128
-
-
-def test_skipped_steps_before_the_first_step():
-    assert CAME8bit([parameter(2)]).skipped_steps() == 0

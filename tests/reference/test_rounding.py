@@ -1,7 +1,7 @@
 """Random bits, stochastic rounding and square roots: ``came8bit/rounding.py`` and the kernels'.
 
 The rules under test are those that ``rounding.py`` states. That a step of the optimizer draws the
-bits of the right parameter, step and element is in ``test_reference.py`` and ``test_optim.py``.
+bits of the right parameter, step and element is in ``test_deviations.py`` and ``test_optim.py``.
 """
 
 from __future__ import annotations

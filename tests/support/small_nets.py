@@ -5,6 +5,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from training import snapshot
 
+import came8bit
+
 VOCABULARY, WIDTH = 64, 64
 
 
@@ -64,3 +66,9 @@ def train(net, optimizer, first=0, steps=4, scheduler=None, zero_grad=True):
         if scheduler is not None:
             scheduler.step()
     return snapshot(optimizer)
+
+
+def made(net=None, **options):
+    net = net or make_net()
+    optimizer = came8bit.CAME8bit(net.parameters(), **{"lr": 1e-3, **options})
+    return net, optimizer, came8bit.step_in_backward(optimizer)

@@ -60,3 +60,17 @@ def assert_same(before, after):
     for key, value in before[1].items():
         assert same_bits(value, after[1][key]), key
     assert before[2] == after[2]
+
+
+def parameter(*shape, dtype=torch.float32):
+    return torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+
+
+def with_gradient(*shape, dtype=torch.float32, seed=0):
+    param = start(shape, dtype)
+    param.grad = next(gradients(shape, steps=1, seed=seed)).to(dtype)
+    return param
+
+
+def relative(x, y):
+    return ((x.double() - y.double()).norm() / y.double().norm()).item()
