@@ -15,7 +15,7 @@ from ..errors import CheckpointError, listed
 from ..optim import CAME
 from ..state.layout import Layout, plan
 from ..state_dict.merge import check_group
-from ..state_dict.values import convert_momentum, with_momentum
+from ..state_dict.values import convert_momentum, momentum_error, with_momentum
 from ..validation import ADDED_OPTIONS, CHOICES, FORMAT_VERSION
 from .format import Entry, label, stored_bytes
 from .load import FreedMemory
@@ -32,6 +32,7 @@ class ConvertReport:
         kind: of the file that was read: ``"came8bit"``, ``"state_dict"`` or ``"came-pytorch"``.
         parameters: how many there are.
         converted: names of those whose momentum is in other bits now.
+        errors: ``{name: relative error}`` of the momentum of those that were rounded.
         faults: ``{name: what is wrong}`` of those whose state no optimizer continues; it is in the
             new file as it was.
         bytes_read: size of the file that was read.
@@ -41,6 +42,7 @@ class ConvertReport:
     kind: str
     parameters: int
     converted: Sequence[str]
+    errors: Mapping[str, float]
     faults: Mapping[str, str]
     bytes_read: int
     bytes_written: int
@@ -82,18 +84,25 @@ def convert_checkpoint(
             # In the saved order: what needs no conversion keeps its bytes.
             group = {**saved, **defaults, **ADDED_OPTIONS, **saved}
             group["format_version"] = FORMAT_VERSION
-            group["optim_bits"] = optim_bits or group.get("optim_bits")
+            group.setdefault("optim_bits", optim_bits)
             try:
                 check_group(group, index)
             except ValueError as error:
                 raise CheckpointError(str(error)) from error
-            groups.append(group)
+            groups.append(group if optim_bits is None else {**group, "optim_bits": optim_bits})
         faults = read_all(opened)
+        for place, entry in enumerate(opened.entries):
+            if entry.step is not None and entry.layout is None:
+                raise CheckpointError(
+                    f"the codes of parameter {label(entry, place)} are packed, and a state dict "
+                    "does not have its shape: load it into an optimizer and use save_checkpoint"
+                )
         wanted = [
             _wanted(entry, groups[entry.group], opened.groups[entry.group])
             for entry in opened.entries
         ]
         freed = FreedMemory()
+        errors: dict[str, float] = {}
 
         def read(position: int) -> dict[str, Tensor]:
             layout = wanted[position]
@@ -101,9 +110,14 @@ def convert_checkpoint(
                 return {}
             freed.add(layout.nbytes)  # what came before it
             try:
-                return convert_momentum(opened.read(position), layout)
+                state = opened.read(position)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, os.fspath(source)) from error
+            made = convert_momentum(state, layout)
+            if layout != opened.entries[position].layout and layout.momentum_bits != 32:
+                name = label(opened.entries[position], position)
+                errors[name] = momentum_error(state, made, layout.shape)
+            return made
 
         entries = [
             replace(entry, step=None, skipped=0, sha256=None, tensors={})
@@ -119,6 +133,7 @@ def convert_checkpoint(
                 for place, (entry, layout) in enumerate(zip(opened.entries, wanted, strict=True))
                 if layout != entry.layout
             ],
+            errors=errors,
             faults=_named(faults, opened.entries),
             bytes_read=opened.nbytes,
             bytes_written=written,

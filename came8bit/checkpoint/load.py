@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from ..errors import CheckpointError, listed, printable
 from ..optim import CAME
 from ..state.layout import plan
@@ -140,7 +142,7 @@ def _match(optimizer: CAME, source: Source, allow_missing: bool, allow_unused: b
     found = merge(
         optimizer.param_groups,
         source.groups,
-        [SavedParameter(one.name, one.group, one.shape, one.layout) for one in source.entries],
+        list(map(_saved_parameter, source.entries)),
         allow_missing=allow_missing,
         allow_unused=allow_unused,
         kept=OWN_OPTIONS | ({"factored_view", *ADDED_OPTIONS} if official else set()),
@@ -149,6 +151,18 @@ def _match(optimizer: CAME, source: Source, allow_missing: bool, allow_unused: b
         _check_views(found)
     unused = [*found.differences.unused, *source.strangers]
     return replace(found, differences=replace(found.differences, unused=unused))
+
+
+def _saved_parameter(entry: Entry) -> SavedParameter:
+    """Return what the merge wants to know; a parameter tells the layout where the file does not."""
+    state: dict[str, Any] = {}
+    if entry.step is not None and entry.layout is None:
+        state = {
+            name: torch.empty(span.shape, dtype=span.dtype, device="meta")
+            for name, span in entry.tensors.items()
+        }
+        state.update(step=entry.step, skipped=entry.skipped)
+    return SavedParameter(entry.name, entry.group, entry.shape, entry.layout, state)
 
 
 def _check_views(found: Merge) -> None:

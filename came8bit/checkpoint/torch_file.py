@@ -21,7 +21,7 @@ from ..state_dict.names import names_of
 from ..state_dict.values import COUNTERS, as_count
 from ..validation import FORMAT_VERSION
 from .archive import Archive, StoredTensor, explained
-from .format import Entry, find_layout, label, place
+from .format import Entry, Span, find_layout, label, place
 
 _LARGEST_OPTION = 4096  # bytes of a tensor among the options
 _DEEPEST = 50
@@ -61,8 +61,11 @@ class TorchFile:
         """Return the state of one parameter, as this package keeps it."""
         entry, saved = self.entries[position], self._states[position]
         layout = entry.layout
-        if layout is None:
+        if entry.step is None:
             return {}
+        if layout is None:
+            counts = {name: torch.tensor(saved[name]) for name in COUNTERS}
+            return {**{name: self._archive.read(saved[name]) for name in entry.tensors}, **counts}
         state = {}
         for buffer in layout.buffers:
             value = saved.get(buffer.name)
@@ -195,9 +198,17 @@ def _own_entry(saved: Mapping[str, Any], entry: Entry, position: int) -> Entry:
     """Return ``entry`` with the state that this package keeps."""
     shape = _shape_of(saved, entry, position)
     tensors = {name: value for name, value in saved.items() if name not in COUNTERS}
+    if not set(COUNTERS) <= set(saved):
+        raise _strange_state(saved, entry, position)
+    if saved["exp_avg"].dtype == torch.uint8:  # packed: the parameter's shape is not in the file
+        spans = {
+            name: Span(one.dtype, one.shape, 0, math.prod(one.shape) * one.dtype.itemsize)
+            for name, one in tensors.items()
+        }
+        return replace(entry, step=saved["step"], skipped=saved["skipped"], tensors=spans)
     found = {name: (value.dtype, value.shape) for name, value in tensors.items()}
     layout = find_layout(shape, found)
-    if layout is None or not set(COUNTERS) <= set(saved):
+    if layout is None:
         raise _strange_state(saved, entry, position)
     spans = place(layout, 0)
     return replace(entry, shape=shape, step=saved["step"], skipped=saved["skipped"], tensors=spans)

@@ -46,6 +46,9 @@ def run(args: argparse.Namespace) -> int:
         f"({report.bytes_written:,} bytes): {report.parameters} parameters, momentum of "
         f"{len(report.converted)} converted"
     )
+    if report.errors:
+        name = max(report.errors, key=lambda one: report.errors[one])
+        text += f", with a relative error of at most {report.errors[name]:.2g} ({name})"
     print(printable(text))
     for name, fault in report.faults.items():
         print(printable(f"no optimizer continues the state of {name}: {fault}"), file=sys.stderr)

@@ -81,8 +81,8 @@ def _table(parameters: list[dict[str, Any]]) -> list[str]:
                 else (
                     str(one["step"]),
                     str(one["skipped"]),
-                    f"{one['momentum_bits']} bits",
-                    _times(one["view"]) if one["factored"] else "unfactored",
+                    f"{one['momentum_bits'] or '?'} bits",
+                    _times(one["view"]) if one["factored"] is not False else "unfactored",
                 )
             ),
             f"{one['bytes']:,}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -77,24 +77,45 @@ def convert_momentum(state: Mapping[str, Any], layout: Layout) -> dict[str, Any]
     source, target = rung_of(codes, scales), RUNGS.get(layout.momentum_bits)
     if source is target:
         return dict(state)
-    shape = layout.shape
-    slices, slice_len = slice_shape(shape)
-    rows = max(1, _ELEMENTS // max(1, slice_len))
     rest = {name: value for name, value in state.items() if name not in _MOMENTUM}
     made = {
         buffer.name: torch.empty(buffer.shape, dtype=buffer.dtype, device=codes.device)
         for buffer in layout.buffers
         if buffer.name in _MOMENTUM
     }
-    for first in range(0, slices, rows):
-        part = slice(first, first + rows)
-        part_shape = (min(rows, slices - first), *shape[1:])
-        m = _decode(codes[part], None if scales is None else scales[part], part_shape)
+    for part, m in _decoded(state, layout.shape, _ELEMENTS):
         if target is None:
             made["exp_avg"][part] = m
         else:
             made["exp_avg"][part], made[target.scales_name][part] = _encode(m, target)
     return {**made, **rest}
+
+
+def momentum_error(
+    before: Mapping[str, Any], after: Mapping[str, Any], shape: Sequence[int]
+) -> float:
+    """Return what converting the momentum has changed, relative to its norm."""
+    lost = total = 0.0
+    pairs = zip(
+        *(_decoded(state, shape, _ELEMENTS // 16) for state in (before, after)), strict=True
+    )
+    for (_, old), (_, new) in pairs:
+        total += float(old.norm()) ** 2
+        lost += float((new - old).norm()) ** 2
+    return math.sqrt(lost / total) if total else 0.0
+
+
+def _decoded(
+    state: Mapping[str, Any], shape: Sequence[int], elements: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield fp32 momentum, a few slices of the first dimension at a time."""
+    codes, scales = state["exp_avg"], state.get("absmax", state.get("scales"))
+    slices, slice_len = slice_shape(tuple(shape))
+    rows = max(1, elements // max(1, slice_len))
+    for first in range(0, slices, rows):
+        part = slice(first, first + rows)
+        part_shape = (min(rows, slices - first), *shape[1:])
+        yield part, _decode(codes[part], None if scales is None else scales[part], part_shape)
 
 
 def _decode(codes: Tensor, scales: Tensor | None, shape: tuple[int, ...]) -> Tensor:

@@ -164,8 +164,8 @@ def test_converting_a_checkpoint_is_what_loading_would_do(tmp_path, bits):
     content = (tmp_path / "x").read_bytes()
     convert_checkpoint(tmp_path / "x", tmp_path / "x")  # onto itself, nothing to do
     assert (tmp_path / "x").read_bytes() == content
-    with pytest.raises(ValueError, match="optim_bits 4"):
-        convert_checkpoint(tmp_path / "x", tmp_path / "y", optim_bits=4)
+    with pytest.raises(ValueError, match="optim_bits 5"):
+        convert_checkpoint(tmp_path / "x", tmp_path / "y", optim_bits=5)
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])

@@ -14,7 +14,14 @@ import torch
 from checkpoints import copies, trained
 from training import assert_same, snapshot, start
 
-from came8bit import CAME8bit, CheckpointError, inspect_checkpoint, load_checkpoint, save_checkpoint
+from came8bit import (
+    CAME8bit,
+    CheckpointError,
+    convert_checkpoint,
+    inspect_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 SMALL = {"m": (4, 15), "v": (3,)}
 OPTIONS = {"min_8bit_size": 0, "lr": 0.125}
@@ -190,11 +197,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_correct_checksum_does_not_help(sound, refuse, name):
+def test_a_correct_checksum_does_not_help(sound, refuse, name, tmp_path):
     apply, message = WRONG[name]
     table, data = parts(sound)
     apply(table)
     assert re.search(message, refuse(signed(table, data)))
+    with pytest.raises(CheckpointError):
+        convert_checkpoint(tmp_path / "damaged", tmp_path / "converted", optim_bits=32)
+    assert not (tmp_path / "converted").exists()
 
 
 def places(value, path=()):

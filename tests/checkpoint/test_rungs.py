@@ -5,9 +5,17 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from training import gradients, run, same_bits, start
+import torch
+from training import assert_same, gradients, run, same_bits, snapshot, start
 
-from came8bit import CAME, load_checkpoint, save_checkpoint
+from came8bit import (
+    CAME,
+    CheckpointError,
+    convert_checkpoint,
+    inspect_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from came8bit.reference.rungs import Momentum
 
 SHAPE = (6, 5, 50)
@@ -36,16 +44,33 @@ def test_every_rung_loads_from_every_other(source, target, tmp_path):
     from_file, from_dict = trained(target, 0, paged=True), trained(target, 0)
     load_checkpoint(from_file, path)
     from_dict.load_state_dict(optimizer.state_dict())
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    from_torch_file = trained(target, 0)
+    load_checkpoint(from_torch_file, tmp_path / "state.pt")
+    assert_same(snapshot(from_dict), snapshot(from_torch_file))
     got = from_file.state_dict()["state"][0]
     for name, value in from_dict.state_dict()["state"][0].items():
         assert same_bits(got[name], value), name
     error = (momentum(got) - momentum(saved)).norm() / momentum(saved).norm()
     assert error <= {32: 0.0, 8: 0.02, 4: 0.2, 2: 0.6}[target]
+    report = convert_checkpoint(path, tmp_path / "converted", optim_bits=target)
+    from_converted = trained(target, 0)
+    load_checkpoint(from_converted, tmp_path / "converted")
+    assert_same(snapshot(from_dict), snapshot(from_converted))
+    assert report.errors.get("0", 0.0) == pytest.approx(float(error), rel=1e-5)
+    assert set(report.errors) == ({"0"} if target not in (32, source) else set())
     if target == 32:  # and back is exact
         back = trained(source, 0)
         back.load_state_dict(from_dict.state_dict())
         for name, value in back.state_dict()["state"][0].items():
             assert same_bits(saved[name], value), name
+
+
+def test_packed_codes_of_a_state_dict_need_their_parameter(tmp_path):
+    torch.save(trained(4, 2).state_dict(), tmp_path / "x.pt")
+    assert inspect_checkpoint(tmp_path / "x.pt")["parameters"][0]["step"] == 2
+    with pytest.raises(CheckpointError, match=r"codes of parameter 0 are packed.*save_checkpoint"):
+        convert_checkpoint(tmp_path / "x.pt", tmp_path / "y", optim_bits=8)
 
 
 def test_a_code_of_nan_is_refused():
