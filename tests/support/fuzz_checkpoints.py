@@ -8,6 +8,7 @@ file.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -84,7 +85,7 @@ def damaged_header(content: bytes, choose: random.Random) -> bytes:
     inner = {key: json.loads(metadata[key]) for key in ("groups", "parameters", "user")}
     for _ in range(choose.choice([1, 1, 2])):
         where, key = choose.choice(list(places([table, inner])))
-        where[key] = choose.choice(VALUES)
+        where[key] = copy.deepcopy(choose.choice(VALUES))
     if isinstance(metadata, dict):
         metadata.update({key: json.dumps(value) for key, value in inner.items()})
         metadata["header_sha256"] = "0" * 64
@@ -108,7 +109,7 @@ def damaged_dict(content: bytes, choose: random.Random) -> bytes:
     table = torch.load(io.BytesIO(content), weights_only=True)
     for _ in range(choose.choice([1, 1, 2])):
         where, key = choose.choice(list(places(table)))
-        where[key] = choose.choice(OBJECTS)
+        where[key] = copy.deepcopy(choose.choice(OBJECTS))
     file = io.BytesIO()
     torch.save(table, file)
     return file.getvalue()
