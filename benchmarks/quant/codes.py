@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 import came8bit
 from came8bit.reference import quant
+from came8bit.reference.rungs import RUNGS
 
 KERNEL = "square root (kernel)"
 NEAREST = "square root, no decay rule"
@@ -53,6 +54,18 @@ def blockwise(name: str, map_name: str, *, rule: bool = True) -> Code:
         return quant.dequantize_blockwise(*packed, code=map_name)
 
     return Code(name, 1 + 4 / 256, encode, decode, timed=rule)
+
+
+def coarse(bits: int) -> Code:
+    """Return the rung of 4 or 2 bits; the part of the momentum that the step spends is an error."""
+    rung = RUNGS[bits]
+
+    def encode(x: Tensor, decaying: Tensor | None) -> Any:
+        idle = torch.zeros_like(x, dtype=torch.bool) if decaying is None else decaying
+        return *rung.encode(x, idle), x.shape
+
+    size = (bits + 16 * rung.scales / rung.block) / 8
+    return Code(f"{bits} bits", size, encode, lambda packed: rung.decode(*packed))
 
 
 def small_blocks(name: str, map_name: str, size: int) -> Code:
@@ -130,6 +143,8 @@ def all_codes() -> tuple[list[Code], dict[str, str]]:
         small_blocks("softsign, blocks of 32", "softsign", 32),
         blockwise("uniform", "uniform"),
         min_max(),
+        coarse(4),
+        coarse(2),
     ]
     missing = {}
     try:

@@ -7,9 +7,11 @@ import copy
 import pytest
 import tolerances
 import torch
+from paths import ROOT
 from training import gradients, run, same_bits, start
 
 import came8bit
+from benchmarks import update_size
 from came8bit import CAME
 from came8bit.reference.rungs import Momentum
 from came8bit.state.layout import state_bytes
@@ -191,3 +193,53 @@ LLAMA_7B = [
 def test_bytes_of_a_7b_llama(bits, most):
     numel = sum(torch.Size(shape).numel() for shape in LLAMA_7B)
     assert state_bytes(LLAMA_7B, optim_bits=bits) / numel <= most
+
+
+@pytest.mark.parametrize(("bits", "near"), [(4, tolerances.DEAD_COLUMNS), (2, 0.15)])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_columns_that_stop_stay_where_they_are(bits, near, nesterov):
+    """As ``test_decay_reaches_zero``, whose 20,000 steps follow from these few hundred.
+
+    The first step without a gradient spends what is left and stores 0, from which a column without
+    updates cannot move again. Until then they have moved about as far as with fp32. (2 bits act
+    earlier, while the confidence still falls.)
+    """
+    shape, dead = (16, 256), slice(0, 64)
+    pool = list(gradients(shape, steps=64))
+    travelled = {}
+    for rung in (32, bits):
+        param = torch.zeros(shape, requires_grad=True)
+        options = {"lr": 1.0, "min_8bit_size": 0, "nesterov": nesterov}
+        optimizer = CAME([param], optim_bits=rung, **options)
+        for t in range(250):
+            g = pool[t % 64].clone()
+            if t >= 50:
+                g[:, dead] = 0
+            before = param.detach()[:, dead].clone()
+            state = run(optimizer, param, [g])
+            if rung != 32 and t > 50:
+                assert torch.equal(param[:, dead], before)
+                assert not decoded(state, shape)[:, dead].any()
+        travelled[rung] = param.detach()[:, dead].norm().item()
+    assert travelled[bits] == pytest.approx(travelled[32], rel=near)
+
+
+def test_size_of_updates_is_what_the_docs_say():
+    """RMS over lr for pure noise, at the steps of the table that are cheap to reach."""
+    table = {
+        "AdamW": (1.0, 0.33, 0.23),
+        "CAME as published": (11, 7.5, 2.5),
+        "bias correction": (1.1, 0.37, 0.25),
+        "bias correction, Nesterov": (1.1, 0.41, 0.29),
+        "the same, 8 bits": (1.1, 0.41, 0.29),
+        "the same, 4 bits": (1.1, 0.48, 0.38),
+        "the same, 2 bits": (1.2, 0.74, 0.67),
+        "bias correction, 2 bits": (1.3, 0.74, 0.68),
+    }
+    rules = update_size.rules()
+    assert set(rules) == set(table)
+    page = (ROOT / "docs" / "internals" / "algorithm.md").read_text(encoding="utf-8")
+    for name, wanted in table.items():
+        got = update_size.sizes(rules[name], (1, 10, 100)).values()
+        assert list(got) == pytest.approx(wanted, rel=0.05), name
+        assert f"| {name} | " + " | ".join(f"{size:.2g}" for size in wanted) + " |" in page

@@ -213,3 +213,11 @@ def test_momentum_knows_its_rung_and_decays_by_its_scales(bits):
     if remembered is not None:
         assert torch.equal(remembered, held.load())
     assert torch.allclose(held.decayed(0.5), held.load() * 0.5, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.007), (4, 0.1225), (2, 0.35)])
+def test_error_of_one_coding(bits, error):
+    """Relative RMS error of Gaussian values."""
+    m = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    values = RUNGS[bits].decode(*encode(RUNGS[bits], m), m.shape)
+    assert ((values - m).norm() / m.norm()).item() == pytest.approx(error, rel=0.03)
