@@ -241,13 +241,11 @@ def test_the_picture_draws_text_as_text(capsys, tmp_path):
 
 def test_the_picture_marks_what_fits():
     model = named("gpt2")
-    plan = report.make_plan(
-        model, planner.Setup(), ["adamw", "came8bit"], [3, 4], planner.GIB // 2, paged=False
-    )
+    plan = report.make_plan(model, planner.Setup(), ["adamw", "came8bit"], [2, 4], 0, paged=False)
     axes = plot.draw(plan).axes[0]
     texts = {text.get_text(): text for text in axes.texts}
     assert [text for text in texts if text.startswith("cheapest for")] == [
-        "cheapest for 3 GB:\n" + report.title(plan.fits[0].way).replace(", ", ",\n", 1)
+        "cheapest for 2 GB:\n" + report.title(plan.fits[0].way).replace(", ", ",\n", 1)
     ]
     marked = {text for text in axes.texts if text.get_color() == plot._FITS}
     fit = [e for e in [*plan.estimates, *plan.released] if e.peak <= plan.fits[0].usable]

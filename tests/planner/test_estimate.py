@@ -48,9 +48,10 @@ def test_a_whole_step(key, release):
     result = planner.estimate(model, planner.OPTIMIZERS[key], setup)
     assert result.parameters == sum(p.nbytes for p in built.parameters())
     assert result.state.nbytes == sum(tensor.nbytes for tensor in state)
-    # The bound of the kernels' workspace is no tensor; AdamW's temporaries are.
-    said = max(m.nbytes - (m.step if key == "came8bit" else 0) for m in result.moments)
-    assert counted.peak == pytest.approx(said, rel=1e-3)
+    # AdamW's temporaries are counted, those of came8bit's kernels have a bound.
+    without, said = (max(m.nbytes - m.step * left for m in result.moments) for left in (1, 0))
+    lowest = without if key == "came8bit" else said
+    assert 0.999 * lowest <= counted.peak <= 1.001 * said
 
 
 # --- moments --------------------------------------------------------------------------------------
