@@ -75,6 +75,7 @@ HEAVY = (
     "matplotlib",
     "rich",
     "safetensors",
+    "scipy",
     "tqdm",
     "transformers",
     "triton",

@@ -1,42 +1,77 @@
-"""The command line of ``came8bit tradeoff``."""
+"""``came8bit tradeoff``: the command line of studies, their progress and their output."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
+import math
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import environment
 from ..errors import CliError
-from ..tradeoff import plot, report, results
-from ..tradeoff.config import ALL_OPTIMIZERS, PRESETS, StudyConfig, check_names, preset_config
-from ..tradeoff.data import (
+from ..tradeoff.config import (
     CORPORA,
-    Data,
-    eval_items,
-    load_images,
-    load_text,
-    train_items,
+    OPTIMIZERS,
+    PRESETS,
+    TASKS,
+    TUNE_SEEDS,
+    RunSpec,
+    StudyConfig,
+    label,
+    preset_config,
 )
-from ..tradeoff.study import ProgressBars, Study, available, run_study
-from ..tradeoff.train import distributed, run_here, run_isolated
 
-# Arguments that change the field of the same name in every task.
+if TYPE_CHECKING:  # what needs the extra is imported when a study runs
+    from ..tradeoff.results import Folder
+    from ..tradeoff.study import Study
+    from ..tradeoff.train import Progress, RunResult
+
+# Arguments that change the field of the same name in every task that uses it.
 _CHANGES = (
-    *("steps", "batch_size", "accumulate", "layers", "width", "heads", "warmup_steps"),
+    *("steps", "batch_size", "accumulate", "layers", "width", "heads", "context", "warmup_steps"),
     *("schedule", "eval_items", "eval_every", "weight_decay"),
 )
-_NEEDED = ("accelerate", "transformers", "matplotlib", "tqdm")
+_NEEDED = ("accelerate", "transformers", "matplotlib", "rich", "scipy")
+_MOST_ITEMS = 10**9  # windows or images in a run: their order is held in memory
+
+
+_HELP = {
+    "--preset": "default: %(default)s",
+    "--optimizers": f"from: {', '.join(OPTIMIZERS)}; the others are compared with the first",
+    "--out": "goes on with the same study if that is there, and sets any other aside "
+    "(default: results/tradeoff-PRESET-DATE-TIME)",
+    "--fresh": "start over, whatever --out holds",
+    "--tasks": f"from: {', '.join(TASKS)}",
+    "--text": "train on these files",
+    "--corpus": "without --text; stdlib, the default, is the source code of Python's standard "
+    "library, the others come from `make data`",
+    "--data-dir": "where `make data` put them",
+    "--seeds": "number of seeds",
+    "--slow-seeds": "for what is slow on a CPU",
+    "--accumulate": "backward passes per step",
+    "--context": "bytes per window of text",
+    "--eval-items": "windows or images",
+    "--eval-every": "0: at the end only",
+    "--tune": "search each optimizer's learning rate on a split of its own first",
+    "--lr": "use this one, for every task",
+    "--grid": "search these, for every task",
+    "--equal-lr": "run every optimizer at this one, too (default: the first optimizer's own; "
+    "0: none)",
+    "--margin": "losses that differ by less count as equal (default: %(default)s)",
+    "--cpu": "use the CPU although there is a GPU",
+    "--in-process": "do not give each run a process of its own (peak memory is then less certain)",
+}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,292 +84,316 @@ def add_parser(subparsers: Any) -> None:
         "step time.",
         epilog="presets: "
         + "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
-        + ". Ctrl-C keeps and reports the runs that are finished.",
+        + ". Ctrl-C keeps and reports the runs that are finished; the same command with the same "
+        "--out does the others.",
     )
-    add = parser.add_argument
-    add("--preset", choices=list(PRESETS), default="quick", help="default: %(default)s")
-    add(
-        "--optimizers",
-        metavar="NAME,...",
-        default=",".join(ALL_OPTIMIZERS),
-        help="from: %(default)s (the default)",
-    )
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="default: results/tradeoff-PRESET-DATE-TIME; results it already holds are moved into "
-        "a folder inside it",
-    )
+    group: Any = parser
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--tasks", metavar="KIND,...", help="text, vision (default: the preset's)")
-    data.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="train on these files")
-    data.add_argument(
-        "--corpus",
-        choices=CORPORA,
-        default="stdlib",
-        help="text to train on without --text; stdlib, the default, is the source code of Python's "
-        "standard library, the others come from `make data`",
-    )
-    data.add_argument(
-        "--data-dir", type=Path, default=Path("data"), help="where `make data` put them"
-    )
+    def add(name: str, **words: Any) -> None:
+        group.add_argument(name, help=_HELP.get(name), **words)
 
-    training = parser.add_argument_group("training (the preset decides what is not given)")
-    training.add_argument("--seeds", type=_positive, metavar="N", help="number of seeds")
-    training.add_argument(
-        "--slow-seeds", type=_positive, metavar="N", help="for what is slow on a CPU"
-    )
-    training.add_argument("--steps", type=_positive, metavar="N")
-    training.add_argument("--batch-size", type=_positive, metavar="N")
-    training.add_argument(
-        "--accumulate", type=_positive, metavar="N", help="backward passes per step"
-    )
-    training.add_argument("--layers", type=_positive, metavar="N")
-    training.add_argument("--width", type=_positive, metavar="N")
-    training.add_argument("--heads", type=_positive, metavar="N")
-    training.add_argument("--context", type=_positive, metavar="N", help="bytes per window of text")
-    training.add_argument("--warmup-steps", type=_natural, metavar="N")
-    training.add_argument("--schedule", choices=("cosine", "constant"))
-    training.add_argument("--eval-items", type=_positive, metavar="N", help="windows or images")
-    training.add_argument("--eval-every", type=_natural, metavar="N", help="0: at the end only")
-    training.add_argument("--weight-decay", type=float, metavar="X")
-    training.add_argument("--mixed-precision", choices=("no", "bf16"))
+    def numbers(kind: type, low: float, high: float, *names: str, **words: Any) -> None:
+        for name in names:
+            add(name, **dict(type=_number(kind, low, high), metavar="N") | words)
 
-    rates = parser.add_argument_group("learning rates")
-    rates.add_argument(
-        "--tune",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="search each optimizer's learning rate on a split of its own first",
-    )
-    rates.add_argument(
-        "--lr", action="append", default=[], metavar="NAME=LR", help="use this one, for every task"
-    )
-    rates.add_argument(
-        "--grid",
-        action="append",
-        default=[],
-        metavar="NAME=LR,...",
-        help="search these, for every task",
-    )
+    add("--preset", choices=list(PRESETS), default="quick")
+    add("--optimizers", metavar="NAME,...", type=_names(OPTIMIZERS))
+    add("--out", metavar="DIR", type=Path)
+    add("--fresh", action="store_true")
 
-    where = parser.add_argument_group("where it runs")
-    where.add_argument("--cpu", action="store_true", help="use the CPU although there is a GPU")
-    where.add_argument(
-        "--in-process",
-        action="store_true",
-        help="do not give each run a process of its own (peak memory is then less certain)",
-    )
+    group = parser.add_argument_group("data (the preset decides on tasks that are not given)")
+    add("--tasks", metavar="NAME,...", type=_names(TASKS))
+    add("--text", metavar="FILE", type=Path, nargs="+")
+    add("--corpus", choices=CORPORA, default="stdlib")
+    add("--data-dir", metavar="DIR", type=Path, default=Path("data"))
+
+    group = parser.add_argument_group("training (the preset decides what is not given)")
+    numbers(int, 1, TUNE_SEEDS[0], "--seeds", "--slow-seeds")
+    numbers(int, 1, 10**6, "--steps", "--batch-size", "--accumulate", "--context", "--eval-items")
+    numbers(int, 1, 1024, "--layers", "--heads")
+    numbers(int, 1, 65536, "--width")
+    numbers(int, 0, 10**6, "--warmup-steps", "--eval-every")
+    numbers(float, 0, 1e6, "--weight-decay")
+    add("--schedule", choices=("cosine", "constant"))
+    add("--mixed-precision", choices=("no", "bf16"))
+
+    group = parser.add_argument_group("learning rates")
+    add("--tune", action=argparse.BooleanOptionalAction)
+    add("--lr", metavar="NAME=LR", type=_rates(1), action="append", default=[])
+    add("--grid", metavar="NAME=LR,...", type=_rates(20), action="append", default=[])
+    numbers(float, 0, math.inf, "--equal-lr", metavar="LR")
+    numbers(float, 0, 1e3, "--margin", metavar="NAT", default=0.005)
+
+    group = parser.add_argument_group("where it runs")
+    add("--cpu", action="store_true")
+    add("--in-process", action="store_true")
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the study; returns 0, 1 if a run failed, or 130 if it was interrupted."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CliError(f"needs {', '.join(missing)}: pip install 'came8bit[cli]'")
-    config = study_config(args)
-    on_cpu = config.cpu or not torch.cuda.is_available()
-    main_process = int(os.environ.get("RANK", "0")) == 0
-    isolated = not (args.in_process or distributed())
+def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    """Return a type for argparse: a finite number from ``low`` to ``high``."""
+    name = "whole number" if kind is int else "number"
 
-    study = Study(config)
-    usable, study.skipped = available(config)
-    if not usable:
-        raise CliError(
-            "none of the optimizers is installed: " + _listed(study.skipped), exit_code=1
-        )
-    data = _load(args, study)
-    study.about = {
-        "data": {kind: loaded.about for kind, loaded in data.items()},
-        "versions": environment.versions(),
-        "hardware": environment.hardware(),
-        "kernels": environment.kernels(),
-        "git": environment.git_revision(),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "isolated": isolated,
-    }
-    folder = args.out or _default_folder(config.preset)
-    if main_process:
-        earlier = results.prepare_folder(folder)
-        _announce(study, folder, earlier)
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            bound = f"from {low:,} to {high:,}" if math.isfinite(high) else f"from {low:,} up"
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a {name} {bound}")
+        return value
 
-    def save(current: Study) -> None:
-        if main_process:
-            results.save(current, folder)
+    return parse
 
-    before = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill keeps results, too
-    try:
-        with ProgressBars(study, shown=main_process) as bars:
-            run_study(
-                study,
-                data,
-                run_isolated if isolated else run_here,
-                on_cpu=on_cpu,
-                isolated=isolated,
-                save=save,
-                watch=bars.watch,
+
+def _names(known: dict[str, Any]) -> Callable[[str], tuple[str, ...]]:
+    """Return a type for argparse: names with commas between them, each kept once."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(name for name in text.split(",") if name))
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            got = ", ".join(map(repr, unknown)) or "none"
+            raise argparse.ArgumentTypeError(f"got {got}, expected some of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _rates(most: int) -> Callable[[str], tuple[str, tuple[float, ...]]]:
+    """Return a type for argparse: an optimizer and up to ``most`` learning rates."""
+
+    def parse(text: str) -> tuple[str, tuple[float, ...]]:
+        name, _, values = text.partition("=")
+        (name,) = _names(OPTIMIZERS)(name)[:1]
+        try:
+            numbers = tuple(float(value) for value in values.split(","))
+        except ValueError:
+            numbers = ()
+        if not 0 < len(numbers) <= most or not all(0 < x < math.inf for x in numbers):
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, expected {'NAME=NUMBER' if most == 1 else 'NAME=NUMBER,...'} with "
+                f"positive numbers, for example {name}=2e-4"
             )
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if main_process:
-        _conclude(study, folder, args.command_line)
-    if study.state == "interrupted":
-        return 130
-    return 1 if study.failed() else 0
+        return name, numbers
+
+    return parse
 
 
 def study_config(args: argparse.Namespace) -> StudyConfig:
     """Return the preset's study, changed by the arguments.
 
     Raises:
-        CliError: If an argument names something unknown or does not fit.
+        CliError: If arguments do not fit together.
     """
     config = preset_config(args.preset)
-    optimizers = check_names([name for name in args.optimizers.split(",") if name])
-    if not optimizers:
-        raise CliError(f"--optimizers: got none, expected some of {', '.join(ALL_OPTIMIZERS)}")
-    tasks = config.tasks
-    if args.tasks:
-        kinds = {task.kind: task for task in PRESETS["standard"].tasks}
-        kinds |= {task.kind: task for task in tasks}
-        wanted = list(dict.fromkeys(kind for kind in args.tasks.split(",") if kind))
-        unknown = [kind for kind in wanted if kind not in kinds]
-        if unknown or not wanted:
-            raise CliError(f"--tasks: got {args.tasks!r}, expected some of {', '.join(kinds)}")
-        tasks = tuple(kinds[kind] for kind in wanted)
+    optimizers = args.optimizers or config.optimizers
+    known = TASKS | {task.name: task for task in config.tasks}
+    tasks = [known[name] for name in args.tasks] if args.tasks else list(config.tasks)
     changes = {name: getattr(args, name) for name in _CHANGES if getattr(args, name) is not None}
-    tasks = tuple(replace(task, **changes) for task in tasks)
-    if args.context is not None:
-        tasks = tuple(replace(t, context=args.context) if t.kind == "text" else t for t in tasks)
-    for task in tasks:
-        if task.width % task.heads:
-            raise CliError(f"--width {task.width} is not a multiple of --heads {task.heads}")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    for task in tasks:
-        if task.batch_size % processes:
-            raise CliError(
-                f"--batch-size {task.batch_size} cannot be shared by {processes} processes"
-            )
-
+    sizes = ("layers", "heads", "context")
+    for i, task in enumerate(tasks):
+        task = tasks[i] = replace(
+            task, **{k: v for k, v in changes.items() if k not in sizes or getattr(task, k)}
+        )
+        _check_task(task)
     tune = config.tune if args.tune is None else args.tune
-    grids = {kind: dict(grid) for kind, grid in config.grids.items()}
-    for name, values in _assignments("--grid", args.grid):
-        for kind in grids:
-            grids[kind][name] = values
-    rates = {kind: dict(lrs) for kind, lrs in config.learning_rates.items()}
-    for name, values in _assignments("--lr", args.lr):
+    rates = {name: values[0] for name, values in args.lr}
+    found = {task.name for task in config.tasks} if not config.tune else set()
+    for name in () if tune else optimizers:
         for task in tasks:
-            rates.setdefault(task.kind, {})[name] = values[0]
-            grids[task.kind][name] = values[:1]
-    if not tune:
-        for task in tasks:
-            without = [name for name in optimizers if name not in rates.get(task.kind, {})]
-            if without:
+            if name not in rates and task.name not in found:
                 raise CliError(
-                    f"preset {args.preset} has no learning rate on {task.kind} for "
-                    f"{', '.join(without)}: add --tune, or --lr {without[0]}=LR"
+                    f"preset {args.preset} has no learning rate on {task.name} for {name}. Add "
+                    f"--tune, or --lr {name}=LR"
                 )
+    slow = args.slow_seeds or args.seeds or config.slow_seeds
     seeds = tuple(range(args.seeds)) if args.seeds else config.seeds
-    slow = args.slow_seeds or (args.seeds if args.seeds else config.slow_seeds)
     return replace(
         config,
-        tasks=tasks,
+        tasks=tuple(tasks),
         optimizers=optimizers,
         seeds=seeds,
         slow_seeds=min(slow, len(seeds)),
-        learning_rates=rates,
-        grids=grids,
         tune=tune,
+        rates=rates,
+        grids=dict(args.grid),
+        equal_lr=args.equal_lr,
+        margin=args.margin,
         mixed_precision=args.mixed_precision or config.mixed_precision,
         cpu=args.cpu,
     )
 
 
-def _load(args: argparse.Namespace, study: Study) -> dict[str, Data]:
-    """Load each task's data. A task that only the preset asked for is skipped without it."""
-    data: dict[str, Data] = {}
-    for task in study.config.tasks:
-        try:
-            if task.kind == "text":
-                data["text"] = load_text(args.text, args.corpus, args.data_dir)
-            else:
-                data["vision"] = load_images(args.data_dir)
-        except CliError as error:
-            if task.kind == "text" or args.tasks:
-                raise
-            study.skipped[task.kind] = str(error)
-            continue
-        # Data that is too small for the task is found out here, not by the first run.
-        for split in ("tune", "validation"):
-            eval_items(data[task.kind], task, split)
-        train_items(data[task.kind], replace(task, steps=1), seed=0)
-    return data
+def _check_task(task: Any) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if task.heads and task.width % task.heads:
+        raise CliError(f"--width {task.width} is not a multiple of --heads {task.heads}")
+    if not task.heads and task.width % 8:
+        raise CliError(f"--width {task.width} is not a multiple of 8, as {task.name} needs")
+    if task.batch_size % processes:
+        raise CliError(f"--batch-size {task.batch_size} cannot be shared by {processes} processes")
+    if (items := task.steps * task.accumulate * task.batch_size) > _MOST_ITEMS:
+        raise CliError(
+            f"{task.name} would take {items:,} windows or images, more than {_MOST_ITEMS:,}. Use "
+            f"fewer --steps, or a smaller --batch-size"
+        )
 
 
-def _announce(study: Study, folder: Path, earlier: Path | None) -> None:
+def run(args: argparse.Namespace) -> int:
+    """Run the study; returns 0, 1 if a run failed, or 130 if it was interrupted."""
+    if needed := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        raise CliError(f"needs {', '.join(needed)}: pip install 'came8bit[cli]'")
+    config = study_config(args)
+    from ..tradeoff.data import load
+    from ..tradeoff.results import Folder
+    from ..tradeoff.study import Study, available, run_study
+    from ..tradeoff.train import distributed, from_main_process, run_here, run_isolated
+
+    isolated = not (args.in_process or distributed())
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    study = Study(config, skipped=available(config))
+    if not study.usable():
+        listed = "; ".join(f"{name}: {reason}" for name, reason in study.skipped.items())
+        raise CliError(f"none of the optimizers is installed: {listed}", exit_code=1)
+    about = study.about
+    data, missing = _invalid_is_cli_error(
+        load, config.tasks, args.text, args.corpus, args.data_dir, bool(args.tasks)
+    )
+    study.skipped |= missing
+    about.data = {task: loaded.about for task, loaded in data.items()}
+    about.versions, about.hardware = environment.versions(), environment.hardware()
+    about.kernels, about.git = environment.kernels(), environment.git_revision()
+    about.started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    about.device = "cpu" if config.cpu or not torch.cuda.is_available() else "cuda"
+    about.isolated = isolated
+
+    # A polite kill keeps results, too.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with contextlib.ExitStack() as stack:
+            folder = None
+            if main_process:
+                folder = Folder(args.out or _default(config.preset))
+                _invalid_is_cli_error(stack.enter_context, folder)
+                study.runs = [] if args.fresh else _invalid_is_cli_error(folder.read, study)
+                _announce(study, folder.path, None if study.runs else folder.set_aside())
+            if distributed():
+                study.runs = from_main_process(study.runs, config.cpu)
+            progress = stack.enter_context(Progresses(study, shown=main_process))
+            run_study(
+                study,
+                data,
+                run_isolated if isolated else run_here,
+                save=folder.save if folder else lambda study: None,
+                watch=progress.watch,
+            )
+            if folder:
+                _conclude(study, folder, args.command_line)
+    except OSError as error:
+        raise CliError(f"results cannot be written: {error}", exit_code=1) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if study.state == "interrupted":
+        return 130
+    return 1 if study.failed() else 0
+
+
+def _invalid_is_cli_error(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise CliError(str(error)) from error
+
+
+def _announce(study: Study, folder: Path, moved: Path | None) -> None:
     config = study.config
-    if earlier is not None:
-        print(f"earlier results moved to {earlier}")
-    tasks = ", ".join(f"{task.kind} ({task.steps} steps)" for task in config.tasks)
-    print(f"preset {config.preset}: {tasks}, {len(config.seeds)} seeds; results go to {folder}")
+    if moved is not None:
+        print(f"earlier results moved to {moved}")
+    tasks = ", ".join(f"{task.name} ({task.steps} steps)" for task in study.tasks())
+    count = f"{len(config.seeds)} seed{'s' if len(config.seeds) > 1 else ''}"
+    print(f"preset {config.preset}: {tasks}, {count}; results go to {folder}")
+    if study.runs:
+        print(f"{len(study.runs)} finished runs are in {folder} already; --fresh starts over")
     for name, reason in study.skipped.items():
         print(f"SKIPPED {name}: {reason}")
-    kernel = study.about["kernels"]["cpu"]
+    kernel = study.about.kernels["cpu"]
     if not kernel["loaded"]:
         print(f"NOTE: came8bit runs without its CPU kernels, many times slower: {kernel['reason']}")
     sys.stdout.flush()
 
 
-def _conclude(study: Study, folder: Path, command_line: list[str]) -> None:
+def _conclude(study: Study, folder: Folder, command_line: list[str]) -> None:
     """Write and print the report, and draw the picture."""
+    from ..tradeoff import plot, report
+
     text = report.write_report(study, "came8bit " + shlex.join(command_line))
-    results.write_atomically(folder / "report.md", text)
-    print("\n" + text)
+    folder.write("report.md", text)
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        Console().print(Markdown(text))
+    else:
+        print("\n" + text)
     files = ["report.md", "results.json", "runs.csv"]
-    if any(run.purpose == "final" and run.status == "ok" for run in study.runs):
-        results.write_atomically(folder / "tradeoff.png", plot.draw(study))
+    if any(study.ran(task.name) for task in study.tasks()):
+        folder.write("tradeoff.png", plot.draw(study))
         files.insert(0, "tradeoff.png")
-    print(f"in {folder}: {', '.join(files)}  ({study.seconds / 60:.1f} minutes)")
+    print(f"in {folder.path}: {', '.join(files)}  ({study.seconds / 60:.1f} minutes)")
 
 
-def _default_folder(preset: str) -> Path:
+def _default(preset: str) -> Path:
     return Path("results") / f"tradeoff-{preset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _assignments(option: str, texts: Iterable[str]) -> Iterable[tuple[str, tuple[float, ...]]]:
-    for text in texts:
-        name, _, values = text.partition("=")
-        check_names([name])
-        try:
-            numbers = tuple(float(value) for value in values.split(","))
-        except ValueError:
-            numbers = ()
-        if not numbers or min(numbers) <= 0:
-            raise CliError(f"{option} {text}: expected NAME=NUMBER, for example {name}=2e-4")
-        yield name, numbers
+class Progresses:
+    """Shows a study on standard error: bars on a terminal, one line per finished run elsewhere."""
+
+    def __init__(self, study: Study, shown: bool = True) -> None:
+        self._study, self._shown = study, shown
+        self._bars: Any = None
+
+    def __enter__(self) -> Progresses:
+        if self._shown and sys.stderr.isatty():
+            from rich import console, progress
+
+            columns = (*progress.Progress.get_default_columns(), progress.MofNCompleteColumn())
+            self._bars = progress.Progress(*columns, console=console.Console(stderr=True))
+            self._bars.start()
+            self._all, self._run = (self._bars.add_task(what, total=None) for what in ("runs", ""))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    @contextlib.contextmanager
+    def watch(self, spec: RunSpec) -> Iterator[Progress]:
+        """Show one run; gives the function to call after each step."""
+        study, bars = self._study, self._bars
+        what = "" if spec.purpose == "final" else f"({spec.purpose}) "
+        name = f"{what}{spec.task.name} {label(spec.optimizer)} lr {spec.lr:g} seed {spec.seed}"
+
+        def show(step: int, loss: float) -> None:
+            if bars:
+                bars.update(self._run, completed=step, description=f"{name}: {loss:.3f}")
+
+        if bars:
+            bars.update(self._all, completed=study.done, total=study.planned)
+            bars.reset(self._run, total=spec.task.steps, description=name)
+        yield show
+        if self._shown:
+            line = f"[{study.done + 1}/{study.planned}] {name}: {_outcome(study.runs[-1])}"
+            print(line, file=sys.stderr, flush=True) if not bars else bars.console.print(
+                line, markup=False, highlight=False
+            )
 
 
-def _listed(reasons: dict[str, str]) -> str:
-    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-
-
-def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
-
-
-# argparse names the function in its message: "invalid positive number value: '0'".
-_natural.__name__, _positive.__name__ = "whole number", "positive number"
+def _outcome(run: RunResult) -> str:
+    if run.status != "ok":
+        return f"FAILED: {run.error}"
+    if run.purpose == "memory" and run.peak_memory is not None:
+        return f"peak memory {run.peak_memory / 2**20:.1f} MiB"
+    return f"loss {run.loss:.4f}, {run.step_ms['p50']:.0f} ms a step, {run.seconds:.0f} s"

@@ -1,55 +1,196 @@
-"""What a study is: tasks, optimizers, seeds, learning rates; and the three presets."""
+"""What a study is: tasks, optimizers, seeds and learning rates; and the presets."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
-from ..errors import CliError
-
 #: Seeds of the learning-rate search, apart from those of the reported runs, which count from 0.
 TUNE_SEEDS = (1000, 1001)
+
+#: Text that ``tools/fetch_data.py`` can fetch; ``stdlib`` needs no fetching.
+CORPORA = ("stdlib", "gcide", "austen", "wordnet", "linux-docs", "python-docs", "shakespeare")
+
+# ---- optimizers ----
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One arm of a study.
+
+    Attributes:
+        label: Its name in tables and pictures.
+        path: Dotted name of the class.
+        options: Arguments of the class besides parameters, learning rate and weight decay.
+        lr: Peak learning rate on the task of the preset ``quick``, found with ``--tune``; the
+    XX        colour, marker: Matplotlib's, for pictures.
+        package: The PyPI package to install if it is missing.
+        slow_on_cpu: Whether its step has no fast CPU implementation.
+        rule: Arms of one rule differ in bits only: the picture connects them, and the report
+            compares each with the widest.
+    """
+
+    label: str
+    path: str
+    options: Mapping[str, Any]
+    lr: float
+    colour: str
+    marker: str
+    package: str = ""
+    slow_on_cpu: bool = False
+    rule: str = ""
+
+    @property
+    def call(self) -> str:
+        """The constructor's call without parameters, learning rate and weight decay."""
+        options = ", ".join(f"{key}={value!r}" for key, value in sorted(self.options.items()))
+        return f"{self.path}({options})"
+
+    def load(self) -> Any:
+        """Import the package and return the class."""
+        module, _, name = self.path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    def build(
+        self, params: Iterable[torch.nn.Parameter], lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
+        """Make the optimizer."""
+        made: torch.optim.Optimizer = self.load()(
+            params, lr=lr, weight_decay=weight_decay, **self.options
+        )
+        return made
+
+
+_PUBLISHED = ("published", "#0060a0", dict(bias_correction=False, nesterov=False))
+_CORRECTED = ("corrected", "#009e73", dict(bias_correction=True, nesterov=False))
+_NESTEROV = ("nesterov", "#d55e00", dict(bias_correction=True, nesterov=True))
+_BNB = "bitsandbytes.optim.AdamW8bit"
+
+
+def _came(name: str, rule: tuple[str, str, dict[str, Any]], bits: int, lr: float) -> OptimizerSpec:
+    # Options are written out, so that an arm stays what it is when defaults change.
+    marker, options = {32: "D", 8: "*"}[bits], dict(optim_bits=bits) | rule[2]
+    return OptimizerSpec(name, "came8bit.CAME", options, lr, rule[1], marker, rule=rule[0])
+
+
+_NADAM = dict(decoupled_weight_decay=True)
+
+#: What can be compared; the keys are the names on the command line. A new arm is one entry here.
+OPTIMIZERS = {
+    "adamw": OptimizerSpec("AdamW", "torch.optim.AdamW", dict(fused=True), 1e-3, "#4d4d4d", "o"),
+    "nadamw": OptimizerSpec("NAdamW", "torch.optim.NAdam", _NADAM, 2e-3, "#8a8a8a", "P"),
+    "adafactor": OptimizerSpec("Adafactor", "torch.optim.Adafactor", {}, 1e-2, "#7a5195", "v"),
+    "adamw8bit": OptimizerSpec("AdamW8bit", _BNB, {}, 1e-3, "#d08c00", "s", "bitsandbytes", True),
+    "came-pytorch": OptimizerSpec(
+        "came-pytorch", "came_pytorch.CAME", {}, 1e-4, "#3fa0d8", "^", "came-pytorch==0.1.3", True
+    ),
+    "came-published": _came("CAME, published", _PUBLISHED, 32, 1e-4),
+    "came8bit-published": _came("CAME8bit, published", _PUBLISHED, 8, 1e-4),
+    "came-corrected": _came("CAME, bias correction", _CORRECTED, 32, 1e-3),
+    "came8bit-corrected": _came("CAME8bit, bias correction", _CORRECTED, 8, 1e-3),
+    "came": _came("CAME", _NESTEROV, 32, 2e-3),
+    "came8bit": _came("CAME8bit", _NESTEROV, 8, 2e-3),
+}
+
+
+def label(name: str) -> str:
+    """Return the optimizer's name for readers."""
+    return OPTIMIZERS[name].label
+
+
+def why_unavailable(name: str) -> str | None:
+    """Return why the optimizer cannot be run here and what to do, or None if it is installed.
+
+    Looks only whether the package is there. One that is installed and cannot be imported is a
+    failure of the run, not something to skip.
+    """
+    spec = OPTIMIZERS[name]
+    if importlib.util.find_spec(spec.path.partition(".")[0]) is None:
+        return f"not installed: pip install '{spec.package}'"
+    return None
+
+
+# ---- tasks ----
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """One model on one kind of data, and how it is trained.
+    """One model on one kind of data, and how it is trained. What a task does not use is 0.
 
     Attributes:
-        kind: ``"text"`` (a byte-level GPT) or ``"vision"`` (a ViT on Fashion-MNIST).
+        name: Its name on the command line and in the results.
+        model: Key of :data:`came8bit.tradeoff.models.MODELS`.
+        data: ``"text"``, ``"images"``, or ``"noised images"`` (inputs with noise to predict).
         steps: Optimizer steps.
         batch_size: Windows or images per optimizer step and accumulation, over all processes
             together.
+        width: Size of the model: hidden size of a transformer, channels of a convolution.
+        layers, heads: Further sizes of a transformer.
+        context: Bytes per window of text.
         accumulate: Backward passes per optimizer step.
-        layers, width, heads: Size of the transformer.
-        context: Bytes per window (text only).
         warmup_steps: Steps over which the learning rate rises linearly from near 0.
-        schedule: After the warm-up: ``"cosine"`` down to a tenth, or ``"constant"``.
+        schedule: After the warm-up: ``"cosine"`` down to ``floor``, or ``"constant"``.
+        floor: Where the cosine ends, as a fraction of the peak learning rate.
         eval_items: Windows or images to evaluate on; fewer if the split has fewer.
         eval_every: Evaluate after each so many steps too; 0 for the end only.
         weight_decay: Decoupled; the same number for every optimizer.
         max_grad_norm: Gradients are clipped to this global norm; 0 for no clipping.
     """
 
-    kind: str
+    name: str
+    model: str
+    data: str
     steps: int
     batch_size: int
-    layers: int
     width: int
-    heads: int
+    layers: int = 0
+    heads: int = 0
     context: int = 0
     accumulate: int = 1
     warmup_steps: int = 20
     schedule: str = "cosine"
+    floor: float = 0.1
     eval_items: int = 1024
     eval_every: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+
+    @property
+    def batch(self) -> str:
+        """What a step sees, in words."""
+        items = f"{self.batch_size * self.accumulate}"
+        return items + (f" × {self.context} bytes" if self.context else " images")
+
+
+_TEXT = TaskConfig(
+    "text", "gpt2", "text", 1000, 16, 256, 4, 4, 128, warmup_steps=200, eval_every=200
+)
+_VISION = TaskConfig(
+    "vision", "vit", "images", 600, 64, 256, 4, 4, 0, warmup_steps=200, eval_items=10000
+)
+_CONVOLUTIONS: dict[str, Any] = dict(width=32, layers=0, heads=0)
+
+#: Tasks by name, in the size that a CPU can train. A new one is an entry here and, for a new model,
+#: one in ``models.MODELS``.
+TASKS = {
+    task.name: task
+    for task in (
+        _TEXT,
+        replace(_TEXT, name="llama", model="llama", batch_size=64),
+        _VISION,
+        replace(_VISION, name="cnn", model="cnn", **_CONVOLUTIONS),
+        replace(_VISION, name="ddpm", model="unet", data="noised images", **_CONVOLUTIONS),
+    )
+}
+
+
+# ---- studies ----
 
 
 @dataclass(frozen=True)
@@ -59,12 +200,16 @@ class StudyConfig:
     Attributes:
         preset: Name of the preset it started from.
         tasks: The tasks, in order.
-        optimizers: Keys of :data:`OPTIMIZERS`, in order.
+        optimizers: Keys of :data:`OPTIMIZERS`, in order; the first one is what the others are
+            compared with.
         seeds: Seeds of the reported runs.
         slow_seeds: How many of the seeds the optimizers run that are slow on this device.
-        learning_rates: Per task kind and optimizer; replaced by the search where ``tune`` is on.
-        grids: Per task kind and optimizer, the learning rates the search tries.
         tune: Search the learning rate first, with :data:`TUNE_SEEDS` and a split of its own.
+        rates: Learning rates that were given, by optimizer; never searched for.
+        grids: Grids that were given, by optimizer; never extended.
+        equal_lr: Learning rate at which every optimizer is run as well; None for that of the first
+            optimizer, 0 for none.
+        margin: Losses that differ by less, in nat, count as equal.
         mixed_precision: Accelerate's: ``"no"`` or ``"bf16"``.
         cpu: Use the CPU although there is a GPU.
     """
@@ -74,15 +219,26 @@ class StudyConfig:
     optimizers: tuple[str, ...]
     seeds: tuple[int, ...]
     slow_seeds: int
-    learning_rates: dict[str, dict[str, float]]
-    grids: dict[str, dict[str, tuple[float, ...]]]
     tune: bool = False
+    rates: dict[str, float] = field(default_factory=dict)
+    grids: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    equal_lr: float | None = None
+    margin: float = 0.005
     mixed_precision: str = "no"
     cpu: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain data for JSON."""
         return asdict(self)
+
+    def rate(self, optimizer: str) -> float:
+        """Return the learning rate that is used without a search."""
+        return self.rates.get(optimizer, OPTIMIZERS[optimizer].lr)
+
+    def grid(self, optimizer: str) -> tuple[float, ...]:
+        """Return the learning rates at which the search starts."""
+        middle = OPTIMIZERS[optimizer].lr
+        return self.grids.get(optimizer, (middle / 2, middle, 2 * middle))
 
 
 @dataclass(frozen=True)
@@ -106,24 +262,11 @@ class RunSpec:
     mixed_precision: str = "no"
     cpu: bool = False
 
-
-ALL_OPTIMIZERS = ("adamw", "adamw8bit", "came-pytorch", "came", "came8bit")
-
-_ADAMW = ("adamw", "adamw8bit")
-_CAME = ("came-pytorch", "came", "came8bit")
-
-
-def _by_family(adamw: Any, came: Any) -> dict[str, Any]:
-    return dict.fromkeys(_ADAMW, adamw) | dict.fromkeys(_CAME, came)
-
-
-# CAME's first updates are about ten times as long as AdamW's at the same learning rate (it has no
-# bias correction), so its grid lies a factor of ten lower. Both have the same number of points and
-# spacing.
-_GRIDS = {
-    "text": _by_family((2.5e-4, 5e-4, 1e-3, 2e-3), (2.5e-5, 5e-5, 1e-4, 2e-4)),
-    "vision": _by_family((2.5e-4, 5e-4, 1e-3, 2e-3), (2.5e-5, 5e-5, 1e-4, 2e-4)),
-}
+    @property
+    def key(self) -> str:
+        """What tells a run from the others of its study."""
+        arm = OPTIMIZERS[self.optimizer].call
+        return json.dumps([self.purpose, self.task.name, self.optimizer, arm, self.seed, self.lr])
 
 
 @dataclass(frozen=True)
@@ -134,186 +277,52 @@ class Preset:
     tasks: tuple[TaskConfig, ...]
     seeds: int
     slow_seeds: int
-    tune: bool
+    tune: bool = True
     mixed_precision: str = "no"
-    learning_rates: dict[str, dict[str, float]] = field(default_factory=dict)
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
 
+
+_QUICK: dict[str, Any] = dict(steps=300, batch_size=8, layers=2, context=64, eval_every=0)
+_LARGE: dict[str, Any] = dict(steps=2000, warmup_steps=400, eval_every=250)
+_GPU = (
+    replace(_TEXT, batch_size=32, layers=12, width=768, heads=12, context=512, **_LARGE),
+    replace(_VISION, batch_size=256, layers=6, width=384, heads=6, **_LARGE),
+)
 
 PRESETS = {
     "quick": Preset(
         about="about five minutes on 2 cores: text, learning rates found beforehand",
-        tasks=(
-            TaskConfig(
-                kind="text",
-                steps=300,
-                batch_size=8,
-                layers=2,
-                width=256,
-                heads=4,
-                context=64,
-                # Long for AdamW, not for CAME, which has no bias correction: with 20 steps instead
-                # AdamW is 0.01 nat better and CAME 0.07 worse (docs/tradeoff.md).
-                warmup_steps=100,
-            ),
-        ),
+        tasks=(replace(_TEXT, warmup_steps=100, **_QUICK),),
         seeds=3,
         slow_seeds=3,
         tune=False,
-        # The best of the grid above: docs/tradeoff.md has the losses and the command.
-        learning_rates={"text": _by_family(1e-3, 1e-4)},
+        optimizers=("adamw", "adamw8bit", "came-pytorch", "came", "came8bit"),
     ),
     "standard": Preset(
         about="hours on 2 cores: text and vision, more steps and seeds, a learning-rate search",
-        tasks=(
-            TaskConfig(
-                kind="text",
-                steps=1000,
-                batch_size=16,
-                layers=4,
-                width=256,
-                heads=4,
-                context=128,
-                warmup_steps=200,
-                eval_items=1024,
-                eval_every=200,
-            ),
-            TaskConfig(
-                kind="vision",
-                steps=600,
-                batch_size=64,
-                layers=4,
-                width=256,
-                heads=4,
-                warmup_steps=200,
-                eval_items=10000,
-                eval_every=200,
-            ),
-        ),
+        tasks=(_TEXT, _VISION),
         seeds=5,
         slow_seeds=3,
-        tune=True,
     ),
     "gpu": Preset(
         about="a GPU: GPT-2 small's size in bf16, and vision, with a learning-rate search",
-        tasks=(
-            TaskConfig(
-                kind="text",
-                steps=2000,
-                batch_size=32,
-                layers=12,
-                width=768,
-                heads=12,
-                context=512,
-                warmup_steps=400,
-                eval_items=1024,
-                eval_every=250,
-            ),
-            TaskConfig(
-                kind="vision",
-                steps=2000,
-                batch_size=256,
-                layers=6,
-                width=384,
-                heads=6,
-                warmup_steps=400,
-                eval_items=10000,
-                eval_every=250,
-            ),
-        ),
+        tasks=_GPU,
         seeds=3,
         slow_seeds=3,
-        tune=True,
         mixed_precision="bf16",
     ),
 }
 
 
 def preset_config(name: str) -> StudyConfig:
-    """Return the study of the preset ``name``, all optimizers included."""
+    """Return the study of the preset ``name``."""
     preset = PRESETS[name]
     return StudyConfig(
         preset=name,
         tasks=preset.tasks,
-        optimizers=ALL_OPTIMIZERS,
+        optimizers=preset.optimizers,
         seeds=tuple(range(preset.seeds)),
         slow_seeds=preset.slow_seeds,
-        learning_rates=preset.learning_rates,
-        grids=_GRIDS,
         tune=preset.tune,
         mixed_precision=preset.mixed_precision,
     )
-
-
-Parameters = Iterable[torch.nn.Parameter]
-
-
-@dataclass(frozen=True)
-class OptimizerSpec:
-    """One optimizer.
-
-    Attributes:
-        label: Its name in tables and pictures.
-        package: The PyPI package to install if it is missing.
-        module, attribute: Where its class is found.
-        slow_on_cpu: Whether its step has no fast CPU implementation.
-        extra: Arguments of the class besides parameters, learning rate and weight decay.
-    """
-
-    label: str
-    package: str
-    module: str
-    attribute: str
-    slow_on_cpu: bool
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def load(self) -> Any:
-        """Import the package and return the class."""
-        return getattr(importlib.import_module(self.module), self.attribute)
-
-    def build(self, params: Parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """Make the optimizer."""
-        made: torch.optim.Optimizer = self.load()(
-            params, lr=lr, weight_decay=weight_decay, **self.extra
-        )
-        return made
-
-
-#: Keys are the names on the command line. AdamW is the fused one: the fastest torch has.
-OPTIMIZERS = {
-    "adamw": OptimizerSpec("AdamW", "torch", "torch.optim", "AdamW", False, {"fused": True}),
-    "adamw8bit": OptimizerSpec(
-        "AdamW8bit", "bitsandbytes", "bitsandbytes.optim", "AdamW8bit", True
-    ),
-    "came-pytorch": OptimizerSpec(
-        "came-pytorch", "came-pytorch==0.1.3", "came_pytorch", "CAME", True
-    ),
-    "came": OptimizerSpec("CAME", "came8bit", "came8bit", "CAME", False),
-    "came8bit": OptimizerSpec("CAME8bit", "came8bit", "came8bit", "CAME8bit", False),
-}
-
-
-def label(name: str) -> str:
-    """Return the optimizer's name for readers."""
-    return OPTIMIZERS[name].label
-
-
-def check_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names as given, once each; raises CliError that lists the known ones otherwise."""
-    unknown = [name for name in names if name not in OPTIMIZERS]
-    if unknown:
-        raise CliError(
-            f"unknown optimizer {', '.join(map(repr, unknown))}; known: {', '.join(OPTIMIZERS)}"
-        )
-    return tuple(dict.fromkeys(names))
-
-
-def why_unavailable(name: str) -> str | None:
-    """Return why the optimizer cannot be run here and what to do, or None if it is installed.
-
-    Looks only whether the package is there. One that is there and cannot be imported is a failure
-    of the run, not something to skip.
-    """
-    spec = OPTIMIZERS[name]
-    if importlib.util.find_spec(spec.module.partition(".")[0]) is None:
-        return f"not installed: pip install '{spec.package}'"
-    return None

@@ -1,8 +1,8 @@
 """The data: where text and images come from, how they are split, and the batches cut from them.
 
-Every source is a fixed sequence of bytes or images, described by a sha256, and is split in one
-fixed way into a part to train on, a part on which learning rates are chosen, and a part on which
-results are reported. The parts are contiguous and do not touch.
+Every source is a fixed sequence of bytes or images, described by a sha256, and is split in a fixed
+way into a part to train on, a part on which learning rates are chosen, and a part on which results
+are reported. The parts are contiguous and do not touch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import gzip
 import hashlib
 import json
 import math
+import os
+import stat
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +23,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..errors import CliError
 from .config import TaskConfig
 
-#: Text that ``tools/fetch_data.py`` can fetch; ``stdlib`` needs no fetching.
-CORPORA = ("stdlib", "gcide", "austen", "wordnet", "linux-docs", "python-docs", "shakespeare")
+#: Most bytes of text, and of one unpacked file of images: they are held in memory.
+TEXT_LIMIT, IMAGES_LIMIT = 1 << 30, 1 << 28
 
 # Folders of the standard library that are left out: installed packages, tests (not on every
 # machine), and the character tables in encodings, which are generated.
@@ -38,6 +39,7 @@ _FASHION_MNIST = {
 }
 
 Item = tuple[torch.Tensor, torch.Tensor]
+Labelled = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -55,31 +57,92 @@ class Images:
     """Per part, images (uint8, n×28×28) and labels (uint8, n). ``about`` describes the source."""
 
     about: dict[str, Any]
-    train: tuple[np.ndarray, np.ndarray]
-    tune: tuple[np.ndarray, np.ndarray]
-    validation: tuple[np.ndarray, np.ndarray]
+    train: Labelled
+    tune: Labelled
+    validation: Labelled
 
 
 Data = Text | Images
+
+
+def load(
+    tasks: Sequence[TaskConfig],
+    files: Sequence[Path] | None,
+    corpus: str,
+    data_dir: Path,
+    needed: bool = True,
+) -> tuple[dict[str, Data], dict[str, str]]:
+    """Load the data of each task.
+
+    Returns:
+        Task → its data, and task → why it has none; the latter for images only, and unless they are
+        ``needed``.
+
+    Raises:
+        ValueError: If data cannot be read, or are too small for the task.
+    """
+    loaded: dict[bool, Data] = {}
+    data: dict[str, Data] = {}
+    missing: dict[str, str] = {}
+    for task in tasks:
+        text = task.data == "text"
+        try:
+            if text not in loaded:
+                loaded[text] = load_text(files, corpus, data_dir) if text else load_images(data_dir)
+        except ValueError as error:
+            if text or needed:
+                raise
+            missing[task.name] = str(error)
+        else:
+            check_size(loaded[text], task)
+            data[task.name] = loaded[text]
+    return data, missing
 
 
 def load_text(files: Sequence[Path] | None, corpus: str, data_dir: Path) -> Text:
     """Load text from ``files`` in the order given or, without any, from ``corpus``.
 
     Raises:
-        CliError: If a file cannot be read, or a corpus has not been fetched.
+        ValueError: If a file cannot be read, is not a regular one or too large, or a corpus has not
+            been fetched.
     """
     if files:
-        return split_text(_read_files(files), {"source": "files", "files": [f.name for f in files]})
+        left, parts = TEXT_LIMIT, []
+        for path in files:
+            parts.append(_read(path, left, "--text "))
+            left -= len(parts[-1])
+        text = b"\n".join(parts)
+        return split_text(text, {"source": "files", "files": [f.name for f in files]})
     if corpus == "stdlib":
         return _standard_library()
     path = data_dir / "text" / f"{corpus}.txt"
     if not path.is_file():
-        raise CliError(
-            f"corpus {corpus!r} is not in {data_dir} (looked for {path}): run `make data`, or give "
+        raise ValueError(
+            f"corpus {corpus!r} is not in {data_dir} (looked for {path}). Run `make data`, give "
             f"--data-dir, or use --corpus stdlib, which needs no fetching"
         )
-    return split_text(path.read_bytes(), {"source": corpus, **_provenance(corpus, data_dir)})
+    about = {"source": corpus, **_provenance(corpus, data_dir)}
+    return split_text(_read(path, TEXT_LIMIT), about)
+
+
+def _read(path: Path, limit: int, option: str = "") -> bytes:
+    """Return the contents of a regular file of at most ``limit`` bytes."""
+    try:
+        # Before it is opened: opening a pipe waits for its other end.
+        if path.is_dir():
+            raise ValueError(f"{option}{path}: is a folder; name its files, as in {path}/*.txt")
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{option}{path}: is not a regular file")
+        content = b""
+        if found.st_size <= limit:  # which may be wrong, as in /proc
+            with open(path, "rb") as file:
+                content = file.read(limit + 1)
+    except OSError as error:
+        raise ValueError(f"{option}{path}: cannot be read: {error.strerror or error}") from error
+    if max(len(content), found.st_size) > limit:
+        raise ValueError(f"{option}{path}: has more than the {limit:,} bytes that are left for it")
+    return content
 
 
 def _provenance(name: str, data_dir: Path) -> dict[str, Any]:
@@ -103,18 +166,6 @@ def split_text(text: bytes, about: dict[str, Any]) -> Text:
     return Text(about, tokens[:first], tokens[first:second], tokens[second:])
 
 
-def _read_files(files: Sequence[Path]) -> bytes:
-    parts = []
-    for path in files:
-        if path.is_dir():
-            raise CliError(f"--text {path}: is a folder; name its files, for example {path}/*.txt")
-        try:
-            parts.append(path.read_bytes())
-        except OSError as error:
-            raise CliError(f"--text {path}: cannot be read: {error.strerror or error}") from error
-    return b"\n".join(parts)
-
-
 def _standard_library() -> Text:
     """Join the sources of the running Python's standard library, sorted by their relative paths."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -125,9 +176,9 @@ def _standard_library() -> Text:
             found[relative.as_posix()] = path
     text = b"\n".join(found[name].read_bytes() for name in sorted(found))
     if len(text) < 1_000_000:
-        raise CliError(
+        raise ValueError(
             f"this Python has almost no sources in {root} ({len(text)} bytes, expected some "
-            f"10 MB): name files with --text"
+            f"10 MB). Name files with --text"
         )
     about = {
         "source": f"Python {sysconfig.get_python_version()} standard library sources",
@@ -142,7 +193,7 @@ def load_images(data_dir: Path) -> Images:
     """Load Fashion-MNIST: 5,000 of the training images to tune on, the test images to report on.
 
     Raises:
-        CliError: If it has not been fetched.
+        ValueError: If it has not been fetched, or is damaged.
     """
     folder = data_dir / "fashion-mnist"
     arrays = {}
@@ -150,10 +201,10 @@ def load_images(data_dir: Path) -> Images:
     for part, names in _FASHION_MNIST.items():
         for name in names:
             if not (folder / name).is_file():
-                raise CliError(f"Fashion-MNIST is not in {folder} (no {name}): run `make data`")
+                raise ValueError(f"Fashion-MNIST is not in {folder} (no {name}): run `make data`")
         images, labels = (_read_idx(folder / name) for name in names)
         if images.ndim != 3 or len(images) != len(labels):
-            raise CliError(f"{folder}: got images {images.shape}, labels {labels.shape}")
+            raise ValueError(f"{folder}: got images {images.shape}, labels {labels.shape}")
         digest.update(images.tobytes() + labels.tobytes())
         arrays[part] = (images, labels)
     images, labels = arrays["train"]
@@ -170,12 +221,15 @@ def load_images(data_dir: Path) -> Images:
 
 def _read_idx(path: Path) -> np.ndarray:
     """Read IDX: two zero bytes, type 8 (unsigned byte), rank, big-endian sizes, values."""
-    raw = gzip.decompress(path.read_bytes())
-    if raw[:3] != b"\x00\x00\x08":
-        raise CliError(f"{path}: not an IDX file of unsigned bytes (starts with {raw[:4].hex()})")
-    rank = raw[3]
-    shape = np.frombuffer(raw, dtype=">u4", count=rank, offset=4)
-    return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * rank).reshape([int(s) for s in shape])
+    try:
+        with gzip.open(path) as file:
+            raw = file.read(IMAGES_LIMIT)
+        if raw[:3] != b"\x00\x00\x08":
+            raise ValueError(f"not an IDX file of unsigned bytes (starts with {raw[:4].hex()})")
+        shape = np.frombuffer(raw, dtype=">u4", count=raw[3], offset=4).astype(np.int64)
+        return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise ValueError(f"{path}: {error}. Fetch it again with `make data`") from error
 
 
 class Windows(Dataset[Item]):
@@ -196,8 +250,8 @@ class Windows(Dataset[Item]):
 class Pictures(Dataset[Item]):
     """Images as float32 of shape (1, h, w), scaled to [−1, 1], and labels (int64, 0-D)."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, chosen: np.ndarray) -> None:
-        self._images, self._labels, self._chosen = images, labels, chosen
+    def __init__(self, part: Labelled, chosen: np.ndarray) -> None:
+        (self._images, self._labels), self._chosen = part, chosen
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -206,6 +260,29 @@ class Pictures(Dataset[Item]):
         number = int(self._chosen[index])
         image = torch.from_numpy(self._images[number].astype(np.float32) / 127.5 - 1)
         return image[None], torch.tensor(int(self._labels[number]))
+
+
+class NoisedPictures(Pictures):
+    """Images in denoising diffusion: the noised image with a plane that holds the time; the noise.
+
+    Time in [0, 1) and noise are a function of ``seed`` and the position alone. The variances are
+    those of Ho et al. 2020: 1,000 steps, from 1e-4 to 0.02.
+    """
+
+    _KEPT = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+
+    def __init__(self, part: Labelled, chosen: np.ndarray, seed: int) -> None:
+        super().__init__(part, chosen)
+        self._seed = seed
+
+    def __getitem__(self, index: int) -> Item:
+        image, _ = super().__getitem__(index)
+        generator = np.random.default_rng([self._seed, 2, index])
+        step = int(generator.integers(len(self._KEPT)))
+        noise = torch.from_numpy(generator.standard_normal(image.shape, dtype=np.float32))
+        kept = float(self._KEPT[step])
+        noised = kept**0.5 * image + (1 - kept) ** 0.5 * noise
+        return torch.cat([noised, torch.full_like(noised, step / len(self._KEPT))]), noise
 
 
 def train_items(data: Data, task: TaskConfig, seed: int) -> Dataset[Item]:
@@ -218,10 +295,9 @@ def train_items(data: Data, task: TaskConfig, seed: int) -> Dataset[Item]:
     if isinstance(data, Text):
         last = _last_start(data.train, task, "training")
         return Windows(data.train, generator.integers(0, last + 1, count), task.context)
-    images, labels = data.train
-    passes = math.ceil(count / len(labels))
-    order = np.concatenate([generator.permutation(len(labels)) for _ in range(passes)])
-    return Pictures(images, labels, order[:count])
+    size = len(data.train[1])
+    order = [generator.permutation(size) for _ in range(math.ceil(count / size))]
+    return _pictures(data.train, task, np.concatenate(order)[:count], seed)
 
 
 def eval_items(data: Data, task: TaskConfig, split: str) -> Dataset[Item]:
@@ -232,31 +308,43 @@ def eval_items(data: Data, task: TaskConfig, split: str) -> Dataset[Item]:
     """
     if isinstance(data, Text):
         tokens = data.tune if split == "tune" else data.validation
-        last = _last_start(tokens, task, split)
-        starts = np.arange(0, last + 1, task.context)
-        count = _whole_batches(min(task.eval_items, len(starts)), task, split)
+        starts = np.arange(0, _last_start(tokens, task, split) + 1, task.context)
+        count = _whole_batches(len(starts), task, split)
         spread = np.linspace(0, len(starts) - 1, count).astype(np.int64)
         return Windows(tokens, starts[spread], task.context)
-    images, labels = data.tune if split == "tune" else data.validation
-    count = _whole_batches(min(task.eval_items, len(labels)), task, split)
-    return Pictures(images, labels, np.arange(count))
+    part = data.tune if split == "tune" else data.validation
+    return _pictures(part, task, np.arange(_whole_batches(len(part[1]), task, split)), 0)
+
+
+def check_size(data: Data, task: TaskConfig) -> None:
+    """Raise ValueError if the data are too small for the task."""
+    for split in ("tune", "validation"):
+        eval_items(data, task, split)
+    if isinstance(data, Text):
+        _last_start(data.train, task, "training")
+
+
+def _pictures(part: Labelled, task: TaskConfig, chosen: np.ndarray, seed: int) -> Pictures:
+    noised = task.data == "noised images"
+    return NoisedPictures(part, chosen, seed) if noised else Pictures(part, chosen)
 
 
 def _last_start(tokens: np.ndarray, task: TaskConfig, part: str) -> int:
     last = len(tokens) - task.context - 1
     if last < 0:
-        raise CliError(
+        raise ValueError(
             f"the {part} part of the text has {len(tokens)} bytes, but a window needs "
-            f"{task.context + 1}: give more text, or a smaller --context"
+            f"{task.context + 1}. Give more text, or a smaller --context"
         )
     return last
 
 
-def _whole_batches(count: int, task: TaskConfig, part: str) -> int:
+def _whole_batches(available: int, task: TaskConfig, part: str) -> int:
+    count = min(task.eval_items, available)
     whole = count // task.batch_size * task.batch_size
     if whole == 0:
-        raise CliError(
+        raise ValueError(
             f"the {part} part of the data has {count} windows or images, less than one batch of "
-            f"{task.batch_size}: give more data, or a smaller --batch-size"
+            f"{task.batch_size}. Give more data, or a smaller --batch-size"
         )
     return whole

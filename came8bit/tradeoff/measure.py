@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -37,14 +38,14 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> StateBytes:
     """
     counted = StateBytes()
     seen: set[tuple[torch.device, int]] = set()
-    for tensor_or_number in _leaves(list(optimizer.state.values())):
-        if isinstance(tensor_or_number, torch.Tensor):
-            storage = tensor_or_number.untyped_storage()
+    for leaf in _leaves(list(optimizer.state.values())):
+        if isinstance(leaf, torch.Tensor):
+            storage = leaf.untyped_storage()
             key = (storage.device, storage.data_ptr())
             if storage.nbytes() == 0 or key in seen:
                 continue
             seen.add(key)
-            dtype = str(tensor_or_number.dtype).removeprefix("torch.")
+            dtype = str(leaf.dtype).removeprefix("torch.")
             counted.total += storage.nbytes()
             counted.by_dtype[dtype] = counted.by_dtype.get(dtype, 0) + storage.nbytes()
         else:
@@ -62,8 +63,7 @@ def _leaves(value: Any) -> Iterator[torch.Tensor | float]:
         else:
             yield value
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from _leaves(item)
+        yield from _leaves(list(value.values()))
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _leaves(item)
@@ -71,19 +71,21 @@ def _leaves(value: Any) -> Iterator[torch.Tensor | float]:
         yield value
 
 
-def parameter_count(model: torch.nn.Module) -> int:
-    """Return the number of trainable elements; tied parameters count once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+def parameter_count(model: torch.nn.Module, min_side: int = 0) -> int:
+    """Return the number of trainable elements, of wide matrices only if ``min_side`` is given.
+
+    Tied parameters count once. A wide matrix has both sides at least ``min_side``.
+    """
+    return sum(
+        p.numel()
+        for p in model.parameters()
+        if p.requires_grad and (not min_side or (p.dim() >= 2 and min(p.shape) >= min_side))
+    )
 
 
 def wide_fraction(model: torch.nn.Module, width: int = 256) -> float:
     """Return the share of the elements that lie in matrices with both sides at least ``width``."""
-    wide = sum(
-        p.numel()
-        for p in model.parameters()
-        if p.requires_grad and p.dim() >= 2 and min(p.shape) >= width
-    )
-    return wide / parameter_count(model)
+    return parameter_count(model, width) / parameter_count(model)
 
 
 class PeakMemory:
@@ -156,10 +158,7 @@ def _status_bytes(key: str) -> int | None:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return None
-    for line in lines:
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), None)
 
 
 def _max_resident() -> int | None:
@@ -168,8 +167,6 @@ def _max_resident() -> int | None:
     except ImportError:  # Windows
         return None
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    import sys
-
     return highest if sys.platform == "darwin" else highest * 1024
 
 
@@ -195,18 +192,9 @@ class Stopwatch:
 
     def summary(self) -> dict[str, float]:
         """Return the 20th, 50th and 80th percentile in ms; NaN if nothing was measured."""
-        kept = sorted(self._all[self._skip :] or self._all)
-        return {f"p{q}": _quantile(kept, q / 100) for q in (20, 50, 80)}
+        kept = self._all[self._skip :] or self._all or [float("nan")]
+        return {f"p{q}": float(np.percentile(kept, q)) for q in (20, 50, 80)}
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-
-
-def _quantile(ordered: list[float], q: float) -> float:
-    if not ordered:
-        return math.nan
-    position = q * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])

@@ -1,25 +1,22 @@
-"""The picture: accuracy against bytes of state, noise, loss while training, time and memory."""
+"""The picture: loss against bytes of state, noise, loss while training, time and memory."""
 
 from __future__ import annotations
 
 import io
+import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .config import TaskConfig, label
-from .models import describe
-from .report import UNITS, comparisons, deviation, losses_by_seed, mean, paired
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from .config import OPTIMIZERS, OptimizerSpec, TaskConfig, label
+from .models import MODELS
+from .report import comparisons, losses_by_seed, paired, seeds_in_words
 from .study import Study
 
-# Colours that stay apart for colour-blind readers (Okabe and Ito), and markers that stay apart in
-# print.
-STYLE = {
-    "adamw": ("#4d4d4d", "o"),
-    "adamw8bit": ("#d08c00", "s"),
-    "came-pytorch": ("#3fa0d8", "^"),
-    "came": ("#0060a0", "D"),
-    "came8bit": ("#d55e00", "*"),
-}
 _INK, _FAINT, _GRID = "#222222", "#6f6f6f", "#e6e6e6"
 _SETTINGS: dict[Any, Any] = {
     "font.size": 10,
@@ -33,15 +30,13 @@ _SETTINGS: dict[Any, Any] = {
     "xtick.color": _INK,
     "ytick.color": _INK,
     "text.color": _INK,
+    "text.parse_math": False,
 }
 
 
 def draw(study: Study) -> bytes:
-    """Return the picture as a PNG: one block of five panels per task with finished runs."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    tasks = [task for task in study.config.tasks if study.final(task.kind)]
+    """Return the picture as a PNG: one block of panels per task with finished runs."""
+    tasks = [task for task in study.tasks() if study.ran(task.name)]
     with matplotlib.rc_context(_SETTINGS):
         # Figure without pyplot: no window system is asked for, and nothing global is left behind.
         figure: Any = Figure(figsize=(15.5, 8.4 * len(tasks)), layout="constrained")
@@ -50,8 +45,11 @@ def draw(study: Study) -> bytes:
             _headline(block, study, task)
             grid = block.add_gridspec(2, 3, width_ratios=(2.1, 1, 1))
             _trade(block.add_subplot(grid[:, 0]), study, task)
-            _differences(block.add_subplot(grid[0, 1]), study, task)
-            _curves(block.add_subplot(grid[0, 2]), study, task)
+            if len(study.ran(task.name)) > 1:
+                _differences(block.add_subplot(grid[0, 1]), study, task)
+                _curves(block.add_subplot(grid[0, 2]), study, task)
+            else:
+                _curves(block.add_subplot(grid[0, 1:]), study, task)
             _times(block.add_subplot(grid[1, 1]), study, task)
             _memory(block.add_subplot(grid[1, 2]), study, task)
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
@@ -61,229 +59,265 @@ def draw(study: Study) -> bytes:
 
 
 def _headline(block: Any, study: Study, task: TaskConfig) -> None:
-    partial = f" (partial: {len(study.runs)} of {study.planned} runs)"
-    title = "What each byte of optimizer state buys" + (
-        partial if study.state != "complete" else ""
-    )
+    title = "What each byte of optimizer state buys"
+    if study.state != "complete":
+        title += f" (partial: {study.done} of {study.planned} runs)"
     # The empty lines are the room for the subtitle, which suptitle has no notion of.
     block.suptitle(
         title + "\n\n", x=0.01, ha="left", fontsize=16, fontweight="bold", linespacing=1.3
     )
-    subtitle_text = block.text(
+    text = block.text(
         0.01, 0.955, subtitle(study, task), ha="left", va="top", fontsize=10.5, color=_FAINT
     )
-    subtitle_text.set_in_layout(False)
+    text.set_in_layout(False)
 
 
 def subtitle(study: Study, task: TaskConfig) -> str:
     """Say in two lines which model, data, steps and seeds a block of panels shows."""
-    runs = study.final(task.kind)
-    items = f"{task.batch_size * task.accumulate}"
-    items += f" × {task.context} bytes" if task.context else " images"
-    counts = sorted({len(study.final(task.kind, name)) for name in study.ran(task.kind)})
-    seeds = " or ".join(map(str, counts)) + (" seeds" if counts != [1] else " seed")
-    hardware = study.about["hardware"]
-    machine = hardware["gpus"][0]["name"] if runs[0].device == "cuda" else hardware["cpu"]
+    runs = [study.final(task.name, name) for name in study.ran(task.name)]
+    hardware, device = study.about.hardware, study.about.device
+    machine = hardware["gpus"][0]["name"] if device == "cuda" else hardware["cpu"]
     return (
-        f"{describe(task)}, {runs[0].parameters / 1e6:.2f} M parameters, trained on "
-        f"{study.about['data'][task.kind]['source']}\n{task.steps} steps of {items}; {seeds}; each "
-        f"optimizer at its own learning rate; {runs[0].device}: {machine}"
+        f"{MODELS[task.model].describe(task)}, {runs[0][0].parameters / 1e6:.2f} M parameters, "
+        f"trained on {study.about.data[task.name]['source']}\n{task.steps} steps of {task.batch}; "
+        f"{seeds_in_words([len(r) for r in runs])}; each optimizer at its own learning rate; "
+        f"{device}: {machine}"
     )
 
 
 class _Point(NamedTuple):
-    """One optimizer in the main panel; ``place`` is where it is drawn, at or near ``size``."""
+    """One optimizer in the main panel, by the losses that its seeds would have at the mean seed.
+
+    Most of the spread over seeds is common to all optimizers. So each loss is the first optimizer's
+    mean and the difference from its loss of the same seed; ``equal`` is the mean of such losses at
+    the common learning rate.
+    """
 
     name: str
     size: float
     losses: list[float]
-    place: float
+    equal: float | None
     note: str
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.losses)
+
+    @property
+    def deviation(self) -> float:
+        return statistics.stdev(self.losses) if len(self.losses) > 1 else 0.0
+
+
+def _points(study: Study, task: TaskConfig) -> list[_Point]:
+    """Return the optimizers from many bytes to few."""
+    names, equal_lr = study.ran(task.name), study.equal_lr(task.name)
+    level = losses_by_seed(study, task.name, names[0])
+    middle = statistics.fmean(level.values())
+
+    def adjusted(name: str, lr: float | None = None) -> list[float]:
+        losses = losses_by_seed(study, task.name, name, lr)
+        return [middle + losses[s] - level[s] for s in losses if s in level] or [*losses.values()]
+
+    points = []
+    for name in names:
+        runs = study.final(task.name, name)
+        losses = adjusted(name)
+        other = adjusted(name, equal_lr) if equal_lr and equal_lr != runs[0].lr else []
+        size = statistics.fmean(run.bytes_per_parameter or 0.0 for run in runs)
+        note = f"; {seeds_in_words([len(losses)])}" if len(losses) < len(level) else ""
+        points.append(_Point(name, size, losses, statistics.fmean(other) if other else None, note))
+    return sorted(points, key=lambda point: -point.size)
 
 
 def _trade(axes: Any, study: Study, task: TaskConfig) -> None:
     """Loss after training against measured bytes: mean, standard deviation, and every seed."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
     points = _points(study, task)
-    for point in points:
-        colour, marker = STYLE[point.name]
-        axes.errorbar(
-            point.place,
-            mean(point.losses),
-            yerr=deviation(point.losses),
-            fmt=marker,
-            markersize=17 if marker == "*" else 9,
-            color=colour,
-            capsize=4,
-            elinewidth=1.4,
-            zorder=3,
-        )
-        # Beside the mean, not under it.
-        beside = [point.place * 1.045] * len(point.losses)
-        axes.plot(beside, point.losses, ".", color=colour, alpha=0.55, markersize=6, zorder=3)
     sizes = [point.size for point in points]
     axes.set_xscale("log", base=2)
-    axes.set_xlim(min(sizes) / 1.25, max(sizes) * 1.8)  # on the right, room for the last label
-    axes.xaxis.set_major_locator(FixedLocator([0.5, 1, 2, 4, 8, 16]))
+    axes.set_xlim(max(10.0, 1.25 * max(sizes)), min(0.2, *sizes, 0.2) / 1.4)
+    axes.xaxis.set_major_locator(FixedLocator([2.0**i for i in range(-8, 8)]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    extremes = [loss for point in points for loss in point.losses]
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    ends = [loss for point in points for loss in point.losses]
+    bottom, top = min(ends), max(ends)
+    room = max(top - bottom, 0.02)
+    # Losses at the common learning rate may be far off: they stretch the axis at most to double.
+    others = [point.equal for point in points if point.equal is not None]
+    bottom = max(min(bottom, *others, bottom), bottom - room / 2)
+    top = min(max(top, *others, top), top + room / 2)
+    axes.set_ylim(bottom - 0.12 * room, top + 0.12 * room)
+    for rule in {OPTIMIZERS[point.name].rule for point in points} - {""}:
+        members = [point for point in points if OPTIMIZERS[point.name].rule == rule]
+        axes.plot(
+            [point.size for point in members],
+            [point.mean for point in members],
+            color=OPTIMIZERS[members[0].name].colour,
+            lw=1.2,
+            alpha=0.5,
+            zorder=2,
+        )
     for point in points:
-        spread = deviation(point.losses) or 0.0
-        extremes += [mean(point.losses) - spread, mean(point.losses) + spread]
-    room = max(max(extremes) - min(extremes), 1e-3)
-    axes.set_ylim(min(extremes) - 0.16 * room, max(extremes) + 0.1 * room)
+        spec = OPTIMIZERS[point.name]
+        axes.errorbar(
+            point.size,
+            point.mean,
+            yerr=point.deviation or None,
+            fmt=spec.marker,
+            markersize=17 if spec.marker == "*" else 10,
+            color=spec.colour,
+            mec="white",
+            mew=0.8,
+            capsize=4,
+            elinewidth=1.2,
+            zorder=3,
+        )
+        seeds = point.losses if point.deviation else []
+        axes.plot([point.size] * len(seeds), seeds, "_", color=spec.colour, alpha=0.6, ms=12)
+        if point.equal is not None:
+            _equal(axes, point.size, point.mean, point.equal, spec)
+    first = OPTIMIZERS[study.ran(task.name)[0]].label
+    notes = [f"bars, dashes: standard deviation and seeds, as differences from {first}"]
+    if others:
+        notes.append(f"hollow: at lr {study.equal_lr(task.name):g}")
     axes.grid(color=_GRID, linewidth=0.8, zorder=0)
-    axes.set_xlabel("optimizer state, measured bytes per parameter (log scale)")
-    axes.set_ylabel(f"validation loss, {UNITS[task.kind]}")
-    axes.set_title(f"{task.kind.capitalize()}: accuracy against bytes")
-    axes.annotate(
-        "better: lower loss,\nfewer bytes",
-        xy=(0.015, 0.02),
-        xytext=(0.085, 0.062),
-        xycoords="axes fraction",
-        fontsize=9,
-        color=_FAINT,
-        va="center",
-        arrowprops={"arrowstyle": "-|>", "color": _FAINT, "lw": 1.2},
+    axes.set_xlabel(
+        "optimizer state, measured bytes per parameter (log scale; fewer →)\n" + "; ".join(notes)
     )
-    axes.text(
-        0.985,
-        0.02,
-        "bars: ± 1 standard deviation over seeds; dots: seeds\n(runs of one seed share weights and "
-        "batches: see right)",
-        transform=axes.transAxes,
-        ha="right",
-        fontsize=8.5,
-        color=_FAINT,
-    ).set_in_layout(False)
+    axes.set_ylabel(f"validation loss, {MODELS[task.model].unit} (↓ better)")
+    axes.set_title(f"{task.name.capitalize()}: loss against bytes")
     _place_labels(axes, points)
 
 
-def _points(study: Study, task: TaskConfig) -> list[_Point]:
-    """Return the optimizers from few bytes to many; equal ones stand side by side."""
-    names = study.ran(task.kind)
-    most = max(len(study.final(task.kind, name)) for name in names)
-    points: list[_Point] = []
-    for name in names:
-        runs = study.final(task.kind, name)
-        losses = [run.loss for run in runs if run.loss is not None]
-        size = mean([run.bytes_per_parameter or 0.0 for run in runs])
-        note = f"\nonly {len(losses)} of {most} seeds" if len(losses) < most else ""
-        points.append(_Point(name, size, losses, size, note))
-    points.sort(key=lambda point: point.size)
-    for i in range(1, len(points)):
-        if points[i].size < 1.05 * points[i - 1].size:
-            points[i] = points[i]._replace(place=points[i - 1].place * 1.09)
-    return points
+def _equal(axes: Any, size: float, own: float, loss: float, spec: OptimizerSpec) -> None:
+    """Draw the loss at the common learning rate; outside the panel, an arrow with the number."""
+    bottom, top = axes.get_ylim()
+    shown = min(max(loss, bottom), top)
+    axes.plot([size] * 2, [own, shown], ":", color=spec.colour, lw=1, zorder=2)
+    if shown == loss:
+        axes.plot(size, loss, spec.marker, mfc="white", mec=spec.colour, markersize=9, zorder=3)
+        return
+    axes.annotate(
+        f"{'↑' if loss > top else '↓'} {loss:.2f}",
+        (size, shown),
+        xytext=(4, -10 if loss > top else 4),
+        textcoords="offset points",
+        fontsize=9,
+        color=spec.colour,
+    )
 
 
 def _place_labels(axes: Any, points: Sequence[_Point]) -> None:
-    """Name the points to the right of each group; labels of a group are pushed apart."""
-    bottom, top = axes.get_ylim()
-    gap = 0.075 * (top - bottom)  # two lines of text, in data units
-    groups: list[list[_Point]] = []
-    for point in points:
-        if groups and point.place / groups[-1][-1].place < 1.2:
-            groups[-1].append(point)
-        else:
-            groups.append([point])
-    for group in groups:
-        at = max(point.place for point in group) * 1.12
-        group.sort(key=lambda point: mean(point.losses))
-        heights = [mean(point.losses) for point in group]
-        for _ in range(100):  # neighbours that are too close move apart by equal amounts
-            for i in range(len(heights) - 1):
-                overlap = gap - (heights[i + 1] - heights[i])
-                if overlap > 0:
-                    heights[i] -= overlap / 2
-                    heights[i + 1] += overlap / 2
-        for point, height in zip(group, heights, strict=True):
-            colour = STYLE[point.name][0]
-            axes.annotate(
-                f"{label(point.name)}\n{point.size:.2f} B, {mean(point.losses):.3f}{point.note}",
-                xy=(point.place * 1.03, mean(point.losses)),
-                xytext=(at, height),
-                va="center",
-                fontsize=9.5,
-                fontweight="bold" if point.name == "came8bit" else "normal",
-                color=colour,
-                linespacing=1.2,
-                zorder=4,
-                bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1.0},
-                arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "alpha": 0.6},
-            )
+    """Name the points to their right; labels that would overlap are pushed apart."""
+    corners = [axes.transScale.transform((point.size, point.mean)) for point in points]
+    spots = axes.transLimits.transform(corners)
+    places = spots + np.array([0.025, 0.0])
+    for _ in range(200):
+        for i in range(len(places)):
+            for j in range(i):
+                apart = places[i] - places[j]
+                overlap = 0.062 - abs(apart[1])  # two lines of text, as a fraction of the panel
+                if abs(apart[0]) < 0.2 and overlap > 0:
+                    push = overlap / 2 * (1 if apart[1] >= 0 else -1)
+                    places[i, 1] += push
+                    places[j, 1] -= push
+        places[:, 1] = places[:, 1].clip(0.03, 0.97)
+    for point, spot, place in zip(points, spots, places, strict=True):
+        spec = OPTIMIZERS[point.name]
+        axes.annotate(
+            f"{spec.label}\n{point.size:.2f} B, {point.mean:.3f}{point.note}",
+            xy=spot + np.array([0.008, 0.0]),
+            xytext=place,
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            fontsize=9.5,
+            fontweight="bold" if spec.path.startswith("came8bit") else "normal",
+            color=spec.colour,
+            linespacing=1.15,
+            zorder=4,
+            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6},
+            arrowprops={"arrowstyle": "-", "color": spec.colour, "lw": 0.7, "alpha": 0.6},
+        )
 
 
 def _differences(axes: Any, study: Study, task: TaskConfig) -> None:
     """Differences at equal seeds with their intervals: what lies inside the noise."""
-    pairs = comparisons(study.ran(task.kind))[::-1]
-    losses = losses_by_seed(study, task.kind)
+    names, margin = study.ran(task.name), study.config.margin
+    pairs = comparisons(names)[::-1]
+    shown = 0.0
     for place, (first, second) in enumerate(pairs):
-        result = paired(losses[first], losses[second])
+        one, other = (losses_by_seed(study, task.name, name) for name in (first, second))
+        result = paired(one, other, margin)
         if result is None:
             continue
-        colour = STYLE[second][0]
-        by_seed = [
-            losses[first][s] - losses[second][s] for s in losses[first] if s in losses[second]
-        ]
+        colour = OPTIMIZERS[first].colour
+        by_seed = [one[seed] - other[seed] for seed in one if seed in other]
         if result.low is not None:
             axes.plot([result.low, result.high], [place, place], color=colour, lw=2.4, alpha=0.75)
-        axes.plot(by_seed, [place + 0.2] * len(by_seed), ".", color=colour, alpha=0.6, markersize=5)
+        axes.plot(by_seed, [place + 0.22] * len(by_seed), ".", color=colour, alpha=0.6, ms=5)
         filled = colour if result.outside_noise else "white"
-        axes.plot(result.difference, place, "o", mfc=filled, mec=colour, mew=1.6, markersize=8)
+        axes.plot(result.difference, place, "o", mfc=filled, mec=colour, mew=1.6, markersize=7)
+        shown = max(shown, *map(abs, by_seed))
+    axes.axvspan(-margin, margin, color=_GRID, zorder=0)
     axes.axvline(0, color=_INK, lw=1)
-    names = [
-        f"− {label(second)}" if first == "came8bit" else f"{label(first)}\n− {label(second)}"
-        for first, second in pairs
-    ]
-    axes.set_yticks(range(len(pairs)), names)
-    axes.set_ylim(-0.6, len(pairs) - 0.3)
+    axes.set_xlim(-2.2 * shown or -margin, 2.2 * shown or margin)  # wide intervals run out of sight
+    axes.set_yticks(
+        range(len(pairs)),
+        [
+            label(first) if second == names[0] else f"{label(first)}\n− {label(second)}"
+            for first, second in pairs
+        ],
+        fontsize=9 if len(pairs) < 9 else 7.5,
+    )
+    axes.set_ylim(-0.6, max(len(pairs), 3) - 0.3)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=_GRID, linewidth=0.8)
     axes.locator_params(axis="x", nbins=5)
-    axes.set_xlabel("loss difference at equal seeds, 95 % t interval\n(hollow: inside the noise)")
-    axes.set_title("CAME8bit minus …" if any(p[0] == "came8bit" for p in pairs) else "Differences")
+    axes.set_xlabel(
+        "loss difference at equal seeds, 95 % t interval\n"
+        f"(hollow: inside the noise; grey: ± {margin:g})"
+    )
+    axes.set_title(f"Minus {label(names[0])}")
 
 
 def _curves(axes: Any, study: Study, task: TaskConfig) -> None:
     """Training loss, averaged over seeds and smoothed; the batches are the same for all."""
     window = max(1, task.steps // 20)
-    tail = []
-    for name in study.ran(task.kind):
-        runs = [run.train_losses for run in study.final(task.kind, name)]
-        averaged = [mean(at_step) for at_step in zip(*runs, strict=True)]
-        smooth = [mean(averaged[i - window + 1 : i + 1]) for i in range(window - 1, len(averaged))]
+    tail: list[float] = []
+    for name in study.ran(task.name):
+        spec = OPTIMIZERS[name]
+        runs = [run.train_losses for run in study.final(task.name, name)]
+        smooth = np.convolve(np.mean(runs, axis=0), np.full(window, 1 / window), "valid")
         axes.plot(
-            range(window, len(averaged) + 1),
+            range(window, window + len(smooth)),
             smooth,
-            color=STYLE[name][0],
-            linewidth=1.6,
-            linestyle="--" if name in ("came8bit", "adamw8bit") else "-",
-            label=label(name),
+            color=spec.colour,
+            linewidth=1.5,
+            linestyle={"*": "--", "s": "--", "p": ":", "h": "-."}.get(spec.marker, "-"),
+            label=spec.label,
         )
-        tail += smooth[len(smooth) // 6 :]
-    if tail and max(tail) > min(tail):
+        tail += smooth[len(smooth) // 6 :].tolist()
+    if max(tail) > min(tail):
         # The first fall is alike for all and would flatten the rest.
         axes.set_ylim(min(tail) - 0.05 * (max(tail) - min(tail)), max(tail))
     axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_xlabel(f"step (mean over seeds and the last {window} steps)")
+    axes.set_xlabel(f"step (mean over the last {window})")
     axes.set_ylabel("training loss")
     axes.set_title("Loss while training")
-    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    few = len(study.ran(task.name)) < 7
+    axes.legend(frameon=False, fontsize=9 if few else 7.5, loc="upper right")
 
 
 def _times(axes: Any, study: Study, task: TaskConfig) -> None:
     """Median time of ``optimizer.step()``, and its share of a whole training step."""
     rows = []
-    for name in study.ran(task.kind)[::-1]:
-        runs = study.final(task.kind, name)
+    for name in study.ran(task.name)[::-1]:
+        runs = study.final(task.name, name)
         low, median, high = (
-            mean([run.optimizer_ms[q] for run in runs]) for q in ("p20", "p50", "p80")
+            statistics.fmean(run.optimizer_ms[q] for run in runs) for q in ("p20", "p50", "p80")
         )
-        whole = mean([run.step_ms["p50"] for run in runs])
-        rows.append((name, median, f"{median:.3g} ms ({100 * median / whole:.2g} %)", (low, high)))
+        share = 100 * median / statistics.fmean(run.step_ms["p50"] for run in runs)
+        rows.append((name, median, f"{median:.3g} ms ({share:.{share < 9.5:d}f} %)", (low, high)))
     _bars(axes, rows)
     axes.set_xlabel("optimizer.step(), ms: median, p20 to p80\n(share of the whole training step)")
     axes.set_title("Time of an update")
@@ -292,22 +326,23 @@ def _times(axes: Any, study: Study, task: TaskConfig) -> None:
 def _memory(axes: Any, study: Study, task: TaskConfig) -> None:
     """Peak memory above the level before the model was built; a span if there are several."""
     rows = []
-    for name in study.ran(task.kind)[::-1]:
-        peaks = [peak / 2**20 for peak in study.peak_memory(task.kind, name)]
+    for name in study.ran(task.name)[::-1]:
+        peaks = [peak / 2**20 for peak in study.peak_memory(task.name, name)]
         if peaks:
-            rows.append((name, mean(peaks), f"{mean(peaks):.0f} MiB", (min(peaks), max(peaks))))
+            middle = statistics.fmean(peaks)
+            rows.append((name, middle, f"{middle:.0f} MiB", (min(peaks), max(peaks))))
     axes.set_title("Peak memory of training")
     if not rows:
         axes.text(0.5, 0.5, "not measured on this system", ha="center", transform=axes.transAxes)
         return
     _bars(axes, rows)
-    axes.set_xlabel("MiB above the start: weights, gradients,\nactivations, state and temporaries")
+    axes.set_xlabel("MiB: weights, gradients, activations,\nstate and temporaries")
 
 
 def _bars(axes: Any, rows: Sequence[tuple[str, float, str, tuple[float, float]]]) -> None:
-    """Draw named bars with a text and a span (low, high) each."""
+    """Draw named bars with a text and a span (low, high) each; few bars do not grow."""
     for place, (name, value, text, (low, high)) in enumerate(rows):
-        axes.barh(place, value, color=STYLE[name][0], height=0.6, zorder=2)
+        axes.barh(place, value, color=OPTIMIZERS[name].colour, height=0.6, zorder=2)
         axes.plot([low, high], [place, place], color=_INK, lw=1.2, zorder=3)
         axes.annotate(
             text,
@@ -318,6 +353,7 @@ def _bars(axes: Any, rows: Sequence[tuple[str, float, str, tuple[float, float]]]
             fontsize=9,
         )
     axes.set_yticks(range(len(rows)), [label(row[0]) for row in rows])
+    axes.set_ylim(len(rows) - 0.5 - max(len(rows), 3), len(rows) - 0.5)
     axes.tick_params(axis="y", length=0)
     longest = max(max(row[1], row[3][1]) for row in rows)
     axes.set_xlim(0, 1.55 * longest or 1.0)  # 0: a process that already had all the memory

@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .config import OPTIMIZERS, TUNE_SEEDS, RunSpec, StudyConfig, TaskConfig, label, why_unavailable
+from .config import OPTIMIZERS, TUNE_SEEDS, RunSpec, StudyConfig, TaskConfig, why_unavailable
 from .data import Data
 from .train import Progress, RunResult
 
 Run = Callable[[RunSpec, Data, Progress], RunResult]
+
+_MOST_RATES = 10  # a search that has tried so many learning rates ends where it is
+
+
+@dataclass
+class About:
+    """What does not change during a study.
+
+    Attributes:
+        data: By task, where its data come from, with their sha256.
+        device: ``"cpu"`` or ``"cuda"``.
+        isolated: Whether each run has a process of its own.
+    """
+
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    versions: dict[str, str | None] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    kernels: dict[str, Any] = field(default_factory=dict)
+    git: str | None = None
+    started: str = ""
+    device: str = "cpu"
+    isolated: bool = False
 
 
 @dataclass
@@ -23,80 +43,167 @@ class Study:
     """A study and what has become of it so far.
 
     Attributes:
-        about: Versions, hardware, data: whatever does not change during the study.
         skipped: Optimizer or task → why it is not run.
-        runs: Finished runs, in order, failed ones included.
-        planned: Number of runs the study has in all.
+        runs: Finished runs, in order, failed ones included; read back ones come first.
+        done, planned: How many of the runs that the study needs there are, and how many it needs;
+            a search that goes on beyond its grid adds to the latter.
         state: ``"running"``, ``"complete"`` or ``"interrupted"``.
     """
 
     config: StudyConfig
-    about: dict[str, Any] = field(default_factory=dict)
+    about: About = field(default_factory=About)
     skipped: dict[str, str] = field(default_factory=dict)
     runs: list[RunResult] = field(default_factory=list)
+    done: int = 0
     planned: int = 0
     state: str = "running"
     seconds: float = 0.0
 
-    def final(self, task: str, optimizer: str | None = None) -> list[RunResult]:
-        """Return the reported runs of a task (and an optimizer) that ended well."""
+    def usable(self) -> list[str]:
+        """Return the optimizers that are run."""
+        return [name for name in self.config.optimizers if name not in self.skipped]
+
+    def tasks(self) -> list[TaskConfig]:
+        """Return the tasks that are run."""
+        return [task for task in self.config.tasks if task.name not in self.skipped]
+
+    def seeds(self, optimizer: str) -> tuple[int, ...]:
+        """Return an optimizer's seeds: fewer for one that is slow on a CPU, if it runs on one."""
+        slow = self.about.device == "cpu" and OPTIMIZERS[optimizer].slow_on_cpu
+        return self.config.seeds[: self.config.slow_seeds if slow else None]
+
+    def of(self, purpose: str, task: str, optimizer: str) -> list[RunResult]:
+        """Return the runs of a purpose, failed ones included."""
+        wanted = (purpose, task, optimizer)
+        return [run for run in self.runs if (run.purpose, run.task, run.optimizer) == wanted]
+
+    def final(self, task: str, optimizer: str, lr: float | None = None) -> list[RunResult]:
+        """Return the reported runs that ended well, at its own learning rate or at ``lr``."""
+        lr = self.learning_rate(task, optimizer) if lr is None else lr
         return [
             run
-            for run in self.runs
-            if run.purpose == "final"
-            and run.status == "ok"
-            and run.task == task
-            and optimizer in (None, run.optimizer)
+            for run in self.of("final", task, optimizer)
+            if run.status == "ok" and run.lr == lr and run.seed in self.config.seeds
         ]
 
     def ran(self, task: str) -> list[str]:
         """Return the optimizers with at least one reported run of the task, in order."""
-        return [name for name in self.config.optimizers if self.final(task, name)]
+        return [name for name in self.usable() if self.final(task, name)]
 
     def failed(self) -> list[RunResult]:
-        """Return the runs that failed, but for learning rates of the search that were too high."""
+        """Return the runs that failed.
+
+        Divergence is a failure at an optimizer's own learning rate only: elsewhere it is a result.
+        """
         return [
             run
             for run in self.runs
             if run.status != "ok"
-            and not (run.purpose == "tune" and "DivergedError" in str(run.error))
+            and run.optimizer in self.usable()
+            and not (run.diverged and run.purpose == "tune")
+            and not (run.diverged and run.lr != self.learning_rate(run.task, run.optimizer))
         ]
 
     def tuned(self, task: str, optimizer: str) -> dict[float, float | None]:
         """Return the search: learning rate → mean loss over its seeds, None if a run failed."""
-        by_lr: dict[float, list[float | None]] = {}
-        for run in self.runs:
-            if (run.purpose, run.task, run.optimizer) == ("tune", task, optimizer):
-                by_lr.setdefault(run.lr, []).append(run.loss if run.status == "ok" else None)
-        means: dict[float, float | None] = {}
-        for lr in sorted(by_lr):
-            known = [loss for loss in by_lr[lr] if loss is not None]
-            means[lr] = statistics.fmean(known) if len(known) == len(by_lr[lr]) else None
-        return means
+        losses: dict[float, list[float]] = {}
+        for run in self.of("tune", task, optimizer):
+            ok = run.status == "ok" and run.loss is not None
+            losses.setdefault(run.lr, []).extend([run.loss or 0.0] if ok else [])
+        return {
+            lr: statistics.fmean(found) if len(found) == len(TUNE_SEEDS) else None
+            for lr, found in sorted(losses.items())
+        }
+
+    def learning_rate(self, task: str, optimizer: str) -> float:
+        """Return the learning rate of the reported runs: the best of the search, or the given one.
+
+        If every run of the search failed, the lowest that was tried: the reported run shows why.
+        """
+        if not self.searches(optimizer):
+            return self.config.rate(optimizer)
+        means = self.tuned(task, optimizer)
+        known = {lr: loss for lr, loss in means.items() if loss is not None}
+        return min(known, key=known.__getitem__) if known else min(means or [self._low(optimizer)])
+
+    def searches(self, optimizer: str) -> bool:
+        """Return whether the optimizer's learning rate is searched for."""
+        return self.config.tune and optimizer not in self.config.rates
+
+    def equal_lr(self, task: str) -> float | None:
+        """Return the learning rate that every optimizer is run at as well, or None."""
+        given = self.config.equal_lr
+        if given is None:
+            return self.learning_rate(task, self.usable()[0]) if self.usable() else None
+        return given or None
+
+    def at_edge(self, task: str, optimizer: str) -> bool:
+        """Return whether the search ended at the lowest or highest learning rate it tried."""
+        tried = self.tuned(task, optimizer)
+        if not self.searches(optimizer) or len(tried) < 2:
+            return False
+        return self.learning_rate(task, optimizer) in (min(tried), max(tried))
 
     def peak_memory(self, task: str, optimizer: str) -> list[int]:
         """Return peaks in bytes: of the run made for it or, without one, of the reported runs."""
-        own = [
-            run.peak_memory
-            for run in self.runs
-            if (run.purpose, run.task, run.optimizer) == ("memory", task, optimizer)
-        ]
+        own = [run.peak_memory for run in self.of("memory", task, optimizer)]
         peaks = own or [run.peak_memory for run in self.final(task, optimizer)]
         return [peak for peak in peaks if peak is not None]
 
+    # ---- the plan ----
 
-def available(config: StudyConfig) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the optimizers that are installed here, and why each of the others is not run."""
+    def plan(self) -> Iterator[RunSpec]:
+        """Yield the runs, looking at the finished ones: later ones depend on earlier ones.
+
+        Seeds are the outer loop, so that a study that is stopped early has compared the optimizers
+        on the seeds it got to.
+        """
+        if self.about.device == "cpu" and self.about.isolated:
+            # The reported runs show also what the allocator keeps.
+            for task in self.tasks():
+                short = replace(task, steps=3, eval_items=task.batch_size, eval_every=0)
+                for name in self.usable():
+                    # The size of the steps does not matter here; it only has to be small enough.
+                    yield self._spec("memory", short, name, self.config.seeds[0], self._low(name))
+        for task in self.tasks():
+            for name in filter(self.searches, self.usable()):
+                for lr in self._search(task.name, name):
+                    for seed in TUNE_SEEDS:
+                        yield self._spec("tune", task, name, seed, lr)
+        for task in self.tasks():
+            for equal in (False, True):
+                for seed in self.config.seeds:
+                    for name in self.usable():
+                        lr = own = self.learning_rate(task.name, name)
+                        if equal:
+                            lr = self.equal_lr(task.name) or own
+                        if (not equal or lr != own) and seed in self.seeds(name):
+                            yield self._spec("final", task, name, seed, lr)
+
+    def _search(self, task: str, optimizer: str) -> Iterator[float]:
+        """Yield the grid, then factors of two beyond it while the best lies at its edge."""
+        tried = set(self.config.grid(optimizer))
+        yield from sorted(tried)
+        while optimizer not in self.config.grids and len(tried) < _MOST_RATES:
+            best = self.learning_rate(task, optimizer)
+            if not self.tuned(task, optimizer).keys() >= tried or min(tried) < best < max(tried):
+                return  # not finished, or done
+            beyond = best * 2 if best == max(tried) else best / 2
+            tried.add(beyond)
+            yield beyond
+
+    def _low(self, optimizer: str) -> float:
+        return min(self.config.rates.get(optimizer, 1.0), *self.config.grid(optimizer))
+
+    def _spec(self, purpose: str, task: TaskConfig, name: str, seed: int, lr: float) -> RunSpec:
+        precision, cpu = self.config.mixed_precision, self.config.cpu
+        return RunSpec(purpose, task, name, seed, lr, precision, cpu)
+
+
+def available(config: StudyConfig) -> dict[str, str]:
+    """Return why each optimizer that is not installed here is not run."""
     reasons = {name: why_unavailable(name) for name in config.optimizers}
-    usable = tuple(name for name, reason in reasons.items() if reason is None)
-    return usable, {name: reason for name, reason in reasons.items() if reason is not None}
-
-
-def seeds_of(config: StudyConfig, optimizer: str, on_cpu: bool) -> tuple[int, ...]:
-    """Return the seeds of an optimizer: fewer for one that is slow on a CPU, if it runs on one."""
-    if on_cpu and OPTIMIZERS[optimizer].slow_on_cpu:
-        return config.seeds[: config.slow_seeds]
-    return config.seeds
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def run_study(
@@ -104,154 +211,40 @@ def run_study(
     data: dict[str, Data],
     run: Run,
     *,
-    on_cpu: bool,
-    isolated: bool,
     save: Callable[[Study], None],
-    watch: Callable[[RunSpec, int], contextlib.AbstractContextManager[Progress]],
+    watch: Callable[[RunSpec], contextlib.AbstractContextManager[Progress]],
 ) -> None:
-    """Run what is in ``study.config`` and can be run, adding to ``study.runs``.
+    """Do the runs of ``study.plan()`` that ``study.runs`` does not hold yet, and add them to it.
 
-    Seeds are the outer loop, so that a study that is stopped early has compared the optimizers on
-    the seeds it got to. On KeyboardInterrupt what is finished is saved, ``study.state`` says so,
-    and the function returns.
+    On KeyboardInterrupt what is finished stays, ``study.state`` says so, and the function returns.
 
     Args:
         study: Receives the results.
-        data: Per task kind, its data; tasks without data are left out.
+        data: By task name, its data.
         run: Does one run.
-        on_cpu: Whether it runs on a CPU; the slow optimizers get fewer seeds then.
-        isolated: Whether ``run`` gives each run a process of its own. On a CPU, where the reported
-            runs show also what the allocator keeps, memory then gets runs of its own.
         save: Called after every run and at the end.
-        watch: Given a run and the number of runs before it, shows its progress.
+        watch: Given a run that is about to start, shows its progress.
     """
-    started = time.perf_counter()
-    usable = [name for name in study.config.optimizers if name not in study.skipped]
-    tasks = [task for task in study.config.tasks if task.kind in data]
-    tuning = [spec for task in tasks for spec in _search(study.config, task, usable)]
-    per_task = sum(len(seeds_of(study.config, name, on_cpu)) for name in usable)
-    memory = list(_memory(study.config, tasks, usable)) if on_cpu and isolated else []
-    study.planned = len(memory) + len(tuning) + per_task * len(tasks)
-
-    def keep_running(specs: Iterator[RunSpec]) -> None:
-        for spec in specs:
-            with watch(spec, len(study.runs)) as progress:
-                study.runs.append(run(spec, data[spec.task.kind], progress))
-            study.seconds = time.perf_counter() - started
-            save(study)
-
+    started = time.perf_counter() - study.seconds
+    finished = {run.key for run in study.runs}
+    study.state = "running"
     try:
-        keep_running(iter(memory))
-        keep_running(iter(tuning))
-        keep_running(spec for task in tasks for spec in _final(study, task, usable, on_cpu))
+        for spec in study.plan():
+            if spec.key in finished:
+                continue
+            keys = [planned.key for planned in study.plan()]
+            study.planned, study.done = len(keys), len(finished.intersection(keys))
+            with watch(spec) as progress:
+                result = run(spec, data[spec.task.name], progress)
+                result.git = study.about.git
+                study.runs.append(result)
+                finished.add(spec.key)
+                study.seconds = time.perf_counter() - started
+                save(study)
         study.state = "complete"
     except KeyboardInterrupt:
         study.state = "interrupted"
+    keys = [planned.key for planned in study.plan()]
+    study.planned, study.done = len(keys), len(finished.intersection(keys))
     study.seconds = time.perf_counter() - started
     save(study)
-
-
-def _memory(config: StudyConfig, tasks: list[TaskConfig], usable: list[str]) -> Iterator[RunSpec]:
-    for task in tasks:
-        short = replace(task, steps=3, eval_items=task.batch_size, eval_every=0)
-        for name in usable:
-            # The size of the steps does not matter here; it only has to be small enough.
-            lr = min(config.grids[task.kind][name])
-            seed = config.seeds[0]
-            yield RunSpec("memory", short, name, seed, lr, config.mixed_precision, config.cpu)
-
-
-def _search(config: StudyConfig, task: TaskConfig, usable: list[str]) -> Iterator[RunSpec]:
-    if not config.tune:
-        return
-    for name in usable:
-        for lr in config.grids[task.kind][name]:
-            for seed in TUNE_SEEDS:
-                yield RunSpec("tune", task, name, seed, lr, config.mixed_precision, config.cpu)
-
-
-def _final(study: Study, task: TaskConfig, usable: list[str], on_cpu: bool) -> Iterator[RunSpec]:
-    config = study.config
-    for seed in config.seeds:
-        for name in usable:
-            if seed in seeds_of(config, name, on_cpu):
-                # Looked up here, after the search: this is a generator.
-                lr = learning_rate(study, task.kind, name)
-                yield RunSpec("final", task, name, seed, lr, config.mixed_precision, config.cpu)
-
-
-def learning_rate(study: Study, task: str, optimizer: str) -> float:
-    """Return the learning rate of the reported runs: the best of the search, or the given one.
-
-    If every run of the search failed, the lowest of the grid: the reported run then shows why.
-    """
-    if not study.config.tune:
-        return study.config.learning_rates[task][optimizer]
-    means = {lr: loss for lr, loss in study.tuned(task, optimizer).items() if loss is not None}
-    if not means:
-        return min(study.config.grids[task][optimizer])
-    return min(means, key=means.__getitem__)
-
-
-def at_grid_edge(study: Study, task: str, optimizer: str) -> bool:
-    """Return whether the search ended at the lowest or highest learning rate it tried."""
-    grid = study.config.grids[task][optimizer]
-    if not study.config.tune or len(grid) == 1:
-        return False
-    return learning_rate(study, task, optimizer) in (min(grid), max(grid))
-
-
-class ProgressBars:
-    """Shows a study on standard error: bars on a terminal, one line per finished run elsewhere."""
-
-    def __init__(self, study: Study, shown: bool = True) -> None:
-        self._study = study
-        self._shown = shown
-        self._bars = shown and sys.stderr.isatty()
-        self._all: Any = None
-
-    def __enter__(self) -> ProgressBars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._all is not None:
-            self._all.close()
-
-    @contextmanager
-    def watch(self, spec: RunSpec, done: int) -> Iterator[Progress]:
-        """Show one run; gives the function to call after each step."""
-        what = "" if spec.purpose == "final" else f"({spec.purpose}) "
-        name = f"{what}{spec.task.kind} {label(spec.optimizer)} lr {spec.lr:g} seed {spec.seed}"
-        if self._bars:
-            from tqdm import tqdm
-
-            if self._all is None:
-                self._all = tqdm(total=self._study.planned, desc="runs", unit="run", position=0)
-            with tqdm(
-                total=spec.task.steps, desc=name, unit="step", position=1, leave=False
-            ) as bar:
-
-                def show(step: int, loss: float) -> None:
-                    bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-                    bar.update(step - bar.n)
-
-                yield show
-            self._all.update(1)
-        else:
-            yield lambda step, loss: None
-        if self._shown:
-            self._say(f"[{done + 1}/{self._study.planned}] {name}: {self._outcome()}")
-
-    def _outcome(self) -> str:
-        run = self._study.runs[-1]
-        if run.status != "ok":
-            return f"FAILED: {run.error}"
-        if run.purpose == "memory" and run.peak_memory is not None:
-            return f"peak memory {run.peak_memory / 2**20:.1f} MiB"
-        return f"loss {run.loss:.4f}, {run.step_ms['p50']:.0f} ms a step, {run.seconds:.0f} s"
-
-    def _say(self, line: str) -> None:
-        if self._all is not None:
-            self._all.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)

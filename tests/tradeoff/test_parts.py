@@ -12,10 +12,8 @@ import torch
 from small_images import write_fashion_mnist
 
 import came8bit
-from came8bit.tradeoff import report as noise
-from came8bit.tradeoff import report as stats
-from came8bit.tradeoff import results as store
-from came8bit.tradeoff.config import ALL_OPTIMIZERS, PRESETS, RunSpec, preset_config
+from came8bit.tradeoff import config, report, results
+from came8bit.tradeoff.config import OPTIMIZERS, PRESETS, TASKS, RunSpec, preset_config
 from came8bit.tradeoff.data import (
     Images,
     Windows,
@@ -28,7 +26,7 @@ from came8bit.tradeoff.data import (
 from came8bit.tradeoff.measure import PeakMemory, state_bytes, wide_fraction
 from came8bit.tradeoff.models import build_model
 from came8bit.tradeoff.study import Study
-from came8bit.tradeoff.train import RunResult, failed_run
+from came8bit.tradeoff.train import RunResult
 
 # ---- presets ----
 
@@ -39,8 +37,6 @@ def test_quick_preset_keeps_its_promises():
     assert len(config.seeds) >= 2
     assert task.steps >= 200
     assert not config.tune
-    for name in ALL_OPTIMIZERS:
-        assert config.learning_rates["text"][name] in config.grids["text"][name]
     with torch.device("meta"):
         model = build_model(task)
     assert wide_fraction(model) >= 0.8
@@ -49,15 +45,41 @@ def test_quick_preset_keeps_its_promises():
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
-def test_presets_build_and_can_be_searched(name):
-    config = preset_config(name)
-    for task in config.tasks:
-        assert task.kind in config.grids
+def test_presets_build(name):
+    for task in preset_config(name).tasks:
         assert task.width % task.heads == 0
         with torch.device("meta"):
             assert wide_fraction(build_model(task)) >= 0.8
-        if not config.tune:
-            assert set(config.learning_rates[task.kind]) == set(ALL_OPTIMIZERS)
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_every_parameter_of_a_task_gets_a_gradient(task):
+    from came8bit.tradeoff.models import MODELS
+
+    task = replace(task, width=32, layers=min(task.layers, 1), context=task.context and 16)
+    model = build_model(task)
+    if task.data == "text":
+        inputs = targets = torch.randint(256, (2, task.context))
+    elif task.data == "images":
+        inputs, targets = torch.randn(2, 1, 28, 28), torch.randint(10, (2,))
+    else:
+        inputs, targets = torch.rand(2, 2, 28, 28), torch.randn(2, 1, 28, 28)
+    losses, right = MODELS[task.model].losses(model, inputs, targets)
+    assert losses.shape == (2,)
+    assert (right is None) == (task.data == "noised images")
+    losses.mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all()
+
+
+def test_every_arm_can_be_built_and_says_how():
+    for name, spec in OPTIMIZERS.items():
+        if config.why_unavailable(name) is None:
+            params = [torch.nn.Parameter(torch.randn(4, 4))]
+            assert spec.build(params, 1e-3, 0.0).param_groups[0]["lr"] == 1e-3
+            assert spec.call.startswith(spec.path + "(")
+    assert OPTIMIZERS["came8bit"].options["optim_bits"] == 8
 
 
 # ---- data ----
@@ -125,7 +147,7 @@ def test_images_are_split_apart(tmp_path):
     data = load_images(tmp_path)
     assert isinstance(data, Images)
     assert [len(part[1]) for part in (data.train, data.tune, data.validation)] == [200, 5000, 40]
-    task = replace(PRESETS["standard"].tasks[1], steps=10, batch_size=50, eval_items=40)
+    task = replace(TASKS["vision"], steps=10, batch_size=50, eval_items=40)
     items = train_items(data, task, seed=0)
     assert len(items) == 500  # two and a half passes over 200
     image, label = items[0]
@@ -133,6 +155,27 @@ def test_images_are_split_apart(tmp_path):
     assert image.dtype == torch.float32
     assert -1 <= float(image.min()) <= float(image.max()) <= 1
     assert 0 <= int(label) < 10
+
+
+def test_noised_images_depend_on_seed_and_position_alone(tmp_path):
+    write_fashion_mnist(tmp_path / "fashion-mnist")
+    data = load_images(tmp_path)
+    task = replace(TASKS["ddpm"], steps=4, batch_size=16, eval_items=32)
+    items = [train_items(data, task, seed) for seed in (0, 0, 1)]
+    one, two, other = ([part.clone() for part in each[5]] for each in items)
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
+    assert not torch.equal(one[1], other[1])
+    inputs, noise = eval_items(data, task, "validation")[3]
+    assert inputs.shape == (2, 28, 28)
+    assert noise.shape == (1, 28, 28)
+    time = inputs[1].unique()
+    assert len(time) == 1
+    assert 0 <= float(time) < 1
+    # What is left of the image, once the noise is taken out, is the image: in [−1, 1].
+    kept = float(type(items[0])._KEPT[round(1000 * float(time))])
+    image = (inputs[:1] - (1 - kept) ** 0.5 * noise) / kept**0.5
+    assert image.abs().max() <= 1 + 1e-3 / kept**0.5
 
 
 # ---- measures ----
@@ -206,66 +249,93 @@ def test_peak_memory_sees_what_is_touched_and_given_back():
 # ---- noise ----
 
 
-@pytest.mark.parametrize(
-    ("degrees", "expected"), [(1, 12.7062047), (2, 4.30265273), (4, 2.77644511), (29, 2.04522964)]
-)
-def test_quantiles_of_student_t(degrees, expected):
-    assert stats.t_quantile(0.975, degrees) == pytest.approx(expected, rel=1e-8)
-
-
 def test_paired_interval_by_hand():
-    result = stats.paired({0: 1.0, 1: 2.0, 2: 4.0, 9: 0.0}, {0: 0.5, 1: 1.0, 2: 2.5})
+    result = report.paired({0: 1.0, 1: 2.0, 2: 4.0, 9: 0.0}, {0: 0.5, 1: 1.0, 2: 2.5})
     assert result.pairs == 3  # seed 9 has no partner
     assert result.difference == pytest.approx(1.0)
-    assert result.deviation == pytest.approx(0.5)
     half = 4.30265273 * 0.5 / 3**0.5
     assert (result.low, result.high) == pytest.approx((1 - half, 1 + half))
     assert result.outside_noise is False
-    assert stats.paired({0: 1.0}, {1: 1.0}) is None
-    assert stats.paired({0: 1.0}, {0: 3.0}).outside_noise is None
+    assert report.paired({0: 1.0}, {1: 1.0}) is None
+    assert report.paired({0: 1.0}, {0: 3.0}).outside_noise is None
+
+
+def test_equality_by_two_one_sided_tests():
+    """Equal where the 90 % interval lies inside the margin, which is the same statement."""
+    level = {0: 2.0, 1: 2.3, 2: 1.9}
+    other = {0: 2.001, 1: 2.303, 2: 1.902}  # differences −0.001, −0.003, −0.002
+    half = 2.91998558 * 0.001 / 3**0.5
+    assert report.paired(level, other, 0.002 + half + 1e-6).equal
+    assert not report.paired(level, other, 0.002 + half - 1e-6).equal
+    same = report.paired(level, dict(level))
+    assert same.equal
+    assert same.outside_noise is False
+    assert not report.paired({0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.0}).equal
+    assert report.paired({0: 1.0}, {0: 1.0}).equal is False
 
 
 def study_with(losses):
     """Return a finished study with these losses: optimizer → seed → loss."""
-    config = replace(preset_config("quick"), seeds=(0, 1, 2, 3))
+    config = replace(preset_config("quick"), seeds=(0, 1, 2, 3), optimizers=tuple(losses))
     study = Study(config, state="complete")
     for name, by_seed in losses.items():
         for seed, loss in by_seed.items():
-            run = failed_run(RunSpec("final", config.tasks[0], name, seed, 1e-3), "")
-            run.status, run.error, run.loss, run.loss_parts = "ok", None, loss, [loss] * 32
+            run = RunResult.of(RunSpec("final", config.tasks[0], name, seed, config.rate(name)))
+            run.status, run.loss, run.loss_parts = "ok", loss, [loss] * 32
             study.runs.append(run)
     return study
 
 
+def words_of(losses):
+    study = study_with(losses)
+    return "\n".join(report.in_words(study, study.config.tasks[0]))
+
+
+def row_of(words, difference):
+    (line,) = (line for line in words.splitlines() if line.startswith(f"| {difference} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_words_tell_noise_from_difference():
     level = {0: 2.0, 1: 2.3, 2: 1.9, 3: 2.1}  # seeds differ by far more than optimizers
-    study = study_with(
+    words = words_of(
         {
             "adamw": {seed: loss + 0.05 + 0.001 * seed for seed, loss in level.items()},
-            "came": {seed: loss + 0.003 * (-1) ** seed for seed, loss in level.items()},
+            "came": {seed: loss + 0.005 * (-1) ** seed for seed, loss in level.items()},
             "came8bit": level,
         }
     )
-    words = "\n".join(noise.in_words(study, study.config.tasks[0]))
-    assert "CAME8bit − AdamW: -0.0515 nat per byte [-0.0536, -0.0494], 4 seeds: " in words
-    assert "**outside the noise**, CAME8bit is better" in words
-    assert "0.0000 nat per byte [-0.0055, +0.0055], 4 seeds: **inside the noise**" in words
-    assert "Not shown to be equal: up to 0.0055 apart" in words
+    row = row_of(words, "CAME8bit − AdamW")
+    assert row[2:5] == ["-0.0515", "-0.0536 to -0.0494", "4"]
+    assert row[5] == "**outside the noise**: CAME8bit is better"
+    row = row_of(words, "CAME8bit − CAME")
+    assert row[2:5] == ["+0.0000", "-0.0092 to +0.0092", "4"]
+    assert row[5] == "inside the noise: up to 0.0092 apart"
+    close = words_of({"came": {s: x + 1e-5 * s for s, x in level.items()}, "came8bit": level})
+    assert "**equal within 0.005**" in row_of(close, "CAME8bit − CAME")[5]
 
 
 def test_words_are_honest_about_two_seeds_and_one():
-    two = study_with({"came": {0: 2.0, 1: 2.1}, "came8bit": {0: 2.01, 1: 2.12}})
-    assert "± 9.0 standard deviations" in "\n".join(noise.in_words(two, two.config.tasks[0]))
-    one = study_with({"came": {0: 2.0}, "came8bit": {0: 2.5, 1: 2.1}})
-    assert "no interval" in "\n".join(noise.in_words(one, one.config.tasks[0]))
-    alone = study_with({"came8bit": {0: 2.5}})
-    assert "nothing to compare" in "\n".join(noise.in_words(alone, alone.config.tasks[0]))
+    two = {"came": {0: 2.0, 1: 2.1}, "came8bit": {0: 2.01, 1: 2.12}}
+    assert "± 9.0 standard deviations" in words_of(two)
+    one = {"came": {0: 2.0}, "came8bit": {0: 2.5, 1: 2.1}}
+    assert "no interval" in words_of(one)
+    assert "nothing to compare" in words_of({"came8bit": {0: 2.5}})
+    assert [report.seeds_in_words(n) for n in ([1], [3, 3], [2, 3])] == [
+        *("1 seed", "3 seeds", "2 or 3 seeds")
+    ]
 
 
-def test_results_hold_no_nan(tmp_path):
+def test_results_hold_no_nan_and_can_be_read_back(tmp_path):
     study = study_with({"came8bit": {0: 2.5}})
+    study.about.data = {"text": {"sha256": "0"}}
     study.runs[0].optimizer_ms = {"p20": float("nan"), "p50": 1.0, "p80": float("inf")}
-    store.save(study, tmp_path)
-    text = (tmp_path / "results.json").read_text()
-    assert json.loads(text, parse_constant=lambda word: pytest.fail(word))
+    with results.Folder(tmp_path) as folder:
+        folder.save(study)
+        text = (tmp_path / "results.json").read_text()
+        assert json.loads(text, parse_constant=lambda word: pytest.fail(word))
+        (again,) = folder.read(study)
+        assert (again.key, again.loss) == (study.runs[0].key, 2.5)
+        study.about.data = {"text": {"sha256": "1"}}
+        assert folder.read(study) == []
     assert RunResult("final", "text", "came", 0, 1e-3).bytes_per_parameter is None
