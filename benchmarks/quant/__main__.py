@@ -24,7 +24,6 @@ from benchmarks.harness import append
 from benchmarks.quant.codes import Code, all_codes, kernel
 from benchmarks.quant.momenta import BETA1, Momenta, trainings
 from came8bit import environment
-from came8bit.errors import CliError
 from came8bit.reference.quant import BLOCK_SIZE
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "quant.csv"
@@ -238,7 +237,7 @@ def main() -> None:
     for name, train in trainings(arguments.data_dir).items():
         try:
             momenta = train(seed, RECURSIVE_STEPS)
-        except CliError as error:
+        except ValueError as error:
             missing[name] = str(error)
             continue
         first, last = momenta.losses

@@ -18,9 +18,9 @@ from came8bit.tradeoff.models import build_model
 BETA1 = 0.9
 SMALLEST = 4096  # elements; what CAME8bit keeps in 8 bits
 
-GPT = TaskConfig("text", steps=100, batch_size=8, layers=2, width=128, heads=4, context=64)
-VIT = TaskConfig("vision", steps=100, batch_size=16, layers=2, width=96, heads=4)
-CNN = TaskConfig("vision", steps=100, batch_size=32, layers=3, width=32, heads=0)
+GPT = TaskConfig("text", "gpt2", "text", 100, 8, width=128, layers=2, heads=4, context=64)
+VIT = TaskConfig("vision", "vit", "images", 100, 16, width=96, layers=2, heads=4)
+CNN = TaskConfig("cnn", "cnn", "images", 100, 32, width=32)
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Cnn(nn.Module):
 def trainings(data_dir: Path) -> dict[str, Callable[[int, int], Momenta]]:
     """Trainings by name: functions of the seed and of how many steps to keep.
 
-    They raise ``CliError`` where their data are not there.
+    They raise ``ValueError`` where their data are not there.
     """
     return {
         "GPT": lambda seed, keep: _train(GPT, _transformer, 1e-4, data_dir, seed, keep),
@@ -103,7 +103,7 @@ def _train(
     seed: int,
     keep: int,
 ) -> Momenta:
-    text = task.kind == "text"
+    text = task.data == "text"
     data = load_text(None, "stdlib", data_dir) if text else load_images(data_dir)
     torch.manual_seed(seed)
     model, scores = build(task)
