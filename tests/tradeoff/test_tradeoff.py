@@ -83,8 +83,8 @@ def test_the_picture_shows_every_optimizer(small):
 
 
 def test_same_seed_same_start_same_batches_same_result(small):
-    _, first = small("--optimizers", "adamw,came8bit", out="a")
-    _, again = small("--optimizers", "came8bit,adamw", out="b")
+    _, first = small("--optimizers", "adamw,came8bit", "--equal-lr", "0", out="a")
+    _, again = small("--optimizers", "came8bit,adamw", "--equal-lr", "0", out="b")
     one = {(r["optimizer"], r["seed"]): r for r in read(first)["runs"]}
     two = {(r["optimizer"], r["seed"]): r for r in read(again)["runs"]}
     for key, run in one.items():
@@ -117,7 +117,7 @@ def test_isolated_runs_measure_their_own_memory(text_file, tmp_path):
         "--optimizers",
         "adamw,came8bit",
     ]
-    words += ["--mixed-precision", "bf16"]
+    words += ["--mixed-precision", "bf16", "--equal-lr", "0"]
     assert main(words) == 0
     adamw, ours = read(folder)["runs"][:2]
     assert [run["purpose"] for run in read(folder)["runs"]] == ["memory"] * 2 + ["final"] * 2
@@ -289,7 +289,7 @@ def test_ctrl_c_keeps_what_is_finished(small, monkeypatch, capsys):
 
     real = train.run_here
     monkeypatch.setattr(train, "run_here", interrupted)
-    code, folder = small("--optimizers", "adamw,came8bit")
+    code, folder = small("--optimizers", "adamw,came8bit", "--equal-lr", "0")
     assert code == 130
     content = read(folder)
     assert content["state"] == "interrupted"
