@@ -294,7 +294,7 @@ PRESETS = {
         about="about five minutes on 2 cores: text, learning rates found beforehand",
         tasks=(replace(_TEXT, warmup_steps=100, **_QUICK),),
         seeds=3,
-        slow_seeds=3,
+        slow_seeds=2,
         tune=False,
         optimizers=("adamw", "adamw8bit", "came-pytorch", "came", "came8bit"),
     ),
