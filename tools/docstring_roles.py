@@ -1,4 +1,4 @@
-"""Sphinx roles in docstrings as links of the documentation site (a griffe extension)."""
+"""Sphinx roles in docstrings as Markdown, for the documentation site (a griffe extension)."""
 
 from __future__ import annotations
 
@@ -16,4 +16,5 @@ class DocstringRoles(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of one object before it is parsed."""
         if obj.docstring is not None:
-            obj.docstring.value = ROLE.sub(r"`\1`", obj.docstring.value)
+            text = ROLE.sub(r"`\1`", obj.docstring.value)
+            obj.docstring.value = re.sub(r"::$", ":", text, flags=re.M)
