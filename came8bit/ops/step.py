@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.rungs import Rung, rung_of
+from ..reference.rungs import RUNGS, rung_of
 from ..state.layout import Group
 from ..state.store import Run, StateStore, StepItem
 from ..validation import moved_error, unusable_error, usable
@@ -136,24 +136,28 @@ def _skipped(members: Iterable[StepItem]) -> list[Tensor]:
 
 def _call_operators(group: Group, members: Sequence[StepItem]) -> None:
     """Make one operator call per kind of parameter and device."""
-    buckets: defaultdict[tuple[torch.device, bool, Rung | None], list[StepItem]] = defaultdict(list)
+    buckets: defaultdict[tuple[torch.device, bool, int], list[StepItem]] = defaultdict(list)
     for item in members:
         state = item.state
-        rung = rung_of(state["exp_avg"], state.get("absmax", state.get("scales")))
-        buckets[item.param.device, "exp_avg_sq_row" in state, rung].append(item)
+        bits = 8 if "absmax" in state else 32
+        if "scales" in state:
+            rung = rung_of(state["exp_avg"], state["scales"])
+            bits = rung.bits if rung else 32
+        buckets[item.param.device, "exp_avg_sq_row" in state, bits].append(item)
     scalars = _scalars(group)
-    for (device, factored, rung), items in buckets.items():
+    for (device, factored, bits), items in buckets.items():
         states = [item.state for item in items]
         names = _FACTORED if factored else _UNFACTORED
         buffers = {name: [state[name] for state in states] for name in names}
-        buffers["absmax"] = [state[rung.scales_name] for state in states] if rung else []
+        scales = RUNGS[bits].scales_name if bits in RUNGS else ""
+        buffers["absmax"] = [state[scales] for state in states] if scales else []
         if scalars["lr_tensor"] is not None:
             rate = scalars["lr_tensor"].to(device, torch.float32, non_blocking=True)
             scalars["lr_tensor"] = rate
         operator: Callable[..., None] = (
             schema.factored_step_ if factored else schema.unfactored_step_
         )
-        options = {**group, "optim_bits": rung.bits if rung else 32}
+        options = {**group, "optim_bits": bits}
         if libraries.needs_reference(options, device.type):
             operator = schema.BY_REFERENCE[operator]
         params = [item.param for item in items]
