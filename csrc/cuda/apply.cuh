@@ -31,13 +31,10 @@ __device__ __forceinline__ void update_vector(float* p, const float* m, const fl
                                               const StepSettings& s) {
   float update[kVector];
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) update[i] = m[i];
-  if (s.nesterov) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) update[i] = look_ahead(m[i], w[i], s.beta1);
+  for (int i = 0; i < kVector; ++i) {
+    const float ahead = look_ahead(m[i], w[i], s.beta1);  // a branch would take more registers
+    update[i] = precondition(s.nesterov ? ahead : m[i], row, column[i]);
   }
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) update[i] = precondition(update[i], row, column[i]);
   if (s.cautious) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) update[i] = agrees(m[i], w[i]) ? update[i] : 0.0f;

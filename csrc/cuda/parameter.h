@@ -1,7 +1,6 @@
 // What the kernels know of a parameter: pointers, geometry, where its workspace is.
 #pragma once
 
-#include "../param_arguments.h"
 #include "../quant.h"
 #include "../step_settings.h"
 #include "runtime.h"
@@ -91,9 +90,20 @@ struct Scalars {
   int u_finite;  // and the preconditioned gradient is, too
 };
 
-// One parameter with its state, and pointers into the workspace.
-struct Parameter : ParamArguments {
+// One parameter with its state, and pointers into the workspace: matrices, b of n x k. It does not
+// derive from ParamArguments, because the order of the fields decides how many registers kernels
+// take.
+struct Parameter {
   Strided param, grad;
+  void* exp_avg;  // int8 codes with `absmax`, or fp32
+  float* absmax;
+  float *sq_row, *sq_col, *res_row, *res_col, *rms_ratio;
+  float* exp_avg_sq;  // full second moment instead of the five above
+  int64_t *step, *skipped;
+  int64_t b, n, k;
+  int64_t slices, slice_len, blocks_per_slice;
+  uint64_t offset;  // row-major index of the first element in the full parameter
+  uint32_t index;
   uint32_t byte_pattern;  // see decode_vector
   int whole_blocks;       // whether every row has blocks of the 8-bit code of its own
   int apply_rounds;       // rows a thread handles in a tile of sweep C; no result depends on it
@@ -113,6 +123,7 @@ struct Parameter : ParamArguments {
   // First block of this parameter in the launch of each phase (kernels.cuh).
   int64_t first[kPhases];
 
+  CAME8BIT_INLINE int64_t numel() const { return b * n * k; }
   CAME8BIT_INLINE int64_t row_chunks() const { return (n + kWarp - 1) / kWarp; }
   CAME8BIT_INLINE int64_t col_chunks() const { return (k + kWarp - 1) / kWarp; }
   CAME8BIT_INLINE int64_t tiles() const { return b * grid.slabs * grid.parts; }
