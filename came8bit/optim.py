@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -98,8 +99,11 @@ class CAME(StoredOptimizer):
         bias_correction: divide the moments by ``1 - beta**step``.
         nesterov: move by ``beta1*M + (1-beta1)*U`` in place of ``M`` (Dozat, 2016).
         factored_view: ``"smallest"`` or ``"last_two"``.
-        seed: seed of stochastic rounding. The bits depend on it, the parameter's position, its
-            step and the element only: equal on every device and replica, and after resuming.
+        seed: seed of stochastic rounding. The bits depend on it, the parameter's name (or
+            position), its step and the element only: equal on every device and replica, and after
+            resuming.
+        stream: number of the first parameter's random bits, where there are no names and each of
+            several optimizers has a part of the model: give each another one.
 
     Raises:
         ValueError, TypeError: an option or parameter is not usable; the message names it.
@@ -131,6 +135,7 @@ class CAME(StoredOptimizer):
         nesterov: bool = False,
         factored_view: str = "smallest",
         seed: int = DEFAULT_SEED,
+        stream: int | None = None,
         **other: object,
     ) -> None:
         defaults = {
@@ -149,6 +154,7 @@ class CAME(StoredOptimizer):
             "nesterov": nesterov,
             "factored_view": factored_view,
             "seed": seed,
+            "stream": stream,
             "format_version": FORMAT_VERSION,
         }
         check_foreign(other)
@@ -232,9 +238,10 @@ class CAME(StoredOptimizer):
             first = 0
             for group in self.param_groups:
                 check_options(group)
-                items = (
-                    collect_one(self._store, p, i) for i, p in enumerate(group["params"], first)
-                )
+                items = [
+                    collect_one(self._store, param, group, position, first)
+                    for position, param in enumerate(group["params"], first)
+                ]
                 work.append((group, [item for item in items if item is not None]))
                 first += len(group["params"])
             self._prepare(work)
@@ -246,7 +253,9 @@ class CAME(StoredOptimizer):
     @torch.no_grad()
     def _update_one(self, group: Group, param: Tensor, position: int) -> None:
         """Update ``param``, a member of ``group``; errors do not say what has been changed."""
-        item = collect_one(self._store, param, position)
+        groups = takewhile(lambda other: other is not group, self.param_groups)
+        first = sum(len(other["params"]) for other in groups)
+        item = collect_one(self._store, param, group, position, first)
         if item is not None:
             work: list[tuple[Group, list[StepItem]]] = [(group, [item])]
             self._prepare(work)

@@ -37,11 +37,11 @@ CHOICES: dict[str, tuple[object, ...]] = {
 }
 _FLAGS = ("cautious", "maximize", "bias_correction", "nesterov")
 
-ADDED_OPTIONS: dict[str, object] = {"nesterov": False}
+ADDED_OPTIONS: dict[str, object] = {"nesterov": False, "stream": None}
 """Options that older versions did not save, with the values that describe what they did."""
 
 _FLOATS = ("lr", "clip_threshold", "weight_decay")
-_INTEGERS = ("optim_bits", "min_8bit_size", "seed")
+_INTEGERS = ("optim_bits", "min_8bit_size", "seed", "stream")
 _DEFAULT_BETAS = (0.9, 0.999, 0.9999)
 _WORDS = {"true": True, "false": False}
 
@@ -150,6 +150,9 @@ def check_options(group: Mapping[str, Any]) -> None:
         raise ValueError(f"got min_8bit_size {size!r}, expected an integer >= 0")
     if not (_is_integer(seed) and 0 <= int(seed) < 2**63):
         raise ValueError(f"got seed {seed!r}, expected an integer in [0, 2**63)")
+    stream = group["stream"]
+    if stream is not None and not (_is_integer(stream) and 0 <= int(stream) < 2**32):
+        raise ValueError(f"got stream {stream!r}, expected None or an integer in [0, 2**32)")
 
 
 def warn_of_options(group: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..reference.rungs import RUNGS, rung_of
 from ..state.layout import Group
-from ..state.store import Run, StateStore, StepItem
+from ..state.store import Run, StateStore, StepItem, stream_of
 from ..validation import moved_error, unusable_error, usable
 from . import libraries, schema
 
@@ -27,8 +27,15 @@ _FACTORED = (
 )
 
 
-def collect_one(store: StateStore, param: Tensor, position: int) -> StepItem | None:
+def collect_one(
+    store: StateStore, param: Tensor, group: Group, position: int, first: int
+) -> StepItem | None:
     """Check and return what a step needs of ``param``, None if there is nothing to do.
+
+    Args:
+        store: of the optimizer.
+        param: a member of ``group``.
+        position: of ``param`` in the optimizer, ``first`` that of the group's first member.
 
     Raises:
         ValueError, TypeError: the gradient, or the state in ``store``, does not fit the parameter.
@@ -45,7 +52,7 @@ def collect_one(store: StateStore, param: Tensor, position: int) -> StepItem | N
         return None
     if grad.dtype == torch.float64:
         grad = grad.to(torch.float32)
-    return StepItem(param, grad, state, position)
+    return StepItem(param, grad, state, position, stream_of(group, position, first))
 
 
 def moves(group: Group, item: StepItem) -> bool:
@@ -165,7 +172,7 @@ def _call_operators(group: Group, members: Sequence[StepItem]) -> None:
             params=params,
             grads=[item.grad for item in items],
             **buffers,
-            param_index=[item.position for item in items],
+            param_index=[item.stream for item in items],
             element_offset=[0] * len(items),
             **scalars,
         )

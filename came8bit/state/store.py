@@ -8,9 +8,11 @@ outside their device.
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,12 +31,16 @@ class Saved(NamedTuple):
 
 
 class StepItem(NamedTuple):
-    """A parameter that has a gradient, its state, and its position in ``state_dict()``."""
+    """A parameter that has a gradient, its state, and its position in ``state_dict()``.
+
+    ``stream`` numbers its random bits, below 2**32; see :func:`stream_of`.
+    """
 
     param: Tensor
     grad: Tensor
     state: dict[str, Tensor]
     position: int
+    stream: int = 0
 
 
 Work = Sequence[tuple[Group, Sequence[StepItem]]]
@@ -200,6 +206,33 @@ class DenseStore:
     def complete(self) -> AbstractContextManager[None]:
         """As :meth:`StateStore.complete`: it always is."""
         return nullcontext()
+
+
+def stream_of(group: Group, position: int, first: int) -> int:
+    """Return the number of the random bits of a parameter.
+
+    It is the same whether the parameter is stepped by one optimizer, by one of many, or on one of
+    several ranks: the CRC-32 of its name, if the group has names; else its position, counted from
+    the group's ``stream`` if that is set.
+
+    Args:
+        group: of the parameter.
+        position: of the parameter in the optimizer.
+        first: of the group's first parameter.
+    """
+    names = group.get("param_names")
+    if group["stream"] is not None:
+        return (int(group["stream"]) + position - first) % 2**32
+    return _name_stream(names[position - first]) if names else position
+
+
+@lru_cache(1 << 16)
+def _name_stream(name: str) -> int:
+    words = name.split(".")
+    if words[0] == "module":  # DistributedDataParallel
+        del words[0]
+    words = [word for word in words if word not in ("_orig_mod", "_fsdp_wrapped_module")]
+    return zlib.crc32(".".join(words).encode())
 
 
 def follow_devices(items: Iterable[StepItem]) -> bool:

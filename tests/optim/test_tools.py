@@ -8,6 +8,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from training import assert_same, snapshot
 
 from came8bit import CAME8bit, PagedCAME8bit
+from came8bit.state.store import stream_of
 
 
 def make(cls=CAME8bit, **options):
@@ -91,6 +92,44 @@ def test_step_parameter_of_something_else():
             optimizer.step_parameter(param, group, index)
     with pytest.raises(ValueError, match="of a group of this optimizer"):
         optimizer.step_parameter(group["params"][0], dict(group), 0)
+
+
+def bf16_run(split, names):
+    """Three steps of a bf16 model by one optimizer, or by one for each parameter."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*(torch.nn.Linear(40, 40, bias=False) for _ in range(3))).bfloat16()
+    net[1].weight.data.copy_(net[0].weight.data)
+    net[2].weight.data.copy_(net[0].weight.data)
+    members = list(net.named_parameters()) if names else list(net.parameters())
+    parts = [[member] for member in members] if split else [members]
+    options = [{} if names else {"stream": i} for i in range(len(parts))]
+    optimizers = [CAME8bit(part, lr=1e-3, **o) for part, o in zip(parts, options, strict=True)]
+    grad = torch.randn(40, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for _ in range(3):
+        for param in net.parameters():
+            param.grad = grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    return [param.detach() for param in net.parameters()]
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_one_optimizer_per_parameter_has_the_bits_of_one_for_all(names):
+    """Equal parameters with equal gradients draw bits of their own, the same in both ways."""
+    together, apart = bf16_run(False, names), bf16_run(True, names)
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(together[0], together[1])
+    assert not torch.equal(together[1], together[2])
+
+
+def test_streams_follow_names_without_wrappers():
+    group = {"param_names": ["a.b", "module.a.b", "_orig_mod.a.b", "a.c"], "stream": None}
+    first, *others, last = (stream_of(group, 10 + i, 10) for i in range(4))
+    assert others == [first, first]
+    assert last != first
+    assert stream_of({"stream": None}, 12, 10) == 12
+    assert stream_of({"stream": 2**32 - 1}, 12, 10) == 1
 
 
 def test_a_step_inside_a_compiled_function_is_one_clean_break():
