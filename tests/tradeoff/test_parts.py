@@ -1,6 +1,7 @@
 """The parts of ``came8bit tradeoff``: presets, data, measures, noise."""
 
 import json
+import math
 import string
 import sys
 from dataclasses import replace
@@ -244,6 +245,28 @@ def test_peak_memory_sees_what_is_touched_and_given_back():
     assert above is not None
     assert size * 0.95 < above < size * 1.3
     assert PeakMemory(torch.device("cpu")).above_start() < size / 4  # and is set back
+
+
+# ---- the search ----
+
+
+@pytest.mark.parametrize(("best", "count"), [(2e-3, 3), (1.6e-2, 6), (2.5e-4, 5), (1e3, 10)])
+def test_a_search_goes_on_until_its_optimum_is_inside(best, count):
+    config = replace(preset_config("quick"), tune=True, optimizers=("came",), seeds=(0,))
+    study = Study(config)
+    for spec in study.plan():  # it looks at the runs before it goes on
+        assert len(list(study.plan())) > len(study.runs)  # and can be asked at any time
+        run = RunResult.of(spec)
+        run.status, run.loss = "ok", abs(math.log(spec.lr / best))
+        study.runs.append(run)
+    tried = sorted({run.lr for run in study.of("tune", "text", "came")})
+    assert len(tried) == count
+    assert tried == pytest.approx([tried[0] * 2**i for i in range(count)])
+    lr = study.learning_rate("text", "came")
+    assert [run.lr for run in study.of("final", "text", "came")] == [lr]
+    assert study.at_edge("text", "came") == (count == 10)
+    if count < 10:
+        assert lr == pytest.approx(best)
 
 
 # ---- noise ----

@@ -194,24 +194,12 @@ def test_a_learning_rate_that_diverges_in_the_search_is_no_failure(small):
     assert "1e+30: failed" in (folder / "report.md").read_text()
 
 
-def test_a_search_goes_on_until_its_optimum_is_inside(small):
-    """With 4 steps the largest learning rate that does not diverge is best: beyond the grid."""
-    code, folder = small("--optimizers", "came", "--tune", "--seeds", "1", "--equal-lr", "0")
-    assert code == 0
-    runs = read(folder)["runs"]
-    tried = sorted({run["lr"] for run in runs if run["purpose"] == "tune"})
-    (lr,) = {run["lr"] for run in runs if run["purpose"] == "final"}
-    assert tried[:3] == [5e-4, 1e-3, 2e-3]
-    assert len(tried) > 4
-    assert min(tried) < lr < max(tried)
-
-
 def test_every_optimizer_runs_at_the_common_rate_as_well(small):
-    code, folder = small("--optimizers", "adamw,came,came-published", "--seeds", "1")
+    code, folder = small("--optimizers", "adamw,came-corrected,came-published", "--seeds", "1")
     assert code == 0
     runs = {(run["optimizer"], run["lr"]) for run in read(folder)["runs"]}
     both = {("came-published", 1e-4), ("came-published", 1e-3)}
-    assert runs == {("adamw", 1e-3), ("came", 1e-3)} | both
+    assert runs == {("adamw", 1e-3), ("came-corrected", 1e-3)} | both
     report = (folder / "report.md").read_text()
     assert "loss at lr 0.001" in report
     assert "1 seeds" not in report
