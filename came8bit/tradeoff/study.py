@@ -188,7 +188,7 @@ class Study:
             best = self.learning_rate(task, optimizer)
             if not self.tuned(task, optimizer).keys() >= tried or min(tried) < best < max(tried):
                 return  # not finished, or done
-            beyond = best * 2 if best == max(tried) else best / 2
+            beyond = max(tried) * 2 if best >= max(tried) else min(tried) / 2
             tried.add(beyond)
             yield beyond
 
