@@ -13,14 +13,14 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..errors import UnknownModel
 from .activations import Workload, in_short
@@ -155,7 +155,13 @@ def _of_transformers(library: Any, config: Config, what: str) -> tuple[type, Wor
     def make(dtype: torch.dtype, attention: str | None, **changes: float) -> Any:
         chosen = library.CONFIG_MAPPING[kind].from_dict({**settings, **changes})
         more = {} if attention is None else {"attn_implementation": attention}
-        return made._from_config(chosen, dtype=dtype, **more)
+        # Values of fake weights do not matter, and some initializers look at them.
+        fake = isinstance(torch.empty(0), FakeTensor)
+        initialization = importlib.import_module("transformers.initialization")
+        with initialization.no_init_weights() if fake else nullcontext():
+            model = made._from_config(chosen, dtype=dtype, **more)
+        model.tie_weights()  # is left out with the initialization
+        return model
 
     def build(dtype: torch.dtype, checkpointing: bool, attention: str | None) -> nn.Module:
         model = make(dtype, attention)
