@@ -28,7 +28,7 @@ class OptimizerSpec:
         label: Its name in tables and pictures.
         path: Dotted name of the class.
         options: Arguments of the class besides parameters, learning rate and weight decay.
-        lr: Peak learning rate on the task of the preset ``quick``, found with ``--tune``; the
+        lr: Peak learning rate for the task of the preset ``quick``, a start for ``--tune``; the
     XX        colour, marker: Matplotlib's, for pictures.
         package: The PyPI package to install if it is missing.
         slow_on_cpu: Whether its step has no fast CPU implementation.
@@ -70,12 +70,13 @@ class OptimizerSpec:
 _PUBLISHED = ("published", "#0060a0", dict(bias_correction=False, nesterov=False))
 _CORRECTED = ("corrected", "#009e73", dict(bias_correction=True, nesterov=False))
 _NESTEROV = ("nesterov", "#d55e00", dict(bias_correction=True, nesterov=True))
+_MARKERS = {32: "D", 8: "*", 4: "h", 2: "X"}
 _BNB = "bitsandbytes.optim.AdamW8bit"
 
 
 def _came(name: str, rule: tuple[str, str, dict[str, Any]], bits: int, lr: float) -> OptimizerSpec:
     # Options are written out, so that an arm stays what it is when defaults change.
-    marker, options = {32: "D", 8: "*"}[bits], dict(optim_bits=bits) | rule[2]
+    marker, options = _MARKERS[bits], dict(optim_bits=bits) | rule[2]
     return OptimizerSpec(name, "came8bit.CAME", options, lr, rule[1], marker, rule=rule[0])
 
 
@@ -94,8 +95,10 @@ OPTIMIZERS = {
     "came8bit-published": _came("CAME8bit, published", _PUBLISHED, 8, 1e-4),
     "came-corrected": _came("CAME, bias correction", _CORRECTED, 32, 1e-3),
     "came8bit-corrected": _came("CAME8bit, bias correction", _CORRECTED, 8, 1e-3),
-    "came": _came("CAME", _NESTEROV, 32, 2e-3),
-    "came8bit": _came("CAME8bit", _NESTEROV, 8, 2e-3),
+    "came": _came("CAME, Nesterov", _NESTEROV, 32, 2e-3),
+    "came8bit": _came("CAME8bit, Nesterov", _NESTEROV, 8, 2e-3),
+    "came4bit": _came("CAME4bit, Nesterov", _NESTEROV, 4, 2e-3),
+    "came2bit": _came("CAME2bit, Nesterov", _NESTEROV, 2, 2e-3),
 }
 
 
@@ -291,12 +294,12 @@ _GPU = (
 
 PRESETS = {
     "quick": Preset(
-        about="about five minutes on 2 cores: text, learning rates found beforehand",
+        about="about five minutes on 2 cores: text, given learning rates",
         tasks=(replace(_TEXT, warmup_steps=100, **_QUICK),),
         seeds=3,
         slow_seeds=2,
         tune=False,
-        optimizers=("adamw", "adamw8bit", "came-pytorch", "came", "came8bit"),
+        optimizers=("adamw", "adamw8bit", "came-pytorch", "came", "came8bit", "came4bit"),
     ),
     "standard": Preset(
         about="hours on 2 cores: text and vision, more steps and seeds, a learning-rate search",

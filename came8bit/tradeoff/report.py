@@ -275,7 +275,7 @@ def _task_section(study: Study, task: TaskConfig) -> Iterator[str]:
     yield table(header, [_row(study, task, name, most, equal_lr) for name in names])
     yield (
         "The first loss is at each optimizer's own learning rate, "
-        + ("searched for" if study.config.tune else "found beforehand")
+        + ("searched for" if study.config.tune else "given")
         + "; ±: standard deviation over seeds."
         + (" \\*: fewer seeds than the others." if _few(study, names, task, most) else "")
     )
@@ -359,8 +359,8 @@ def _how(study: Study) -> Iterator[str]:
 def _learning_rates(study: Study) -> Iterator[str]:
     if not study.config.tune:
         yield (
-            "Peak learning rates: given, not searched for. Those of the preset were found with "
-            "`--tune` (docs/tradeoff.md)."
+            "Peak learning rates: given, not searched for in this run; `--tune` searches for each "
+            "optimizer's own."
         )
         return
     for task in study.tasks():

@@ -328,14 +328,14 @@ def test_words_tell_noise_from_difference():
             "came8bit": level,
         }
     )
-    row = row_of(words, "CAME8bit − AdamW")
+    row = row_of(words, "CAME8bit, Nesterov − AdamW")
     assert row[2:5] == ["-0.0515", "-0.0536 to -0.0494", "4"]
-    assert row[5] == "**outside the noise**: CAME8bit is better"
-    row = row_of(words, "CAME8bit − CAME")
+    assert row[5] == "**outside the noise**: CAME8bit, Nesterov is better"
+    row = row_of(words, "CAME8bit, Nesterov − CAME, Nesterov")
     assert row[2:5] == ["+0.0000", "-0.0092 to +0.0092", "4"]
     assert row[5] == "inside the noise: up to 0.0092 apart"
     close = words_of({"came": {s: x + 1e-5 * s for s, x in level.items()}, "came8bit": level})
-    assert "**equal within 0.005**" in row_of(close, "CAME8bit − CAME")[5]
+    assert "**equal within 0.005**" in row_of(close, "CAME8bit, Nesterov − CAME, Nesterov")[5]
 
 
 def test_words_are_honest_about_two_seeds_and_one():
