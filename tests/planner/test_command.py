@@ -254,9 +254,9 @@ def test_the_picture_marks_what_fits():
 
 def test_bars_are_as_long_as_their_sums():
     parts = dict.fromkeys(report.PARTS, 0) | {"parameters": 50, "state": 25, "gradients": 25}
-    assert report.bar_of(parts, 100) == "P" * 21 + "S" * 11 + "G" * 10
+    assert report.bar_of(parts, 100) == "P" * 20 + "S" * 10 + "G" * 10
     # Parts of a hundredth each are not rounded away.
-    assert len(report.bar_of(dict.fromkeys(report.PARTS, 1), 100)) == round(42 * 7 / 100)
+    assert len(report.bar_of(dict.fromkeys(report.PARTS, 1), 100)) == round(40 * 7 / 100)
 
 
 def test_help_fits_a_terminal(capsys):

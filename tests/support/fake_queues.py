@@ -110,10 +110,10 @@ def operators_on(queues: FakeQueues) -> Iterator[None]:
         def __getattr__(self, name: str) -> object:
             operator = getattr(kept, name)
 
-            def call(params: list, grads: list, *rest: object) -> None:
+            def call(*, grads: list, **rest: object) -> None:
                 # A kernel reads sizes and numbers when it is launched, tensors when it runs.
                 grads = [grad.clone() for grad in grads]
-                queues.launch(lambda: operator(params, grads, *rest))
+                queues.launch(lambda: operator(grads=grads, **rest))
 
             return call
 
