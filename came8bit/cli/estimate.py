@@ -14,6 +14,7 @@ from typing import Any
 from .. import planner
 from ..errors import CliError, printable
 from ..planner import plot, report
+from .terminal import terminal
 
 _WIDTH = 80
 _fill = partial(textwrap.fill, width=_WIDTH, break_on_hyphens=False)
@@ -131,7 +132,6 @@ def print_table(table: report.Table) -> None:
             cells = zip(row, sides, widths, strict=False)
             print("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
     else:
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
@@ -141,7 +141,7 @@ def print_table(table: report.Table) -> None:
         for index, row in enumerate(table.rows):
             style = "bold green" if index == table.marked else None
             drawn.add_row(*map(Text, row), style=style)
-        console = Console(width=_WIDTH, highlight=False)
+        console = terminal(width=_WIDTH, highlight=False)
         with console.capture() as captured:
             console.print(drawn)
         print("\n".join(line.rstrip() for line in captured.get().splitlines()))

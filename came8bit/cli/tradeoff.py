@@ -31,6 +31,7 @@ from ..tradeoff.config import (
     label,
     preset_config,
 )
+from .terminal import terminal
 
 if TYPE_CHECKING:  # what needs the extra is imported when a study runs
     from ..tradeoff.results import Folder
@@ -331,10 +332,9 @@ def _conclude(study: Study, folder: Folder, command_line: list[str]) -> None:
     text = report.write_report(study, "came8bit " + shlex.join(command_line))
     folder.write("report.md", text)
     if sys.stdout.isatty():
-        from rich.console import Console
         from rich.markdown import Markdown
 
-        Console().print(Markdown(text))
+        terminal().print(Markdown(text))
     else:
         print("\n" + text)
     files = ["report.md", "results.json", "runs.csv"]
