@@ -23,7 +23,7 @@ using Tensors = std::vector<Tensor>;
 struct Device {
   const char* name;
   bool (*holds)(const Tensor&);
-  bool has_4bit;  // momentum
+  bool has_coarse;  // momentum, of 4 and 2 bits
 };
 
 class Checker {
@@ -89,14 +89,18 @@ class Checker {
       a.slices = params[i].dim() < 2 ? 1 : params[i].size(0);
       a.slice_len = a.slices > 0 ? numel / a.slices : 0;
       a.blocks_per_slice = (a.slice_len + kBlockSize - 1) / kBlockSize;
+      a.bits = 32;
       if (absmax.empty()) {
         a.exp_avg = state<float>(exp_avg, i, numel, "exp_avg");
-      } else if (device_.has_4bit && exp_avg[i].scalar_type() == ScalarType::Byte) {
-        // A slice takes whole bytes. With 2 bits there are twice as many scales.
-        a.blocks_per_slice = (a.slice_len + kBlockSize4 - 1) / kBlockSize4;
-        a.exp_avg = state<uint8_t>(exp_avg, i, a.slices * ((a.slice_len + 1) / 2), "exp_avg");
-        a.scales = state<uint16_t>(absmax, i, a.slices * a.blocks_per_slice, "absmax");
+      } else if (device_.has_coarse && exp_avg[i].scalar_type() == ScalarType::Byte) {
+        a.bits = absmax[i].dim() == 2 ? 4 : 2;
+        a.blocks_per_slice = (a.slice_len + kCoarseBlock - 1) / kCoarseBlock;
+        a.exp_avg =
+            state<uint8_t>(exp_avg, i, a.slices * bytes_of_slice(a.slice_len, a.bits), "exp_avg");
+        a.scales = state<uint16_t>(
+            absmax, i, a.slices * a.blocks_per_slice * scales_of_block(a.bits), "absmax");
       } else {
+        a.bits = 8;
         a.exp_avg = state<int8_t>(exp_avg, i, numel, "exp_avg");
         a.absmax = state<float>(absmax, i, a.slices * a.blocks_per_slice, "absmax");
       }

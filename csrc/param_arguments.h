@@ -12,9 +12,10 @@ struct ParamArguments {
   int64_t slices, slice_len, blocks_per_slice;  // the first dimension, what lies behind it: blocks
   uint64_t offset;           // row-major index of the first element in the full parameter
   uint32_t index;            // of the parameter, for its random bits
-  void* exp_avg;             // int8 codes with `absmax`, 4-bit codes with `scales`, or fp32
+  int bits;                  // of the momentum: 32, 8, 4 or 2
+  void* exp_avg;             // int8 codes with `absmax`, packed codes with `scales`, or fp32
   float* absmax;             // [slices][blocks_per_slice]
-  uint16_t* scales;          // the same, bf16
+  uint16_t* scales;          // bf16, with 2 bits two a block
   float *sq_row, *sq_col;    // [b][n], [b][k]
   float *res_row, *res_col;  //
   float* rms_ratio;          // measured over predicted RMS of u

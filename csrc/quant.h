@@ -21,9 +21,17 @@ CAME8BIT_INLINE T decode(T code, T absmax) {
   return (t * abs(t)) * absmax;
 }
 
-// 4 bits: levels up to 7, two codes in a byte, the first in the lower half; bf16 scales. See
+// Coarse codes, of 4 and 2 bits: several in a byte, the first in its lowest bits; bf16 scales. See
 // came8bit/reference/rungs.py.
-constexpr int kBlockSize4 = 128;
+constexpr int kCoarseBlock = 128;
+CAME8BIT_INLINE constexpr int scales_of_block(int bits) {
+  return bits == 2 ? 2 : 1;
+}
+CAME8BIT_INLINE constexpr int64_t bytes_of_slice(int64_t slice_len, int bits) {
+  return (slice_len * bits + 7) / 8;
+}
+
+// 4 bits: levels up to 7, as two's complement.
 constexpr int kNanCode4 = -8;
 constexpr float kInverse7 = 1.0f / 7.0f;
 constexpr float kLargestSquare4 = 7.0f * 7.0f;
@@ -35,6 +43,13 @@ CAME8BIT_INLINE T decode4(T code, T scale) {
   return (t * abs(t)) * scale;
 }
 
+// 2 bits: bit 0 is set above the mean of the block, bit 1 is the sign. The scales are the levels
+// below and above the mean.
+struct Levels {
+  float low, high;
+};
+constexpr float kSmallestLevel = 0x1p-100f;
+
 // The bits of the nearest bf16 that is finite; for a finite x >= 0.
 CAME8BIT_INLINE uint16_t scale_bits(float x) {
   const uint32_t pattern = float_bits(x);
@@ -43,6 +58,34 @@ CAME8BIT_INLINE uint16_t scale_bits(float x) {
 }
 CAME8BIT_INLINE float scale_of(uint16_t bits) {
   return bits_float(static_cast<uint32_t>(bits) << 16);
+}
+
+CAME8BIT_INLINE float nearest_scale(float x) {
+  return scale_of(scale_bits(x));
+}
+
+// The power of two that magnitudes of a 2-bit block are rounded to, and 1 over it.
+struct Unit {
+  float unit, inverse;
+};
+CAME8BIT_INLINE Unit unit_of_block(float largest) {
+  const uint32_t exponent = float_bits(nearest_scale(largest)) >> 23;
+  const uint32_t of_unit = (exponent < 17 ? 17 : exponent) - 16;
+  return {bits_float(of_unit << 23), bits_float((254 - of_unit) << 23)};
+}
+// A magnitude in units, at most 2^17: rounded to even by the spacing of fp32 above 2^23.
+template <class T>
+CAME8BIT_INLINE T nearest_whole(T x) {
+  return (x + T(0x1p23f)) - T(0x1p23f);
+}
+// Sums of a block in units, all exact: of all `count` values and of those above the mean.
+CAME8BIT_INLINE Levels levels_of_block(float total, float count, float above_sum, float above_count,
+                                       bool has_zero, float unit) {
+  const float below = (total - above_sum) / ::fmaxf(count - above_count, 1.0f);
+  const float low = has_zero ? 0.0f : nearest_scale(nearest_whole(below) * unit);
+  const float high = nearest_scale((above_sum / ::fmaxf(above_count, 1.0f)) * unit);
+  if (::fmaxf(high, low) < kSmallestLevel) return {0.0f, 0.0f};
+  return {low, ::fmaxf(high, low)};
 }
 
 // Blocks below this are scaled by a power of two first: 127^2/absmax would overflow.

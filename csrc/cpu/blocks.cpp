@@ -10,8 +10,8 @@ namespace {
 // What one block needs beside the tensors; the parameter and the gradient where they are strided.
 struct Buffers {
   alignas(64) float momentum[kBlockSize];
-  alignas(64) float step[kBlockSize];  // 4 bits: w
-  alignas(64) float kept[kBlockSize4];
+  alignas(64) float step[kBlockSize];  // coarse codes: w
+  alignas(64) float kept[kCoarseBlock];
   alignas(64) uint16_t random[kBlockSize + kDraw];
   alignas(64) float param[kBlockSize];
   alignas(64) float grad[kBlockSize];
@@ -76,15 +76,17 @@ void for_each_block(const Blocks& blocks, int64_t task, const Run& run) {
   }
 }
 
-// --- 4-bit momentum ---------------------------------------------------------------------------
+// --- coarse codes -----------------------------------------------------------------------------
 
 // Fills `buffers` with w and the new momentum of a block; returns the largest to be encoded.
-float momentum_of_block4(const Parameter& p, const StepConstants& constants, const Factors& factors,
-                         Buffers& buffers, int64_t block, int64_t first, int size) {
+float coarse_momentum_of_block(const Parameter& p, const StepConstants& constants,
+                               const Factors& factors, Buffers& buffers, int64_t block,
+                               int64_t first, int size) {
   const Kernels& table = kernels();
-  const auto momentum = (p.exp_avg_sq ? table.momentum4_unfactored : table.momentum4)[p.grad_dtype];
-  table.decode4(codes4(p, first), false, scale_of(p.scales[block]) * constants.beta1, size,
-                buffers.momentum);
+  const auto momentum =
+      (p.exp_avg_sq ? table.coarse_momentum_unfactored : table.coarse_momentum)[p.grad_dtype];
+  coarse_code(p).decode(packed_codes(p, first), 0, scales_of(p, block), constants.beta1, size,
+                        buffers.momentum);
   float largest = 0.0f;
   for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t, int done) {
     largest = std::max(largest, momentum(constants, {s, buffers.step + done, buffers.kept + done}));
@@ -93,16 +95,17 @@ float momentum_of_block4(const Parameter& p, const StepConstants& constants, con
 }
 
 // A block is encoded before it is applied: the update needs to know what the code holds.
-void apply_blocks4(const Parameter& p, const StepConstants& constants, const Factors& factors,
-                   int64_t task) {
+void apply_coarse_blocks(const Parameter& p, const StepConstants& constants, const Factors& factors,
+                         int64_t task) {
   const Kernels& table = kernels();
-  const auto apply =
-      (p.exp_avg_sq ? table.apply4_unfactored : table.apply4)[p.param_dtype][p.grad_dtype];
+  const auto apply = (p.exp_avg_sq ? table.coarse_apply_unfactored
+                                   : table.coarse_apply)[p.param_dtype][p.grad_dtype];
   const bool draws = constants.stochastic && p.param_dtype != kFloat32;
   Buffers buffers;
   for_each_block(Blocks(p), task, [&](int64_t block, int64_t first, int size) {
-    const float largest = momentum_of_block4(p, constants, factors, buffers, block, first, size);
-    p.scales[block] = table.encode4(buffers.kept, largest, size, codes4(p, first));
+    const float largest =
+        coarse_momentum_of_block(p, constants, factors, buffers, block, first, size);
+    coarse_code(p).encode(buffers.kept, largest, size, packed_codes(p, first), scales_of(p, block));
     const uint16_t* random =
         draws ? table.random_bits(constants, p.offset + static_cast<uint64_t>(first), size,
                                   buffers.random)
@@ -120,7 +123,7 @@ void apply_blocks4(const Parameter& p, const StepConstants& constants, const Fac
 
 void apply_blocks(const Parameter& p, const StepConstants& constants, const Factors& factors,
                   int64_t task) {
-  if (p.scales != nullptr) return apply_blocks4(p, constants, factors, task);
+  if (p.scales != nullptr) return apply_coarse_blocks(p, constants, factors, task);
   const Kernels& table = kernels();
   const auto& of_dtype = p.exp_avg_sq
                              ? (p.absmax ? table.apply8_unfactored : table.apply32_unfactored)
@@ -177,8 +180,8 @@ int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const
   int64_t total = 0;
   for_each_block(Blocks(p), task, [&](int64_t block, int64_t first, int size) {
     if (p.scales != nullptr) {
-      momentum_of_block4(p, constants, factors, buffers, block, first, size);
-      total += table.agreeing4(buffers.step, buffers.momentum, size);
+      coarse_momentum_of_block(p, constants, factors, buffers, block, first, size);
+      total += table.coarse_agreeing(buffers.step, buffers.momentum, size);
       return;
     }
     for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t, int) {

@@ -1,4 +1,5 @@
-// Sweep C over blocks of at most 256 values of one slice (4 bits: 128), and the codec by itself.
+// Sweep C over blocks of at most 256 values of one slice (coarse codes: 128), and the codec by
+// itself.
 #pragma once
 
 #include "step.h"
@@ -18,7 +19,7 @@ struct Blocks {
         per_slice((slice_len + size - 1) / size) {}
   explicit Blocks(const Parameter& p)
       : Blocks(coded(p) ? p.slices : p.b * p.n, coded(p) ? p.slice_len : p.k,
-               p.scales ? kBlockSize4 : kBlockSize) {}
+               p.scales ? kCoarseBlock : kBlockSize) {}
 
   static bool coded(const Parameter& p) { return p.absmax != nullptr || p.scales != nullptr; }
 

@@ -60,9 +60,9 @@ struct Segment {
   const uint16_t* random;  // nullptr where nothing is drawn
 };
 
-// The same for 4-bit momentum, whose update needs to know what its code has kept. `exp_avg` holds
+// The same for coarse momentum, whose update needs to know what its code has kept. `exp_avg` holds
 // beta1 times the old momentum, then the new one.
-struct Segment4 : Segment {
+struct CoarseSegment : Segment {
   float* w;     // written
   float* kept;  // written: what is to be encoded; then what the code holds
 };
@@ -71,6 +71,15 @@ struct Segment4 : Segment {
 struct Applied {
   float largest;  // magnitude of the new momentum that is not NaN
   bool decays;    // whether some w is zero
+};
+
+// A coarse code of at most kCoarseBlock values. `encode` is given what `largest_magnitude` returns
+// and replaces x by what the codes stand for; `decode` leaves out the first `skip` codes and
+// multiplies scales by `factor`.
+struct CoarseCode {
+  void (*encode)(float* x, float largest, int size, uint8_t* codes, uint16_t* scales);
+  void (*decode)(const uint8_t* codes, int skip, const uint16_t* scales, float factor, int size,
+                 float* x);
 };
 
 struct Kernels {
@@ -93,18 +102,14 @@ struct Kernels {
   int (*agreeing8_unfactored[kDtypes])(const StepConstants&, const Segment&);
   int (*agreeing32_unfactored[kDtypes])(const StepConstants&, const Segment&);
 
-  // 4 bits: w and the new momentum; returns its largest magnitude, as `largest_magnitude` does.
-  // Index: gradient dtype. Then the update from them; index: parameter dtype, gradient dtype.
-  float (*momentum4[kDtypes])(const StepConstants&, const Segment4&);
-  float (*momentum4_unfactored[kDtypes])(const StepConstants&, const Segment4&);
-  void (*apply4[kDtypes][kDtypes])(const StepConstants&, const Segment4&);
-  void (*apply4_unfactored[kDtypes][kDtypes])(const StepConstants&, const Segment4&);
-  int (*agreeing4)(const float* w, const float* m, int size);
-
-  // At most kBlockSize4 values; `encode4` also replaces them by what the codes stand for, and
-  // `decode4` begins with the second half of the first byte where `odd`.
-  uint16_t (*encode4)(float* x, float largest, int size, uint8_t* codes);
-  void (*decode4)(const uint8_t* codes, bool odd, float scale, int size, float* x);
+  // Coarse codes: w and the new momentum; returns its largest magnitude, as `largest_magnitude`
+  // does. Index: gradient dtype. Then the update from them; index: parameter and gradient dtype.
+  float (*coarse_momentum[kDtypes])(const StepConstants&, const CoarseSegment&);
+  float (*coarse_momentum_unfactored[kDtypes])(const StepConstants&, const CoarseSegment&);
+  void (*coarse_apply[kDtypes][kDtypes])(const StepConstants&, const CoarseSegment&);
+  void (*coarse_apply_unfactored[kDtypes][kDtypes])(const StepConstants&, const CoarseSegment&);
+  int (*coarse_agreeing)(const float* w, const float* m, int size);
+  CoarseCode code4, code2;
 
   // Lane sum of at most kChunk values of g*g, and of u*u for a full second moment.
   float (*sum_g2[kDtypes])(const void* grad, int size);

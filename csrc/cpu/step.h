@@ -13,10 +13,18 @@ struct Parameter : ParamArguments {
   StridedRuns param, grad;
 };
 
-// Where the 4-bit code of element `e` is; a slice takes whole bytes.
-inline uint8_t* codes4(const Parameter& p, int64_t e) {
+// The byte with the packed code of element `e`; a slice takes whole bytes.
+inline uint8_t* packed_codes(const Parameter& p, int64_t e) {
   const int64_t slice = e / p.slice_len, in_slice = e - slice * p.slice_len;
-  return static_cast<uint8_t*>(p.exp_avg) + slice * ((p.slice_len + 1) / 2) + in_slice / 2;
+  return static_cast<uint8_t*>(p.exp_avg) + slice * bytes_of_slice(p.slice_len, p.bits) +
+         in_slice * p.bits / 8;
+}
+
+inline const CoarseCode& coarse_code(const Parameter& p) {
+  return p.bits == 4 ? kernels().code4 : kernels().code2;
+}
+inline uint16_t* scales_of(const Parameter& p, int64_t block) {
+  return p.scales + block * scales_of_block(p.bits);
 }
 
 void factored_step(const std::vector<Parameter>& parameters, const StepSettings& settings);

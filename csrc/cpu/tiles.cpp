@@ -55,10 +55,10 @@ void gather(const StridedRuns& from, int64_t first, int64_t row_stride, int rows
   }
 }
 
-// Momentum in 8 bits whose blocks do not begin with the rows, or in 4 bits.
+// Momentum in 8 bits whose blocks do not begin with the rows, or in packed codes.
 void gather_momentum(const Parameter& p, int64_t first, int rows, int cols, GroupBuffer& buffer) {
   const Kernels& table = kernels();
-  const int64_t block_size = p.scales ? kBlockSize4 : kBlockSize;
+  const int64_t block_size = p.scales ? kCoarseBlock : kBlockSize;
   for (int i = 0; i < rows; ++i) {
     for (int done = 0; done < cols;) {
       const int64_t e = first + i * p.k + done;
@@ -68,7 +68,8 @@ void gather_momentum(const Parameter& p, int64_t first, int rows, int cols, Grou
       const int size = static_cast<int>(std::min<int64_t>(to_end, cols - done));
       float* out = buffer.value + i * kChunk + done;
       if (p.scales != nullptr) {
-        table.decode4(codes4(p, e), in_slice % 2 != 0, scale_of(p.scales[block]), size, out);
+        coarse_code(p).decode(packed_codes(p, e), static_cast<int>(in_slice % (8 / p.bits)),
+                              scales_of(p, block), 1.0f, size, out);
       } else {
         table.decode(static_cast<const int8_t*>(p.exp_avg) + e, p.absmax[block], size, out);
       }

@@ -88,10 +88,36 @@ void decode(const int8_t* codes, float absmax, int size, float* x) {
   });
 }
 
-// --- 4 bits -----------------------------------------------------------------------------------
+// --- coarse codes -----------------------------------------------------------------------------
+
+// Codes of `bits` bits as bytes, padded to whole bytes of packed ones.
+typedef int8_t WideCodes[kCoarseBlock + 8];
+
+template <int bits>
+CAME8BIT_INLINE void unpack(const uint8_t* codes, int size, WideCodes& wide) {
+  constexpr int kSign = bits == 4 ? 8 : 0;  // two's complement
+  for (int i = 0; i * 8 < size * bits; ++i) {
+    for (int j = 0; j < 8 / bits; ++j) {
+      const int code = codes[i] >> j * bits & ((1 << bits) - 1);
+      wide[i * (8 / bits) + j] = static_cast<int8_t>((code ^ kSign) - kSign);
+    }
+  }
+}
+
+template <int bits>
+CAME8BIT_INLINE void pack(WideCodes& wide, int size, uint8_t* codes) {
+  memset(wide + size, 0, 8);
+  for (int i = 0; i * 8 < size * bits; ++i) {
+    int packed = 0;
+    for (int j = 0; j < 8 / bits; ++j) {
+      packed |= (wide[i * (8 / bits) + j] & ((1 << bits) - 1)) << j * bits;
+    }
+    codes[i] = static_cast<uint8_t>(packed);
+  }
+}
 
 // `codes` as numbers, NaN where they are kNanCode4.
-CAME8BIT_INLINE void decode4_codes(const int8_t* codes, float scale, int size, float* x) {
+CAME8BIT_INLINE void decode4_wide(const int8_t* codes, float scale, int size, float* x) {
   for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
     const I code = load_some(codes + j, some);
     const F value = decode4(to_float(code), F(scale));
@@ -99,19 +125,15 @@ CAME8BIT_INLINE void decode4_codes(const int8_t* codes, float scale, int size, f
   });
 }
 
-void decode4(const uint8_t* codes, bool odd, float scale, int size, float* x) {
-  alignas(64) int8_t wide[kBlockSize4 + 2];
-  const int bytes = (size + odd + 1) / 2;
-  for (int i = 0; i < bytes; ++i) {
-    const int both = codes[i];
-    wide[2 * i] = static_cast<int8_t>(((both & 15) ^ 8) - 8);
-    wide[2 * i + 1] = static_cast<int8_t>(((both >> 4) ^ 8) - 8);
-  }
-  decode4_codes(wide + odd, scale, size, x);
+void decode4(const uint8_t* codes, int skip, const uint16_t* scale, float factor, int size,
+             float* x) {
+  alignas(64) WideCodes wide;
+  unpack<4>(codes, size + skip, wide);
+  decode4_wide(wide + skip, scale_of(*scale) * factor, size, x);
 }
 
-uint16_t encode4(float* x, float largest, int size, uint8_t* codes) {
-  alignas(64) int8_t wide[kBlockSize4 + 2];
+void encode4(float* x, float largest, int size, uint8_t* codes, uint16_t* scale) {
+  alignas(64) WideCodes wide;
   const bool odd = largest < kTinyAbsmax || largest == INFINITY;
   if (largest == INFINITY) largest = largest_finite(x, size);
   odd ? encode_block<false, true>(x, nullptr, largest, kLargestSquare4, size, wide)
@@ -119,13 +141,64 @@ uint16_t encode4(float* x, float largest, int size, uint8_t* codes) {
   for (int i = 0; i < size; ++i) {
     if (wide[i] == kNanCode) wide[i] = kNanCode4;
   }
-  const uint16_t scale = scale_bits(largest < kSmallestAbsmax ? 0.0f : largest);
-  decode4_codes(wide, scale_of(scale), size, x);
-  if (size % 2 != 0) wide[size] = 0;
-  for (int i = 0; i < (size + 1) / 2; ++i) {
-    codes[i] = static_cast<uint8_t>((wide[2 * i] & 15) | (wide[2 * i + 1] & 15) << 4);
+  *scale = scale_bits(largest < kSmallestAbsmax ? 0.0f : largest);
+  decode4_wide(wide, scale_of(*scale), size, x);
+  pack<4>(wide, size, codes);
+}
+
+void decode2(const uint8_t* codes, int skip, const uint16_t* scales, float factor, int size,
+             float* x) {
+  alignas(64) WideCodes wide;
+  unpack<2>(codes, size + skip, wide);
+  const F low(scale_of(scales[0]) * factor), high(scale_of(scales[1]) * factor);
+  for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
+    const I code = load_some(wide + skip + j, some);
+    const I sign = select((code & I(2)) == I(2), I(INT32_MIN), I(0));
+    const F level = select((code & I(1)) == I(1), high, low);
+    store_some(x + j, from_bits(bits(level) ^ sign), some);
+  });
+}
+
+void encode2(float* x, float largest, int size, uint8_t* codes, uint16_t* scales) {
+  if (largest == INFINITY) largest = largest_finite(x, size);
+  const Unit unit = unit_of_block(largest);
+  const F sizes(static_cast<float>(size)), zero(0.0f);
+  // Lanes past the end hold 0.
+  alignas(64) float whole[kCoarseBlock];
+  F sum(zero), above_sum(zero);
+  int not_zero = 0, above_count = 0;
+  for (int j = 0; j < size; j += kLanes) {
+    const F value = abs(load_some(x + j, size - j));
+    const F magnitude = select(value < F(INFINITY), value, zero);
+    not_zero += count(magnitude > zero);
+    const F units = nearest_whole(magnitude * F(unit.inverse));
+    store(whole + j, units);
+    sum = sum + units;
   }
-  return scale;
+  const float total = sum_lanes(sum);
+  for (int j = 0; j < size; j += kLanes) {
+    const F units = load(whole + j);
+    const M above = units * sizes > F(total);
+    above_count += count(above);
+    above_sum = above_sum + select(above, units, zero);
+  }
+  const Levels levels =
+      levels_of_block(total, static_cast<float>(size), sum_lanes(above_sum),
+                      static_cast<float>(above_count), not_zero < size, unit.unit);
+  scales[0] = scale_bits(levels.low);
+  scales[1] = scale_bits(levels.high);
+
+  alignas(64) WideCodes wide;
+  const F low(levels.low), high(levels.high);
+  for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
+    const M above = (load(whole + j) * sizes > F(total)) & (high > low);
+    const F level = select(above, high, low);
+    const M negative = (load_some(x + j, some) < zero) & (level > zero);
+    const I sign = select(negative, I(INT32_MIN), I(0));
+    store_some(wide + j, select(above, I(1), I(0)) | select(negative, I(2), I(0)), some);
+    store_some(x + j, from_bits(bits(level) | sign), some);
+  });
+  pack<2>(wide, size, codes);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Sweep C with 4-bit momentum: the update comes after the encoding, and spends what that forgets.
+// Sweep C with coarse momentum: the update comes after the encoding, and spends what that forgets.
 #pragma once
 
 #include "apply.h"
@@ -8,8 +8,8 @@ namespace CAME8BIT_ISA {
 namespace {
 
 template <class G, bool factored>
-float momentum4(const StepConstants& constants, const Segment4& segment) {
-  const Segment4 s = segment;
+float coarse_momentum(const StepConstants& constants, const CoarseSegment& segment) {
+  const CoarseSegment s = segment;
   const Broadcast c(constants);
   const F row_gain(s.row_gain), zero(0.0f);
   F largest(0.0f);
@@ -35,8 +35,8 @@ float momentum4(const StepConstants& constants, const Segment4& segment) {
 }
 
 template <class P, class G, bool factored>
-void apply4(const StepConstants& constants, const Segment4& segment) {
-  const Segment4 s = segment;
+void coarse_apply(const StepConstants& constants, const CoarseSegment& segment) {
+  const CoarseSegment s = segment;
   const Broadcast c(constants);
   const F update_row(s.update_row), spent(constants.spent);
   const bool cautious = constants.cautious, nesterov = constants.nesterov;
@@ -61,7 +61,7 @@ void apply4(const StepConstants& constants, const Segment4& segment) {
   }
 }
 
-int agreeing4(const float* w, const float* m, int size) {
+int coarse_agreeing(const float* w, const float* m, int size) {
   int total = 0;
   for (int j = 0; j < size; j += kLanes) {
     const int some = size - j < kLanes ? size - j : kLanes;
