@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # what needs the extra is imported when a study runs
 # Arguments that change the field of the same name in every task that uses it.
 _CHANGES = (
     *("steps", "batch_size", "accumulate", "layers", "width", "heads", "context", "warmup_steps"),
-    *("schedule", "eval_items", "eval_every", "weight_decay"),
+    *("schedule", "floor", "eval_items", "eval_every", "weight_decay"),
 )
 _NEEDED = ("accelerate", "transformers", "matplotlib", "rich", "scipy")
 _MOST_ITEMS = 10**9  # windows or images in a run: their order is held in memory
@@ -62,6 +62,7 @@ _HELP = {
     "--slow-seeds": "for what is slow on a CPU",
     "--accumulate": "backward passes per step",
     "--context": "bytes per window of text",
+    "--floor": "where the cosine ends, as a fraction of the peak",
     "--eval-items": "windows or images",
     "--eval-every": "0: at the end only",
     "--tune": "search each optimizer's learning rate on a split of its own first",
@@ -116,6 +117,7 @@ def add_parser(subparsers: Any) -> None:
     numbers(int, 0, 10**6, "--warmup-steps", "--eval-every")
     numbers(float, 0, 1e6, "--weight-decay")
     add("--schedule", choices=("cosine", "constant"))
+    numbers(float, 0, 1, "--floor")
     add("--mixed-precision", choices=("no", "bf16"))
 
     group = parser.add_argument_group("learning rates")

@@ -29,11 +29,13 @@ class OptimizerSpec:
         path: Dotted name of the class.
         options: Arguments of the class besides parameters, learning rate and weight decay.
         lr: Peak learning rate for the task of the preset ``quick``, a start for ``--tune``; the
-    XX        colour, marker: Matplotlib's, for pictures.
+        colour, marker: Matplotlib's, for pictures.
         package: The PyPI package to install if it is missing.
         slow_on_cpu: Whether its step has no fast CPU implementation.
         rule: Arms of one rule differ in bits only: the picture connects them, and the report
             compares each with the widest.
+        tuned_as: The arm whose learning-rate search decides for this one too, where both are run:
+            an optimizer with the same rule, which differs in how it stores its state.
     """
 
     label: str
@@ -45,6 +47,7 @@ class OptimizerSpec:
     package: str = ""
     slow_on_cpu: bool = False
     rule: str = ""
+    tuned_as: str = ""
 
     @property
     def call(self) -> str:
@@ -77,7 +80,9 @@ _BNB = "bitsandbytes.optim.AdamW8bit"
 def _came(name: str, rule: tuple[str, str, dict[str, Any]], bits: int, lr: float) -> OptimizerSpec:
     # Options are written out, so that an arm stays what it is when defaults change.
     marker, options = _MARKERS[bits], dict(optim_bits=bits) | rule[2]
-    return OptimizerSpec(name, "came8bit.CAME", options, lr, rule[1], marker, rule=rule[0])
+    widest = "" if bits == 32 else "came" if rule is _NESTEROV else f"came-{rule[0]}"
+    made = OptimizerSpec(name, "came8bit.CAME", options, lr, rule[1], marker)
+    return replace(made, rule=rule[0], tuned_as=widest)
 
 
 _NADAM = dict(decoupled_weight_decay=True)
@@ -87,9 +92,13 @@ OPTIMIZERS = {
     "adamw": OptimizerSpec("AdamW", "torch.optim.AdamW", dict(fused=True), 1e-3, "#4d4d4d", "o"),
     "nadamw": OptimizerSpec("NAdamW", "torch.optim.NAdam", _NADAM, 2e-3, "#8a8a8a", "P"),
     "adafactor": OptimizerSpec("Adafactor", "torch.optim.Adafactor", {}, 1e-2, "#7a5195", "v"),
-    "adamw8bit": OptimizerSpec("AdamW8bit", _BNB, {}, 1e-3, "#d08c00", "s", "bitsandbytes", True),
+    "adamw8bit": OptimizerSpec(
+        "AdamW8bit", _BNB, {}, 1e-3, "#d08c00", "s", "bitsandbytes", True, tuned_as="adamw"
+    ),
     "came-pytorch": OptimizerSpec(
-        "came-pytorch", "came_pytorch.CAME", {}, 1e-4, "#3fa0d8", "^", "came-pytorch==0.1.3", True
+        *("came-pytorch", "came_pytorch.CAME", {}, 1e-4, "#3fa0d8", "^", "came-pytorch==0.1.3"),
+        slow_on_cpu=True,
+        tuned_as="came-published",
     ),
     "came-published": _came("CAME, published", _PUBLISHED, 32, 1e-4),
     "came8bit-published": _came("CAME8bit, published", _PUBLISHED, 8, 1e-4),

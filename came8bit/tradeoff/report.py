@@ -371,6 +371,10 @@ def _learning_rates(study: Study) -> Iterator[str]:
                 f"Search on {task.name}, {label(name)} (lr: loss on the tuning split, mean of "
                 f"{len(TUNE_SEEDS)} other seeds): {', '.join(tried)}."
             )
+    followers = [name for name in study.usable() if study.leader(name) != name]
+    if followers:
+        pairs = (f"{label(name)} that of {label(study.leader(name))}" for name in followers)
+        yield f"Learning rates taken from the search of another: {', '.join(pairs)}."
 
 
 def _memory(study: Study, runs: Sequence[RunResult]) -> str:

@@ -120,15 +120,29 @@ class Study:
 
         If every run of the search failed, the lowest that was tried: the reported run shows why.
         """
+        leader = self.leader(optimizer)
+        if leader != optimizer:
+            return self.learning_rate(task, leader)
         if not self.searches(optimizer):
             return self.config.rate(optimizer)
         means = self.tuned(task, optimizer)
         known = {lr: loss for lr, loss in means.items() if loss is not None}
         return min(known, key=known.__getitem__) if known else min(means or [self._low(optimizer)])
 
+    def leader(self, optimizer: str) -> str:
+        """Return the optimizer whose search decides on the learning rate: itself, or another."""
+        other = OPTIMIZERS[optimizer].tuned_as
+        given = self.config.rates.keys() | self.config.grids.keys()
+        return (
+            other
+            if self.config.tune and optimizer not in given and other in self.usable()
+            else optimizer
+        )
+
     def searches(self, optimizer: str) -> bool:
-        """Return whether the optimizer's learning rate is searched for."""
-        return self.config.tune and optimizer not in self.config.rates
+        """Return whether there is a search for the learning rate of this very optimizer."""
+        own = self.leader(optimizer) == optimizer
+        return self.config.tune and own and optimizer not in self.config.rates
 
     def equal_lr(self, task: str) -> float | None:
         """Return the learning rate that every optimizer is run at as well, or None."""

@@ -269,6 +269,24 @@ def test_a_search_goes_on_until_its_optimum_is_inside(best, count):
         assert lr == pytest.approx(best)
 
 
+def test_rungs_and_ports_take_the_learning_rate_of_their_rule():
+    """They are never searched for, and run at what the search of their leader finds."""
+    names = ("adamw", "came-published", "came-pytorch", "came2bit")
+    config = replace(preset_config("quick"), tune=True, optimizers=names, seeds=(0,))
+    study = Study(config)
+    for spec in study.plan():
+        run = RunResult.of(spec)
+        run.status, run.loss = "ok", abs(math.log(spec.lr / 2e-4))
+        study.runs.append(run)
+    searched = {run.optimizer for run in study.runs if run.purpose == "tune"}
+    assert searched == {"adamw", "came-published", "came2bit"}  # whose leader, came, is not run
+    assert study.learning_rate("text", "came-pytorch") == 2e-4
+    given = replace(config, rates={"came-published": 3e-4})
+    assert Study(given).learning_rate("text", "came-pytorch") == 3e-4
+    own = replace(given, rates={"came-pytorch": 5e-4})
+    assert Study(own).learning_rate("text", "came-pytorch") == 5e-4
+
+
 # ---- noise ----
 
 
