@@ -1,0 +1,88 @@
+"""benchmarks.evidence: rates, claims and Holm's correction, from rows."""
+
+import argparse
+import csv
+
+import pytest
+from scipy import stats
+
+from benchmarks import evidence
+from came8bit.cli import tradeoff
+
+FIELDS = ("purpose", "optimizer", "seed", "lr", "status", "loss", "bytes_per_parameter")
+
+
+def write(folder, name, finals, tunes=()):
+    rows = [
+        dict(zip(FIELDS, ("tune", arm, seed, lr, "ok", loss, 1), strict=True))
+        for arm, lr, losses in tunes
+        for seed, loss in enumerate(losses)
+    ] + [
+        dict(zip(FIELDS, ("final", arm, seed, lr, status, loss, 1), strict=True))
+        for arm, lr, losses in finals
+        for seed, loss in enumerate(losses)
+        for status in ["ok" if loss else "failed"]
+    ]
+    with open(folder / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "ROWS", tmp_path)
+    write(
+        tmp_path,
+        "text-512",
+        finals=[
+            ("adamw", 1e-3, [2.0, 2.1, 2.2]),
+            ("came", 2e-3, [1.9, 2.0, 2.1]),
+            ("came8bit", 1e-3, [1.951, 2.050, 2.149]),
+            ("came8bit", 2e-3, [1.9001, 2.0, 2.1001]),
+            ("came4bit", 2e-3, [1.9, "", 2.1]),
+        ],
+        tunes=[
+            ("adamw", 5e-4, [2.3, 2.3]),
+            ("adamw", 1e-3, [2.1, 2.2]),
+            ("came", 1e-3, [2.1, 2.1]),
+            ("came", 2e-3, [2.0, 2.1]),
+        ],
+    )
+    return evidence.Rows("text-512")
+
+
+def test_rates_come_from_the_search_of_the_arm_or_its_leader(rows):
+    assert rows.rate("adamw") == 1e-3
+    assert rows.rate("came8bit") == rows.rate("came") == 2e-3
+
+
+def test_claims(rows):
+    result = rows.compare("came8bit", "adamw", (1e-3, 1e-3))
+    gaps = [-0.049, -0.050, -0.051]
+    assert result.paired.difference == pytest.approx(-0.05)
+    assert result.p_better == pytest.approx(stats.ttest_1samp(gaps, 0, alternative="less").pvalue)
+    text = evidence.summary()
+    assert "better" in next(line for line in text.splitlines() if "AdamW's lr, 0.001" in line)
+    equal = next(line for line in text.splitlines() if "text-512, CAME8bit" in line)
+    assert "| equal" in equal
+    assert "1 diverged" in text
+
+
+def test_holm_by_hand():
+    assert evidence.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert evidence.holm([]) == []
+
+
+def test_the_margin_of_a_squared_error_is_relative(rows, tmp_path):
+    assert rows.margin() == 0.005
+    write(tmp_path, "ddpm", finals=[("adamw", 1e-3, [0.1, 0.3])])
+    assert evidence.Rows("ddpm").margin() == pytest.approx(0.02 * 0.2)
+
+
+def test_every_table_is_a_command_line_of_the_study():
+    parser = argparse.ArgumentParser()
+    tradeoff.add_parser(parser.add_subparsers())
+    for name in evidence.TABLES:
+        config = tradeoff.study_config(parser.parse_args(evidence.arguments(name, adamw=1e-3)))
+        assert config.optimizers[0] == "adamw"
