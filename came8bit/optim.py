@@ -164,6 +164,7 @@ class CAME(StoredOptimizer):
         paged = self._settled("is_paged", is_paged, self._is_paged, False)
         self._store = store_for(paged, page_dir, page_budget)
         self._skip_warning = SkipWarning()
+        self._squares = {}
         super().__init__(params, defaults)
 
     def _settled(self, name: str, got: Any, fixed: Any, default: Any) -> Any:
@@ -221,6 +222,7 @@ class CAME(StoredOptimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
+            self._squares.clear()
             self._update_all(_UNCHANGED)
         self._skip_warning.look(self, self.state.values())
         return loss
@@ -247,7 +249,7 @@ class CAME(StoredOptimizer):
             self._prepare(work)
         with explaining("Parameters that came before this one have been updated", OUTSIDE):
             for options, members in work:
-                step_group(options, members, self._store.visit)
+                step_group(options, members, self._store.visit, self._squares)
         self._store.flush()
 
     @torch.no_grad()
@@ -259,7 +261,7 @@ class CAME(StoredOptimizer):
         if item is not None:
             work: list[tuple[Group, list[StepItem]]] = [(group, [item])]
             self._prepare(work)
-            step_group(group, work[0][1], self._store.visit)
+            step_group(group, work[0][1], self._store.visit, self._squares)
 
     def _prepare(self, work: list[tuple[Group, list[StepItem]]]) -> None:
         """Check what can be checked before the first update, and make missing state.
@@ -322,7 +324,26 @@ class CAME(StoredOptimizer):
             f"group['params'][{index}] of a group of this optimizer"
         )
 
-    # --- what was skipped -------------------------------------------------------------------------
+    # --- what was measured ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """Return the 2-norm of the gradients that the last step used, all parameters together.
+
+        The kernels measure it in passing, so it costs nothing, and it is there after
+        ``zero_grad()``. With :func:`came8bit.step_in_backward` it counts from the first update in
+        ``backward()`` on; with :meth:`step_parameter` it is that of every parameter's last
+        gradient.
+
+        Returns:
+            fp32, 0-d, on the device of the last parameter; 0 before the first step, infinity or NaN
+            where a gradient is not finite. Reading it waits for the device, this call does not.
+        """
+        totals = list(self._squares.values())
+        if not totals:
+            return torch.zeros(())
+        device = totals[-1].device
+        return torch.cat([total.to(device) for total in totals]).sum().sqrt()
 
     def skipped_steps(self) -> int:
         """Count the updates of single parameters skipped so far for a gradient that is not finite.

@@ -68,18 +68,22 @@ _aten = torch.ops.aten
 class ReleasedGradient(Tensor):
     """What is left in ``param.grad`` of a gradient that has been used: no memory, no values.
 
-    Shape, dtype and device are the gradient's. Setting it to zero does nothing; every other
-    operation raises :class:`RuntimeError`.
+    Shape, dtype and device are the gradient's. Its 2-norm is known, so that ``clip_grad_norm_``
+    measures where it has nothing to clip. Setting it to zero and multiplying it by 1 do nothing;
+    every other operation raises :class:`RuntimeError`.
     """
+
+    _square: Tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, grad: Tensor) -> ReleasedGradient:
-        """Stand in for ``grad``."""
+    def __new__(cls, grad: Tensor, square: Tensor | None) -> ReleasedGradient:
+        """Stand in for ``grad``, whose sum of squares is ``square``, or 0."""
         made: ReleasedGradient = Tensor._make_wrapper_subclass(
             cls, grad.shape, strides=(0,) * grad.dim(), dtype=grad.dtype, device=grad.device
         )
+        made._square = grad.new_zeros(1, dtype=torch.float32) if square is None else square
         return made
 
     @property
@@ -100,6 +104,12 @@ class ReleasedGradient(Tensor):
         if func is _aten._foreach_zero_.default:
             return _zero_others(args[0])
         in_backward = torch._C._current_graph_task_id() != -1
+        if not in_backward:
+            if func is _aten.linalg_vector_norm.default and (*args, 2)[1] == 2 and len(args) < 3:
+                return args[0]._square.reshape(()).sqrt()
+            # Clipping to a norm that is not exceeded. Reading the factor waits for the device.
+            if func in (_aten.mul_.Tensor, _aten.mul_.Scalar) and float(args[1]) == 1:
+                return args[0]
         # How autograd adds to a gradient that is there, the second one with create_graph=True.
         if func is _aten.add_.Tensor or (in_backward and func is _aten.add.Tensor):
             raise RuntimeError(f"a parameter {SECOND}")
@@ -129,8 +139,8 @@ def step_in_backward(optimizer: Optimizer) -> GradientRelease:
             accelerate's. Groups may be added and parameters (un)frozen later.
 
     Returns:
-        A handle with ``remove()`` and ``accumulate()``. As a context manager it removes itself.
-        The optimizer keeps it; it does not keep the optimizer.
+        A handle with ``remove()``, ``accumulate()`` and ``grad_norm()``. As a context manager it
+        removes itself. The optimizer keeps it; it does not keep the optimizer.
 
     Raises:
         TypeError: ``optimizer`` is not one of this package's.
@@ -205,6 +215,11 @@ class GradientRelease:
             optimizer._store.set_prefetch_order([])
         self._forget_step()
 
+    def grad_norm(self) -> Tensor:
+        """Return the 2-norm of the gradients of the last step; see :meth:`CAME.grad_norm`."""
+        optimizer = self._optimizer()
+        return torch.zeros(()) if optimizer is None else optimizer.grad_norm()
+
     @contextmanager
     def accumulate(self, enabled: bool = True) -> Iterator[None]:
         """Let gradients add up in the backward passes inside, and update nothing.
@@ -244,6 +259,8 @@ class GradientRelease:
                 loss = closure()
         _drop_placeholders(optimizer)
         count = len(self._updated)
+        if not count:
+            optimizer._squares.clear()
         optimizer._update_all(
             f"backward() has updated {count} of {len(self._places)} parameters, the others "
             "have not been changed. zero_grad() and step() end this step"
@@ -334,11 +351,13 @@ class GradientRelease:
                     "differentiated later, but step_in_backward frees them; use "
                     "torch.autograd.grad, or remove() the handle of step_in_backward first"
                 )
+            if not self._updated:
+                optimizer._squares.clear()
             with self._saying_how_far():
                 self._update(optimizer, index, param, position)
             if grad.is_cuda:
                 grad.record_stream(torch.cuda.current_stream(grad.device))
-            param.grad = ReleasedGradient(grad)
+            param.grad = ReleasedGradient(grad, optimizer._squares.get(position))
             self._updated[position] = param
 
     def _update(self, optimizer: CAME, index: int, param: Tensor, position: int) -> None:

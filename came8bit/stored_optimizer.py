@@ -38,6 +38,8 @@ class StoredOptimizer(Optimizer):
     # A copy of the optimizer does not step in backward.
     _release: Release | None = None
     _skip_warning: SkipWarning
+    # Sums of squares of the gradients of the last step; see step_group.
+    _squares: dict[int, Tensor]
 
     @property
     def state(self) -> Any:
@@ -63,7 +65,7 @@ class StoredOptimizer(Optimizer):
         for group in self.param_groups:
             for name, value in ADDED_OPTIONS.items():
                 group.setdefault(name, value)
-        self._skip_warning = SkipWarning()
+        self._skip_warning, self._squares = SkipWarning(), {}
         if saved is not None:
             self._store.adopt(saved)
 

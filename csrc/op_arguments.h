@@ -68,7 +68,8 @@ class Checker {
                                      const Tensors& exp_avg, const Tensors& absmax,
                                      const Tensors& step, const Tensors& skipped,
                                      const std::vector<int64_t>& param_index,
-                                     const std::vector<int64_t>& element_offset) const {
+                                     const std::vector<int64_t>& element_offset,
+                                     const std::optional<Tensor>& grad_squares) const {
     const size_t count = params.size();
     length(grads, count, "grads");
     length(exp_avg, count, "exp_avg");
@@ -77,6 +78,7 @@ class Checker {
     length(skipped, count, "skipped");
     length(param_index, count, "param_index");
     length(element_offset, count, "element_offset");
+    float* squares = optional(grad_squares, static_cast<int64_t>(count), "grad_squares");
     std::vector<ParamArguments> all(count);
     for (size_t i = 0; i < count; ++i) {
       ParamArguments& a = all[i];
@@ -106,6 +108,7 @@ class Checker {
       }
       a.step = state<int64_t>(step, i, 1, "step");
       a.skipped = state<int64_t>(skipped, i, 1, "skipped");
+      a.grad_square = squares ? squares + i : nullptr;
     }
     return all;
   }
@@ -150,9 +153,9 @@ class Checker {
     }
   }
 
-  // The learning rate where it is a tensor, or null.
-  const float* rate(const std::optional<Tensor>& lr_tensor) const {
-    return lr_tensor.has_value() ? state<float>({*lr_tensor}, 0, 1, "lr_tensor") : nullptr;
+  // Pointer to `size` floats, or null.
+  float* optional(const std::optional<Tensor>& t, int64_t size, const char* name) const {
+    return t.has_value() ? state<float>({*t}, 0, size, name) : nullptr;
   }
 
  private:
@@ -184,16 +187,17 @@ void factored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absm
                     std::optional<Tensor> lr_tensor, double lr, double beta1, double beta2,
                     double beta3, double eps1, double eps2, double clip_threshold,
                     double weight_decay, bool stochastic, bool cautious, bool propagate,
-                    bool maximize, bool bias_correction, bool nesterov, int64_t seed) {
+                    bool maximize, bool bias_correction, bool nesterov, int64_t seed,
+                    std::optional<Tensor> grad_squares) {
   [[maybe_unused]] const typename On::Environment environment;  // for the scalars, too
   const Checker check(On::device());
-  std::vector<ParamArguments> all =
-      check.common(params, grads, exp_avg, absmax, step, skipped, param_index, element_offset);
+  std::vector<ParamArguments> all = check.common(params, grads, exp_avg, absmax, step, skipped,
+                                                 param_index, element_offset, grad_squares);
   check.factored(all, exp_avg_sq_row, exp_avg_sq_col, exp_avg_res_row, exp_avg_res_col, rms_ratio);
   On::factored(all, params, grads,
-               StepSettings(check.rate(lr_tensor), lr, beta1, beta2, beta3, eps1, eps2,
-                            clip_threshold, weight_decay, stochastic, cautious, propagate, maximize,
-                            bias_correction, nesterov, seed));
+               StepSettings(check.optional(lr_tensor, 1, "lr_tensor"), lr, beta1, beta2, beta3,
+                            eps1, eps2, clip_threshold, weight_decay, stochastic, cautious,
+                            propagate, maximize, bias_correction, nesterov, seed));
 }
 
 template <class On>
@@ -203,16 +207,17 @@ void unfactored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors ab
                       std::optional<Tensor> lr_tensor, double lr, double beta1, double beta2,
                       double beta3, double eps1, double eps2, double clip_threshold,
                       double weight_decay, bool stochastic, bool cautious, bool propagate,
-                      bool maximize, bool bias_correction, bool nesterov, int64_t seed) {
+                      bool maximize, bool bias_correction, bool nesterov, int64_t seed,
+                      std::optional<Tensor> grad_squares) {
   [[maybe_unused]] const typename On::Environment environment;
   const Checker check(On::device());
-  std::vector<ParamArguments> all =
-      check.common(params, grads, exp_avg, absmax, step, skipped, param_index, element_offset);
+  std::vector<ParamArguments> all = check.common(params, grads, exp_avg, absmax, step, skipped,
+                                                 param_index, element_offset, grad_squares);
   check.unfactored(all, exp_avg_sq);
   On::unfactored(all, params, grads,
-                 StepSettings(check.rate(lr_tensor), lr, beta1, beta2, beta3, eps1, eps2,
-                              clip_threshold, weight_decay, stochastic, cautious, propagate,
-                              maximize, bias_correction, nesterov, seed));
+                 StepSettings(check.optional(lr_tensor, 1, "lr_tensor"), lr, beta1, beta2, beta3,
+                              eps1, eps2, clip_threshold, weight_decay, stochastic, cautious,
+                              propagate, maximize, bias_correction, nesterov, seed));
 }
 
 // --- codec ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ struct ParamArguments {
   float* rms_ratio;          // measured over predicted RMS of u
   float* exp_avg_sq;         // full second moment instead of the five above
   int64_t *step, *skipped;
+  float* grad_square;  // null, or where the sum of squares of the gradient is wanted
 
   CAME8BIT_INLINE int64_t numel() const { return b * n * k; }
 };

@@ -7,7 +7,8 @@ A factored parameter is ``b`` matrices of ``n`` rows and ``k`` columns, which th
 ``exp_avg_sq_row``, ``(b, n)``, and ``exp_avg_sq_col``, ``(b, k)``, say. ``param_index`` and
 ``element_offset``, the row-major index of the first element in the full parameter, choose the
 random bits. ``absmax`` is empty when the momentum is fp32; otherwise ``exp_avg`` holds int8 codes.
-``lr_tensor``, a 0-d tensor, takes the place of ``lr``. The scalars are the fields of
+``lr_tensor``, a 0-d tensor, takes the place of ``lr``. ``grad_squares``, fp32 with an element for
+each parameter, is given the sum of squares of its gradient. The scalars are the fields of
 :class:`~came8bit.reference.Hyper`.
 """
 
@@ -30,7 +31,7 @@ _PLACES = "int[] param_index, int[] element_offset"
 _SCALARS = (
     "Tensor? lr_tensor, float lr, float beta1, float beta2, float beta3, float eps1, float eps2, "
     "float clip_threshold, float weight_decay, bool stochastic, bool cautious, bool propagate, "
-    "bool maximize, bool bias_correction, bool nesterov, int seed"
+    "bool maximize, bool bias_correction, bool nesterov, int seed, Tensor(z!)? grad_squares=None"
 )
 
 _library.define(
@@ -52,18 +53,22 @@ def _warn_of_reference(tensors: Sequence[Tensor]) -> None:
         libraries.warn_once()
 
 
-def _by_reference(name: str, step: Callable[..., None]) -> Callable[..., None]:
+def _by_reference(name: str, step: Callable[..., Tensor]) -> Callable[..., None]:
     """Return ``step``, which takes one parameter, as a kernel of the operator ``name``."""
     names = [a.name for a in getattr(torch.ops.came8bit, name).default._schema.arguments]
     scalars = names.index("lr_tensor")
 
     def kernel(*values: Any, **named: Any) -> None:
-        ordered = [*values, *(named[name] for name in names[len(values) :])]
-        lists, hyper = ordered[:scalars], dict(zip(names[scalars:], ordered[scalars:], strict=True))
+        given = {**dict(zip(names, values, strict=False)), **named}
+        grad_squares = given.pop("grad_squares", None)  # the dispatcher leaves defaults out
+        lists = [given.pop(name) for name in names[:scalars]]
+        hyper = reference.Hyper(**given)
         _warn_of_reference(lists[0])
         for i in range(len(lists[0])):
             # Only absmax may be empty.
-            step(*(column[i] if column else None for column in lists), reference.Hyper(**hyper))
+            total = step(*(column[i] if column else None for column in lists), hyper)
+            if grad_squares is not None:
+                grad_squares[i] = total
 
     return kernel
 

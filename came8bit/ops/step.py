@@ -71,7 +71,10 @@ def moves(group: Group, item: StepItem) -> bool:
 
 
 def step_group(
-    group: Group, items: Sequence[StepItem], visit: Callable[[Sequence[StepItem], Run], None]
+    group: Group,
+    items: Sequence[StepItem],
+    visit: Callable[[Sequence[StepItem], Run], None],
+    squares: dict[int, Tensor],
 ) -> None:
     """Update the parameters of one group.
 
@@ -79,13 +82,15 @@ def step_group(
         group: the options.
         items: what to do, prepared by the store.
         visit: of the store; calls back with complete state.
+        squares: of each operator call, by the position of its first parameter, the sums of squares
+            of the gradients; added to.
 
     Raises:
         FloatingPointError: ``nonfinite="raise"`` and an update is not finite.
     """
     strict = group["nonfinite"] == "raise"
     before = _skipped(items) if strict else []
-    visit(items, partial(_call_operators, group))
+    visit(items, partial(_call_operators, group, squares))
     after = _skipped(items) if strict else []
     if any(int(new - old) for new, old in zip(after, before, strict=True)):
         others = ", others have been updated" if len(items) > 1 else ""
@@ -141,7 +146,7 @@ def _skipped(members: Iterable[StepItem]) -> list[Tensor]:
     return [_total(column) for column in counters.values()]
 
 
-def _call_operators(group: Group, members: Sequence[StepItem]) -> None:
+def _call_operators(group: Group, squares: dict[int, Tensor], members: Sequence[StepItem]) -> None:
     """Make one operator call per kind of parameter and device."""
     buckets: defaultdict[tuple[torch.device, bool, int], list[StepItem]] = defaultdict(list)
     for item in members:
@@ -168,6 +173,7 @@ def _call_operators(group: Group, members: Sequence[StepItem]) -> None:
         if libraries.needs_reference(options, device.type):
             operator = schema.BY_REFERENCE[operator]
         params = [item.param for item in items]
+        totals = torch.empty(len(items), dtype=torch.float32, device=device)
         operator(
             params=params,
             grads=[item.grad for item in items],
@@ -175,7 +181,9 @@ def _call_operators(group: Group, members: Sequence[StepItem]) -> None:
             param_index=[item.stream for item in items],
             element_offset=[0] * len(items),
             **scalars,
+            grad_squares=totals,
         )
+        squares[items[0].position] = totals
         # A kernel writes past autograd: a graph that still needs the old values has to notice.
         torch.autograd.graph.increment_version(params)
 

@@ -260,7 +260,7 @@ def factored_step_(
     offset: int,
     hyper: Hyper,
     tree: Tree = CPU_TREE,
-) -> None:
+) -> Tensor:
     """Take a CAME step of a parameter seen as matrices; update all tensors but ``grad`` in place.
 
     Args:
@@ -273,6 +273,9 @@ def factored_step_(
         index, offset: of the parameter, and of its first element in the full parameter.
         hyper: hyper-parameters.
         tree: the order of sums; kernels of one kind of device have one.
+
+    Returns:
+        The sum of ``grad**2``, fp32 0-d.
     """
     t = int(step) + 1
     b, n = exp_avg_sq_row.shape
@@ -281,9 +284,10 @@ def factored_step_(
 
     g2 = g * g
     row_sum, col_sum = tree.rows(g2), tree.columns(g2)
-    if not (hyper.propagate or bool(tree.total_of_rows(row_sum).isfinite())):
+    total_g2 = tree.total_of_rows(row_sum)
+    if not (hyper.propagate or bool(total_g2.isfinite())):
         skipped += 1
-        return
+        return total_g2
     r = ema(exp_avg_sq_row, hyper.beta2, mean_square(row_sum, k, hyper.eps1))
     c = ema(exp_avg_sq_col, hyper.beta2, mean_square(col_sum, n, hyper.eps1))
 
@@ -302,7 +306,7 @@ def factored_step_(
     total_u2 = tree.total(u2)
     if not (hyper.propagate or bool(total_u2.isfinite())):
         skipped += 1
-        return
+        return total_g2
     rms = root_mean(total_u2, b * n * k)
     kappa = clip_scale(rms, hyper.clip_threshold)
     delta = kappa - kappa_0
@@ -327,6 +331,7 @@ def factored_step_(
     exp_avg_res_col.copy_(res_col)
     rms_ratio.copy_(next_rms_ratio(rms, predicted))
     step += 1
+    return total_g2
 
 
 def unfactored_step_(
@@ -341,27 +346,31 @@ def unfactored_step_(
     offset: int,
     hyper: Hyper,
     tree: Tree = CPU_TREE,
-) -> None:
+) -> Tensor:
     """Take a CAME step with a full second moment and no confidence term (0-D, 1-D, narrow).
 
     Args:
         exp_avg_sq: fp32 of the parameter's shape, contiguous.
         exp_avg, absmax, step, skipped, index, offset, hyper, tree, param, grad: as in
             :func:`factored_step_`.
+
+    Returns:
+        As :func:`factored_step_`.
     """
     t = int(step) + 1
     g = grad.detach().reshape(-1).to(torch.float32)
     g2 = g * g
-    if not (hyper.propagate or bool(tree.flat(g2).isfinite())):
+    total_g2 = tree.flat(g2)
+    if not (hyper.propagate or bool(total_g2.isfinite())):
         skipped += 1
-        return
+        return total_g2
     v = ema(exp_avg_sq.view(-1), hyper.beta2, g2 + fp32(hyper.eps1))
     sign = -1.0 if hyper.maximize else 1.0
     u = (g * sign) / square_root(v / hyper.correction(hyper.beta2, t))
     total_u2 = tree.flat(u * u)
     if not (hyper.propagate or bool(total_u2.isfinite())):
         skipped += 1
-        return
+        return total_g2
     kappa = clip_scale(root_mean(total_u2, g.numel()), hyper.clip_threshold)
     w = u * gain(kappa, hyper.beta1)
     held = Momentum(exp_avg, absmax, param.shape)
@@ -371,3 +380,4 @@ def unfactored_step_(
     held.store(coded)
     exp_avg_sq.copy_(v.view(exp_avg_sq.shape))
     step += 1
+    return total_g2

@@ -26,6 +26,11 @@ StepConstants constants_of(const Parameter& p, const StepSettings& s, int64_t st
   return c;
 }
 
+// Keeps the sum of squares of the gradient for whoever wants it.
+void give_out(const Parameter& p, float total_g2) {
+  if (p.grad_square != nullptr) *p.grad_square = total_g2;
+}
+
 // Whether the step has to be left out because a sum is not finite; counts it.
 bool skip(const Parameter& p, const StepSettings& s, float sum) {
   if (s.propagate || is_finite(sum)) return false;
@@ -59,7 +64,9 @@ bool second_moment(const Parameter& p, const StepSettings& s, const CpuGrid& gri
                 [&](int64_t task, int64_t) { second_moment_task(p, grid, w, task); });
   add_parts(grid, w, 1);
   const int64_t rows = p.b * p.n, cols = p.b * p.k;
-  if (skip(p, s, table.lane_sum(w.row_sum[0], rows))) return false;
+  const float total_g2 = table.lane_sum(w.row_sum[0], rows);
+  give_out(p, total_g2);
+  if (skip(p, s, total_g2)) return false;
 
   table.second_moment_ema(w.row_new, p.sq_row, w.row_sum[0], rows, static_cast<float>(p.k), s.beta2,
                           s.one_minus_beta2, s.eps1);
@@ -169,6 +176,7 @@ void step_unfactored(const Parameter& p, const StepSettings& s, Workspace& w, in
   const float total_g2 = sum_chunks(p, w.scratch(), workers, [&](int64_t, int size, const void* g) {
     return table.sum_g2[dtype](g, size);
   });
+  give_out(p, total_g2);
   if (skip(p, s, total_g2)) return;
   StepConstants c = constants_of(p, s, *p.step + 1, 1.0f);
   const float total_u2 =

@@ -54,6 +54,7 @@ std::vector<HostParameter> parameters_of(const std::vector<ParamArguments>& all,
     p.exp_avg_sq = a.exp_avg_sq;
     p.step = a.step;
     p.skipped = a.skipped;
+    p.grad_square = a.grad_square;
     p.b = a.b;
     p.n = a.n;
     p.k = a.k;

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ Parameter p;
   __shared__ float buffer[kThreads];
   const int64_t task = find_task(parameters, count, kSweepA, blockIdx.x, &p);
-  if (of_u && !flat_alive(p, s, buffer)) return;
+  if (of_u && !flat_alive(p, s, buffer, task == 0)) return;
   flat_sum_tile<fast, of_u>(p, s, task, buffer);
 }
 
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t tiles = flat_tiles(p), tasks = flat_apply_tasks(p);
   for (int64_t task = 0; task < tiles; ++task) flat_sum_tile<fast, false>(p, s, task, buffer);
   __syncthreads();
-  if (flat_alive(p, s, buffer)) {
+  if (flat_alive(p, s, buffer, true)) {
     for (int64_t task = 0; task < tiles; ++task) flat_sum_tile<fast, true>(p, s, task, buffer);
     __syncthreads();
   }

@@ -120,6 +120,8 @@ struct Parameter {
   float *root_mean, *total, *predicted;  // [b]
   int* agreeing;                         // [apply tiles]
 
+  float* grad_square;  // null, or where the sum of squares of the gradient is wanted
+
   // First block of this parameter in the launch of each phase (kernels.cuh).
   int64_t first[kPhases];
 

@@ -53,10 +53,12 @@ __device__ __forceinline__ void flat_sum_tile(const Parameter& p, const StepSett
   if (threadIdx.x == 0) p.tile_sum[(of_u ? flat_tiles(p) : 0) + task] = buffer[0];
 }
 
-// Whether the gradient is finite, known to all threads alike.
-__device__ __forceinline__ bool flat_alive(const Parameter& p, const StepSettings& s,
-                                           float* buffer) {
-  return is_finite(block_sum(p.tile_sum, flat_tiles(p), buffer)) || s.propagate;
+// Whether the gradient is finite, known to all threads alike. One block gives out the sum.
+__device__ __forceinline__ bool flat_alive(const Parameter& p, const StepSettings& s, float* buffer,
+                                           bool gives_out) {
+  const float total = block_sum(p.tile_sum, flat_tiles(p), buffer);
+  if (gives_out && threadIdx.x == 0 && p.grad_square != nullptr) *p.grad_square = total;
+  return is_finite(total) || s.propagate;
 }
 
 // What the last sweep needs to know; every block finds it out for itself.
@@ -68,7 +70,7 @@ struct FlatState {
 __device__ __forceinline__ FlatState flat_state(const Parameter& p, const StepSettings& s,
                                                 int64_t agreeing_tiles, float* buffer) {
   FlatState state = {};
-  if (!flat_alive(p, s, buffer)) return state;
+  if (!flat_alive(p, s, buffer, false)) return state;
   const float total_u2 = block_sum(p.tile_sum + flat_tiles(p), flat_tiles(p), buffer);
   state.done = is_finite(total_u2) || s.propagate;
   const float rms = root_mean(total_u2, static_cast<float>(p.numel()));

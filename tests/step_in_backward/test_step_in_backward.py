@@ -54,6 +54,64 @@ OPTIONS = {
 }
 
 
+def norm_of(params):
+    """In double precision."""
+    return torch.stack([p.grad.double().norm() for p in params if p.grad is not None]).norm().item()
+
+
+def near(norm, expected):
+    return norm.dtype == torch.float32 and norm.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("how", ["all", "accumulated", "by hand", "frozen", "grown"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [came8bit.CAME8bit, came8bit.PagedCAME8bit])
+def test_norm_of_the_gradients(make, dtype, how):
+    """Equal to clip_grad_norm_(inf), where gradients are kept and where they are freed."""
+    nets = make_net(dtype=dtype), make_net(dtype=dtype)
+    ordinary, optimizer = (make(net.parameters(), lr=1e-3) for net in nets)
+    release = came8bit.step_in_backward(optimizer)
+    assert ordinary.grad_norm() == release.grad_norm() == 0
+    for t in range(2):
+        for net in nets:
+            if how == "frozen":
+                net.head.weight.requires_grad_(False)
+        if how == "grown" and t:
+            for net, one in zip(nets, (ordinary, optimizer), strict=True):
+                net.extra = nn.Parameter(torch.ones(70, 70, dtype=dtype))
+                one.add_param_group({"params": [net.extra]})
+        with release.accumulate(how == "accumulated"):
+            for net in nets:
+                loss = loss_of(net, t) + (net.extra.square().mean() if hasattr(net, "extra") else 0)
+                loss.backward()
+        if how == "by hand":
+            grads = [torch.full_like(net.head.weight, 0.1) for net in nets]
+            nets[0].head.weight.grad, nets[1].head.weight.grad = grads
+        expected = norm_of(nets[0].parameters())
+        if how not in ("accumulated", "by hand"):  # there is more to come in step()
+            assert near(release.grad_norm(), expected)
+            assert near(nn.utils.clip_grad_norm_(nets[1].parameters(), torch.inf), expected)
+        ordinary.step()
+        optimizer.step()
+        ordinary.zero_grad()
+        assert near(ordinary.grad_norm(), expected)
+        if how != "by hand":
+            assert near(release.grad_norm(), expected)
+    optimizer.step()
+    assert release.grad_norm() == 0
+
+
+def test_norm_of_gradients_that_are_zero_or_not_finite():
+    net = make_net()
+    optimizer = came8bit.CAME8bit(net.parameters(), lr=1e-3)
+    came8bit.step_in_backward(optimizer)
+    (loss_of(net, 0) * 0).backward()
+    assert nn.utils.clip_grad_norm_(net.parameters(), 1.0) == 0
+    optimizer.step()
+    (loss_of(net, 0) * torch.inf).backward()
+    assert not optimizer.grad_norm().isfinite()
+
+
 @pytest.mark.parametrize("zero_grad", [True, False])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_same_bits_as_ordinary_steps(name, zero_grad):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class Problem:
     factored: bool
     index: int = 0
     offset: int = 0
+    grad_square: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def run_op(self, grad: Tensor, **changes: object) -> None:
         """One step through the dispatcher."""
@@ -56,13 +57,17 @@ class Problem:
         hyper = reference.Hyper(**{**HYPER, **OPTIONS, **changes})  # type: ignore[arg-type]
         step = reference.factored_step_ if self.factored else reference.unfactored_step_
         state = {"absmax": None, **self.state}
-        step(
+        self.grad_square = step(
             self.param, grad, **state, index=self.index, offset=self.offset, hyper=hyper, tree=tree
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a step may change."""
         return {"param": self.param, **self.state}
+
+    def outcome(self) -> dict[str, Tensor]:
+        """The same, and what a step gives out."""
+        return {**self.tensors(), "grad_square": self.grad_square}
 
     def copy(self) -> Problem:
         """Deep copy with the same strides."""
@@ -98,7 +103,10 @@ def arguments_of(
 
 def run_ops(problems: list[Problem], grads: list[Tensor], **changes: object) -> None:
     """One operator call for several problems of the same kind."""
-    operator_of(problems)(**arguments_of(problems, grads, **changes))
+    squares = torch.zeros(len(problems), device=grads[0].device)
+    operator_of(problems)(**arguments_of(problems, grads, grad_squares=squares, **changes))
+    for problem, square in zip(problems, squares, strict=True):
+        problem.grad_square = square.clone()
 
 
 def make_problem(
