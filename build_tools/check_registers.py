@@ -154,6 +154,12 @@ def flag_problems(folder: Path) -> list[str]:
     return problems + [f"{name} is compiled with fast math" for name in fast]
 
 
+def budget_text(nvcc: str, registers: Registers) -> str:
+    """Return the content of the budget: JSON with one line for each kernel."""
+    rows = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in registers.items())
+    return f'{{\n "nvcc": "{nvcc}",\n "registers": {{\n  {rows}\n }}\n}}\n'
+
+
 def table(found: list[Usage]) -> list[str]:
     """Return registers by kernel and architecture, as aligned text."""
     cells = {(use.kernel, use.architecture): str(use.registers) for use in found}
@@ -189,8 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
         for use in sorted(found, key=lambda use: (use.kernel, int(use.architecture))):
             row = registers.setdefault(use.kernel, {})
             row[use.architecture] = max(row.get(use.architecture, 0), use.registers)
-        budget = {"nvcc": nvcc, "registers": registers}
-        BUDGET.write_text(json.dumps(budget, indent=1) + "\n", encoding="utf-8")
+        BUDGET.write_text(budget_text(nvcc, registers), encoding="utf-8")
     budget = json.loads(BUDGET.read_text(encoding="utf-8"))
     wrong += problems(found, budget, nvcc)
     for problem in wrong:
