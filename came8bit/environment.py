@@ -121,3 +121,18 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     match = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
     return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def terminal(**options: Any) -> Any:
+    """Return a ``rich`` console that leaves a closed pipe to :func:`came8bit.cli.main`.
+
+    Args:
+        options: of ``rich.console.Console``.
+    """
+    from rich.console import Console
+
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # the BrokenPipeError that is being handled
+
+    return Terminal(**options)

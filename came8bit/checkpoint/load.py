@@ -15,7 +15,6 @@ import torch
 from ..errors import CheckpointError, listed, printable
 from ..optim import CAME
 from ..state.layout import plan
-from ..state_dict.differences import Differences
 from ..state_dict.merge import (
     OWN_OPTIONS,
     Merge,
@@ -24,7 +23,7 @@ from ..state_dict.merge import (
     merge,
     same_option,
 )
-from ..state_dict.values import convert_momentum, find_fault
+from ..state_dict.values import Differences, convert_momentum, find_fault
 from ..validation import ADDED_OPTIONS
 from .format import Entry, dtype_name
 from .reader import Source, open_source

@@ -16,7 +16,7 @@ from ..atomic_file import atomic_file
 from ..errors import CheckpointError
 from ..optim import CAME
 from ..state.layout import plan_state
-from ..state_dict.names import names_of
+from ..state_dict.values import names_of
 from ..validation import FORMAT_VERSION
 from .format import (
     NO_DIGEST,

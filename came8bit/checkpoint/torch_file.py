@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..state.layout import plan
-from ..state_dict.names import names_of
-from ..state_dict.values import COUNTERS, as_count
+from ..state_dict.values import COUNTERS, as_count, names_of
 from ..validation import FORMAT_VERSION
 from .archive import Archive, StoredTensor, explained
 from .format import Entry, Span, find_layout, label, place

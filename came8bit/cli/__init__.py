@@ -1,8 +1,8 @@
 """The ``came8bit`` command.
 
-Each subcommand is a module with two functions: ``add_parser(subparsers)``, which declares its
-arguments and must be cheap, and ``run(args) -> int``, which does the work and returns the exit
-code. To add one, write the module and name it in :data:`_COMMANDS`.
+Each module here declares subcommands in ``add_parser(subparsers)``, which must be cheap, and has a
+function ``(args) -> int`` for each that does the work and returns the exit code. To add one, write
+the module and name it in :data:`_COMMANDS`.
 
 Exit codes: 0 done; 1 something that was asked for failed; 2 the command line or a file it names is
 wrong; 130 interrupted; 141 the reader of the output has gone, as in ``came8bit ... | head``.
@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 from ..environment import package_version
 from ..errors import CliError, printable
-from . import convert, estimate, info, inspect, tradeoff
+from . import checkpoint, estimate, info, tradeoff
 
-_COMMANDS = (info, estimate, inspect, convert, tradeoff)
+_COMMANDS = (info, estimate, checkpoint, tradeoff)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import planner
+from ..environment import terminal
 from ..errors import CliError, printable
 from ..planner import plot, report
-from .terminal import terminal
 
 _WIDTH = 80
 _fill = partial(textwrap.fill, width=_WIDTH, break_on_hyphens=False)

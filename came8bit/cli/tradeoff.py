@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import environment
+from ..environment import terminal
 from ..errors import CliError
 from ..tradeoff.config import (
     CORPORA,
@@ -31,7 +32,6 @@ from ..tradeoff.config import (
     label,
     preset_config,
 )
-from .terminal import terminal
 
 if TYPE_CHECKING:  # what needs the extra is imported when a study runs
     from ..tradeoff.results import Folder

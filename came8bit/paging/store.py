@@ -28,7 +28,7 @@ from ..state.store import (
     missing_layouts,
 )
 from .pager import Pager
-from .placement import Placement, check_paging
+from .pages import Placement, check_paging
 
 _UNCHANGED = "Nothing has been changed"
 _HALF_LOADED = "A part of the state has been replaced: load again before the next step"

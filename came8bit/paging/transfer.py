@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from .page_file import PageFile
-from .pages import BackingStore, Page, readable
-from .pinned import pinned_staging
+from .pages import BackingStore, Page, pinned_staging, readable
 from .schedule import PAGES_IN_GROUP
 
 

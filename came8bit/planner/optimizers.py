@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from ..paging.pages import page_layout
-from ..paging.placement import default_budget
+from ..paging.pages import default_budget, page_layout
 from ..state.layout import DEFAULT_MIN_8BIT_SIZE, OPTIM_BITS, plan
 from .model import Parameter
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OTHER_WAY, UnknownModel
-from .headers import INDEX, from_safetensors, parse_json
-from .model import Model
+from .model import INDEX, Model, from_safetensors, parse_json
 from .workloads import from_config
 
 _LONGEST_CONFIG = 10_000_000  # bytes

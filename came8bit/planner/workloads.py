@@ -24,8 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..errors import UnknownModel
 from .activations import Workload, in_short
-from .headers import note_of_left_out
-from .model import Model, Parameter
+from .model import Model, Parameter, note_of_left_out
 
 Config = Mapping[str, Any]
 

@@ -17,8 +17,7 @@ from ..errors import listed, printable
 from ..state.layout import Group
 from ..state.store import Saved
 from .merge import SavedParameter, merge
-from .names import names_of
-from .values import COUNTERS, as_count, convert_momentum, find_fault
+from .values import COUNTERS, as_count, convert_momentum, find_fault, names_of
 
 
 def read_state_dict(

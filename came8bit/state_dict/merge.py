@@ -15,9 +15,7 @@ from ..errors import listed
 from ..state.layout import Group, Layout, plan_state, possible_layouts
 from ..state.store import fit
 from ..validation import ADDED_OPTIONS, FORMAT_VERSION, check_options
-from .differences import Differences
-from .names import names_of, order_of
-from .values import with_momentum
+from .values import Differences, names_of, order_of, with_momentum
 
 OWN_OPTIONS = frozenset({"params", "param_names", "optim_bits", "format_version"})
 """What an optimizer keeps of its own: whose state it is, and how it is stored."""

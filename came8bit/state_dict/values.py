@@ -1,15 +1,21 @@
-"""The values of saved state: counts, faults, and momentum in other bits."""
+"""Saved state in parts: names, counts, faults, momentum in other bits, what loading has changed.
+
+Wrappers put words of their own into the names of what they wrap: a model that was saved under
+``DistributedDataParallel`` or ``torch.compile`` has other names than the bare one.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import listed
 from ..ops.schema import dequantize_blockwise, quantize_blockwise
 from ..reference.quant import NAN_CODE, slice_shape
 from ..reference.rungs import RUNGS, Momentum, Rung, has_nan, rung_of
@@ -142,3 +148,146 @@ def with_momentum(layout: Layout, bits: int, shape: Sequence[int]) -> Layout:
         for other in possible_layouts(shape)
         if (other.view, other.factored, other.momentum_bits) == (layout.view, layout.factored, bits)
     )
+
+
+#: In front of everything: DistributedDataParallel, DataParallel, AveragedModel.
+_IN_FRONT = "module"
+#: Anywhere: torch.compile, FSDP, activation checkpointing of torch.distributed.
+_ANYWHERE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """Return the names of all parameters in order; ``None`` without names that are unique."""
+    names: list[Any] = []
+    for group in groups:
+        own = group.get("param_names")
+        if not isinstance(own, (list, tuple)) or len(own) != len(group["params"]):
+            return None
+        names += own
+    return names if all(isinstance(n, str) for n in names) and _unique(names) else None
+
+
+def order_of(
+    own: Sequence[str],
+    saved: Sequence[str],
+    *,
+    allow_missing: bool = False,
+    allow_unused: bool = False,
+) -> tuple[list[int | None], list[str]]:
+    """Find the position in ``saved`` of each of ``own``.
+
+    Names are compared as they are first, so that a model that has a ``module`` of its own is not
+    taken for a wrapped one.
+
+    Args:
+        own: names of the optimizer's parameters.
+        saved: names of the saved ones.
+        allow_missing: whether some of ``own`` may be missing in ``saved``: ``None`` stands for it.
+        allow_unused: whether some of ``saved`` may be left over.
+
+    Returns:
+        The positions, and the wrappers' words that had to be left out of the names.
+
+    Raises:
+        ValueError: the names differ; the message lists those that do.
+    """
+    compared, wrappers = (own, saved), []
+    if set(own) != set(saved):
+        (bare_own, own_words), (bare_saved, saved_words) = map(_without_wrappers, (own, saved))
+        if _unique(bare_own) and _unique(bare_saved):
+            common = len(set(bare_own) & set(bare_saved))
+            if common > len(set(own) & set(saved)):
+                compared = (bare_own, bare_saved)
+                wrappers = sorted(own_words ^ saved_words or own_words | saved_words)
+    where = {name: position for position, name in enumerate(compared[1])}
+    order = [where.get(name) for name in compared[0]]
+    used = {position for position in order if position is not None}
+    missing = [name for name, position in zip(own, order, strict=True) if position is None]
+    unused = [name for position, name in enumerate(saved) if position not in used]
+    refused = (missing and not allow_missing) or (unused and not allow_unused)
+    if refused or (own and saved and not used):
+        raise ValueError(
+            "the saved state is for other parameters: "
+            f"not saved: {listed(missing)}; not in the optimizer: {listed(unused)}. Build the "
+            "optimizer over the model that was saved, or pass allow_missing=True or "
+            "allow_unused=True to load what both have"
+        )
+    return order, wrappers
+
+
+def _without_wrappers(names: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Return ``names`` without what wrappers put into them, and what that was."""
+    words = [name.split(".") for name in names]
+    found = {f"{word}." for name in words for word in name[:-1] if word in _ANYWHERE}
+    words = [[word for word in name[:-1] if word not in _ANYWHERE] + name[-1:] for name in words]
+    # This one is around the whole model, so it is in front of all names or a word of the model.
+    while words and all(len(name) > 1 and name[0] == _IN_FRONT for name in words):
+        found.add(f"{_IN_FRONT}.")
+        words = [name[1:] for name in words]
+    return [".".join(name) for name in words], found
+
+
+def _unique(names: Sequence[str]) -> bool:
+    return len(set(names)) == len(names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differences:
+    """What is not as it was saved after loading.
+
+    Attributes:
+        matched_by: ``"name"`` or ``"position"``.
+        converted: ``{"32 to 8 bits": names}`` of the parameters whose momentum was converted.
+        moved: names of parameters whose position is not the saved one.
+        wrappers: what wrappers had put into the names of one side, ``module.`` or ``_orig_mod.``,
+            and was left out to compare them.
+        unsure: parameters that have a name in the file and the shape of another, so that only the
+            order told them apart: the optimizer has no names.
+        renamed: parameters of a state dict that have other names there, so that the order decided.
+        missing: parameters without usable saved state, which start from zero (``allow_missing``).
+        unused: what was saved and belongs to no parameter (``allow_unused=True``).
+        not_finite: parameters whose state has NaN or infinity, under ``nonfinite="propagate"``.
+    """
+
+    matched_by: str
+    converted: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    moved: Sequence[str] = ()
+    wrappers: Sequence[str] = ()
+    unsure: Sequence[str] = ()
+    renamed: Sequence[str] = ()
+    missing: Sequence[str] = ()
+    unused: Sequence[str] = ()
+    not_finite: Sequence[str] = ()
+
+    def remarks(self) -> list[str]:
+        """Return a sentence for each difference that changes what training does."""
+        remarks = [
+            f"momentum of {len(names)} parameters converted from {what}"
+            for what, names in self.converted.items()
+        ]
+        if self.moved:
+            remarks.append(
+                f"{len(self.moved)} parameters are at another position than they were, so "
+                "stochastic rounding draws other bits for them"
+            )
+        if self.unsure:
+            remarks.append(
+                f"the saved state has names, the optimizer no unique ones: {len(self.unsure)} "
+                f"parameters have the shape of another one ({listed(self.unsure)}) and were told "
+                "apart by their order; make the optimizer over model.named_parameters() to have "
+                "the names compared"
+            )
+        if self.renamed:
+            remarks.append(
+                f"{len(self.renamed)} parameters were told apart by their order, because they have "
+                f"other names in the saved state ({listed(self.renamed)})"
+            )
+        if self.missing:
+            remarks.append(
+                f"{len(self.missing)} parameters start without state ({listed(self.missing)})"
+            )
+        if self.unused:
+            remarks.append(f"{len(self.unused)} saved ones were left out ({listed(self.unused)})")
+        if self.not_finite:
+            remarks.append(f"the state of {listed(self.not_finite)} is not finite")
+        return remarks

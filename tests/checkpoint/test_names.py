@@ -10,7 +10,7 @@ from checkpoints import SHAPES, by_name, copies, parameters, train, trained
 from training import same_bits
 
 from came8bit import CAME8bit, load_checkpoint, save_checkpoint
-from came8bit.state_dict.names import order_of
+from came8bit.state_dict.values import order_of
 
 
 @pytest.fixture

@@ -18,10 +18,9 @@ from training import assert_same
 from came8bit import CAME8bit, PagedCAME8bit, load_checkpoint, save_checkpoint
 from came8bit.ops import step as stepping
 from came8bit.paging import page_file as pagefile
-from came8bit.paging import pinned
+from came8bit.paging import pages
 from came8bit.paging.page_file import GRANULE, PageFile
-from came8bit.paging.pages import both_readable, readable
-from came8bit.paging.pinned import PinnedMemory
+from came8bit.paging.pages import PinnedMemory, both_readable, readable
 
 
 @contextmanager
@@ -363,7 +362,7 @@ def test_refused_pinned_memory_says_how_much_and_offers_the_file(monkeypatch):
     with pytest.raises(MemoryError, match=message):
         backing.reserve([1 << 21, 1 << 21])
     assert backing.reserve([1 << 21]) == [0]  # as if nothing had been asked for
-    monkeypatch.setattr(pinned, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(pages, "_available_memory", lambda: 1000)
     with pytest.raises(MemoryError, match=r"more than is available; 1000 bytes of host memory"):
         backing.reserve([1 << 22])
 
@@ -373,7 +372,7 @@ def test_pytorch_refuses_to_pin_without_an_accelerator():
     with pytest.raises(MemoryError, match=r"wanted 64 KiB of pinned host memory, had 0 bytes"):
         PinnedMemory().reserve([1 << 16])
     with pytest.raises(MemoryError, match=r"as much as page_budget is, .* Lower page_budget="):
-        pinned.pinned_staging(1 << 16)
+        pages.pinned_staging(1 << 16)
 
 
 def test_bytes_in_words():

@@ -19,8 +19,7 @@ from came8bit.paging import page_file as pagefile
 from came8bit.paging import pages
 from came8bit.paging.page_file import PageFile
 from came8bit.paging.pager import Pager
-from came8bit.paging.pinned import PinnedMemory
-from came8bit.paging.placement import Placement, default_budget
+from came8bit.paging.pages import PinnedMemory, Placement, default_budget
 from came8bit.state.layout import plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

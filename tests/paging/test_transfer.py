@@ -14,7 +14,7 @@ from came8bit import CAME8bit, CAME32bit, PagedCAME8bit, PagedCAME32bit
 from came8bit.paging import pager as pagers
 from came8bit.paging import pages
 from came8bit.paging.page_file import PageFile
-from came8bit.paging.pinned import PinnedMemory
+from came8bit.paging.pages import PinnedMemory
 from came8bit.paging.transfer import StreamTransfer
 from came8bit.state.store import missing_layouts
 
