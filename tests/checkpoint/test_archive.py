@@ -55,8 +55,8 @@ def members(path):
         return {info.filename: archive.read(info) for info in archive.infolist()}
 
 
-def write(path, contents, **options):
-    with zipfile.ZipFile(path, "w", **options) as archive:
+def write(path, contents):
+    with zipfile.ZipFile(path, "w") as archive:
         for name, content in contents.items():
             archive.writestr(name, content)
 
@@ -118,18 +118,12 @@ def test_an_archive_that_was_written_again_loads_the_same(official, path):
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_compressed_members_are_refused(path, refused, method):
-    write(path, members(path), compression=method)
-    refused(path, "is compressed or encrypted")
-
-
-def test_a_single_compressed_member_is_refused(path, refused):
+def test_a_compressed_member_is_refused(path, refused, method):
     contents = members(path)
     name = next(name for name in contents if name.endswith("data/3"))
     with zipfile.ZipFile(path, "w") as archive:
         for key, content in contents.items():
-            method = zipfile.ZIP_DEFLATED if key == name else zipfile.ZIP_STORED
-            archive.writestr(key, content, method)
+            archive.writestr(key, content, method if key == name else zipfile.ZIP_STORED)
     refused(path, "data/3 is compressed or encrypted")
 
 
@@ -284,17 +278,6 @@ def test_options_that_refer_to_themselves_end(path, refused, official):
     table["param_groups"][0]["note"] = wide
     torch.save(table, path)
     refused(path, "the options have more than 100000 values")
-
-
-STEPS = {"1e300": 1e300, "half": 1.5, "negative": -1, "2**53": 2**53, "text": "3", "NaN": torch.nan}
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_steps_that_are_no_counts_are_refused(path, refused, official, step):
-    table = official[1].state_dict()
-    state = {**table["state"], 0: {**table["state"][0], "step": STEPS[step]}}
-    torch.save({**table, "state": state}, path)
-    refused(path, "step = .*, expected a count")
 
 
 def test_a_tensor_lr_comes_from_the_archive(tmp_path):

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from paged_training import SHAPES, complete, make, train
-from training import assert_same, gradients
+from training import assert_same
 
 from came8bit import CAME8bit, PagedCAME8bit
 from came8bit.paging import transfer
 from came8bit.paging.pages import page_layout
+from came8bit.state.layout import plan
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -24,14 +25,6 @@ def on_gpu(cls, dtype=torch.bfloat16, shapes=SHAPES, **options):
     return cls(params, lr=1e-3, weight_decay=0.01, **options)
 
 
-def train_on_gpu(optimizer, steps, first=0):
-    for t in range(first, first + steps):
-        for index, p in enumerate(optimizer.param_groups[0]["params"]):
-            p.grad = next(gradients(p.shape, steps=1, seed=100 * t + index)).to(p.device, p.dtype)
-        optimizer.step()
-    return optimizer
-
-
 @pytest.mark.cuda
 @needs_gpu
 @pytest.mark.parametrize("in_file", [False, True])
@@ -40,8 +33,8 @@ def test_same_bits_as_dense(budget, in_file, tmp_path):
     options = {"page_budget": budget, "page_dir": tmp_path if in_file else None}
     expected, got = on_gpu(CAME8bit), on_gpu(PagedCAME8bit, **options)
     for first in range(0, 9, 3):
-        train_on_gpu(expected, 3, first)
-        train_on_gpu(got, 3, first)
+        train(expected, 3, first)
+        train(got, 3, first)
         there, here = complete(expected), complete(got)
         assert_same(
             (*there[:1], {k: v.cpu() for k, v in there[1].items()}, there[2]),
@@ -63,7 +56,7 @@ def test_pages_follow_the_model_to_the_gpu_and_back():
         for index, state in enumerate(expected.state.values()):
             assert all(torch.equal(saved[index][k].cpu(), v) for k, v in state.items())
         if device == "cuda":
-            train_on_gpu(optimizer, 1, step)
+            train(optimizer, 1, step)
             state = optimizer.state_dict()
             assert state["state"][0]["exp_avg"].device.type == "cpu"
             for p, q in zip(
@@ -82,7 +75,7 @@ def test_pages_follow_the_model_to_the_gpu_and_back():
 def test_copies_overlap_kernels():
     """Somewhere in a few steps, a copy in each direction runs while a kernel does."""
     shapes = [(4096, 4096)] * 12
-    layout = page_layout(next(iter(on_gpu(CAME8bit, shapes=shapes[:1])._missing_layouts()))[1])
+    layout = page_layout(plan(shapes[0]))
     optimizer = on_gpu(PagedCAME8bit, shapes=shapes, page_budget=4 * layout.nbytes)
     for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.randn_like(p)

@@ -11,7 +11,6 @@ import torch
 from paged_training import PAIRS, SHAPES, complete, fresh, make, mapped, train
 from training import assert_same, same_bits, start
 
-import came8bit
 from came8bit import CAME8bit, PagedCAME8bit
 
 
@@ -146,16 +145,3 @@ def test_a_model_and_its_optimizer_are_copied_together():
     assert optimizer2.param_groups[0]["params"][0] is model2.weight
     assert_same(complete(optimizer), complete(optimizer2))
     train(optimizer2, 1)
-
-
-def test_checkpoints_go_between_dense_and_paged(tmp_path):
-    file = tmp_path / "file.safetensors"
-    for source, target in ((PagedCAME8bit, CAME8bit), (CAME8bit, PagedCAME8bit)):
-        saved = train(make(source), 2)
-        came8bit.save_checkpoint(saved, file)
-        loaded = fresh(saved, target)
-        came8bit.load_checkpoint(loaded, file)
-        assert_same(complete(saved), complete(loaded))
-        train(saved, 2, first=2)
-        train(loaded, 2, first=2)
-        assert_same(complete(saved), complete(loaded))

@@ -8,7 +8,8 @@ from itertools import permutations
 import pytest
 import torch
 from fake_queues import QUEUES, FakeQueues, operators_on
-from training import assert_same, gradients, snapshot, start
+from paged_training import complete, make, train
+from training import assert_same, gradients, start
 
 from came8bit import CAME8bit, CAME32bit, PagedCAME8bit, PagedCAME32bit
 from came8bit.paging import pager as pagers
@@ -48,30 +49,6 @@ def device(monkeypatch):
     return set_up
 
 
-def make(cls, shapes, dtype=torch.float32, **options):
-    params = [start(shape, dtype, seed=i) for i, shape in enumerate(shapes)]
-    return cls(params, **{"lr": 1e-3, **options})
-
-
-def train(optimizer, steps, first=0, left_out=()):
-    for t in range(first, first + steps):
-        for index, p in enumerate(optimizer.param_groups[0]["params"]):
-            g = next(gradients(p.shape, steps=1, seed=100 * t + index)).to(p.dtype)
-            p.grad = None if (t, index) in left_out else g
-        optimizer.step()
-
-
-def complete(optimizer):
-    """A snapshot with everything in it, after whatever is still under way."""
-    params, _, options = snapshot(optimizer)
-    state = {
-        (i, name): tensor.clone()
-        for i, p in enumerate(optimizer.param_groups[0]["params"])
-        for name, tensor in optimizer._store.read(p).items()
-    }
-    return params, state, options
-
-
 def largest_page(optimizer):
     layouts = [
         pages.page_layout(layout)
@@ -81,11 +58,11 @@ def largest_page(optimizer):
 
 
 def budget_for(cls, shapes, rings):
-    return int(rings * largest_page(make(cls, shapes)))
+    return int(rings * largest_page(make(cls, shapes=shapes)))
 
 
 def run_on(queues, cls, shapes, steps=3, left_out=(), **options):
-    optimizer = make(cls, shapes, **options)
+    optimizer = make(cls, shapes=shapes, **options)
     with operators_on(queues):
         train(optimizer, steps, left_out=left_out)
     queues.drain()
@@ -98,7 +75,7 @@ def run_on(queues, cls, shapes, steps=3, left_out=(), **options):
 def test_same_bits_whatever_is_late(device, dense, cls, pages_in_budget, backing):
     left_out = {(1, 3), (2, 0), (2, 1), (2, 2)}
     for dtype in (torch.float32, torch.bfloat16):
-        expected = make(dense, MIXED, dtype)
+        expected = make(dense, dtype, MIXED)
         train(expected, 4, left_out=left_out)
         for policy in POLICIES[::3]:
             queues = device(policy, backing=backing, slab=1 << 13)
@@ -112,7 +89,7 @@ def test_same_bits_whatever_is_late(device, dense, cls, pages_in_budget, backing
 
 def test_the_host_never_waits_for_pinned_pages(device):
     queues = device(("compute", "h2d", "d2h"))
-    optimizer = make(PagedCAME8bit, SHAPES, page_budget=budget_for(PagedCAME8bit, SHAPES, 3))
+    optimizer = make(PagedCAME8bit, shapes=SHAPES, page_budget=budget_for(PagedCAME8bit, SHAPES, 3))
     with operators_on(queues):
         train(optimizer, 3)
     assert queues.host_waits == 0
@@ -130,7 +107,7 @@ def test_a_device_without_room_says_so(device, monkeypatch):
     def full(nbytes):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nmore text")
 
-    optimizer = make(PagedCAME8bit, SHAPES)
+    optimizer = make(PagedCAME8bit, shapes=SHAPES)
     with monkeypatch.context() as patch:
         patch.setattr(queues, "allocate", full)
         with pytest.raises(MemoryError, match=r"wanted .* \(CUDA out of memory\. Tried to\)"):
@@ -143,7 +120,7 @@ def test_a_device_without_room_says_so(device, monkeypatch):
 
 def test_copies_in_are_asked_for_ahead_of_use(device):
     queues = device()
-    optimizer = make(PagedCAME8bit, SHAPES, page_budget=budget_for(PagedCAME8bit, SHAPES, 3))
+    optimizer = make(PagedCAME8bit, shapes=SHAPES, page_budget=budget_for(PagedCAME8bit, SHAPES, 3))
     with operators_on(queues):
         train(optimizer, 2)
     queues.drain()
@@ -157,14 +134,14 @@ def test_copies_in_are_asked_for_ahead_of_use(device):
 
 def test_what_fits_is_copied_once(device):
     queues = device()
-    optimizer = make(PagedCAME8bit, SHAPES, page_budget=1 << 30)
+    optimizer = make(PagedCAME8bit, shapes=SHAPES, page_budget=1 << 30)
     with operators_on(queues):
         train(optimizer, 5)
     queues.drain()
     assert queues.trace.count("copy h2d") == len(SHAPES)
     assert queues.trace.count("copy d2h") == 0
     assert queues.trace.count("compute") == 5  # all of a step in one call
-    expected = make(CAME8bit, SHAPES)
+    expected = make(CAME8bit, shapes=SHAPES)
     train(expected, 5)
     assert_same(complete(expected), complete(optimizer))
     assert queues.trace.count("copy d2h") == len(SHAPES)  # to be read
@@ -172,7 +149,7 @@ def test_what_fits_is_copied_once(device):
 
 def test_every_wait_is_needed(device):
     """Leave out any one of them, and with some timing the bits are wrong."""
-    expected = make(CAME8bit, SHAPES)
+    expected = make(CAME8bit, shapes=SHAPES)
     train(expected, 2)
     expected = complete(expected)
     queues = device()
@@ -199,13 +176,13 @@ def differs(device, policy, ignore, budget, expected):
 @pytest.mark.parametrize("backing", ["pinned", "file"])
 def test_state_is_replaced_while_copies_are_under_way(device, backing):
     """Loading, reading and copying wait for what touches the same bytes."""
-    other = make(CAME8bit, SHAPES, lr=3e-3)
+    other = make(CAME8bit, shapes=SHAPES, lr=3e-3)
     train(other, 2)
     for policy in POLICIES:
         queues = device(policy, backing=backing)
         budget = budget_for(PagedCAME8bit, SHAPES, 3)
-        optimizer = make(PagedCAME8bit, SHAPES, page_budget=budget)
-        expected = make(CAME8bit, SHAPES)
+        optimizer = make(PagedCAME8bit, shapes=SHAPES, page_budget=budget)
+        expected = make(CAME8bit, shapes=SHAPES)
         with operators_on(queues):
             train(optimizer, 2)
             train(expected, 2)
@@ -228,13 +205,13 @@ def test_state_is_replaced_while_copies_are_under_way(device, backing):
             train(expected, 1, first=5)
             queues.drain()
             assert_same(complete(expected), complete(twin))
-        fresh = make(CAME8bit, SHAPES)
+        fresh = make(CAME8bit, shapes=SHAPES)
         fresh.load_state_dict(saved)
 
 
 def test_the_end_of_a_step_writes_to_the_file_what_has_arrived(device):
     queues = device(backing="file")
-    optimizer = make(PagedCAME8bit, SHAPES, page_budget=budget_for(PagedCAME8bit, SHAPES, 3))
+    optimizer = make(PagedCAME8bit, shapes=SHAPES, page_budget=budget_for(PagedCAME8bit, SHAPES, 3))
     with operators_on(queues):
         train(optimizer, 2)
         (lane,) = optimizer._store.pager._by_device.values()
@@ -247,7 +224,7 @@ def test_the_end_of_a_step_writes_to_the_file_what_has_arrived(device):
         assert not lane.transfer._behind
         train(optimizer, 1, first=2)
     queues.drain()
-    expected = make(CAME8bit, SHAPES)
+    expected = make(CAME8bit, shapes=SHAPES)
     train(expected, 3)
     assert_same(complete(expected), complete(optimizer))
 
@@ -255,8 +232,8 @@ def test_the_end_of_a_step_writes_to_the_file_what_has_arrived(device):
 def test_a_parameter_at_a_time_in_a_known_order(device):
     """As backward does: the next page comes while this one is used."""
     queues = device(("compute", "h2d", "d2h"))
-    optimizer = make(PagedCAME8bit, SHAPES, page_budget=budget_for(PagedCAME8bit, SHAPES, 3))
-    expected = make(CAME8bit, SHAPES)
+    optimizer = make(PagedCAME8bit, shapes=SHAPES, page_budget=budget_for(PagedCAME8bit, SHAPES, 3))
+    expected = make(CAME8bit, shapes=SHAPES)
     train(expected, 3)
 
     def one_at_a_time(t):
@@ -296,7 +273,7 @@ class Away(torch.Tensor):
 
 def test_pages_follow_a_parameter_to_another_device(device, monkeypatch):
     """First in a window of a file, then behind queues, then back."""
-    expected, optimizer = make(CAME8bit, MIXED), None
+    expected, optimizer = make(CAME8bit, shapes=MIXED), None
     real = pagers.transfer_for
     queues = device()
     fake = pagers.transfer_for
@@ -309,7 +286,7 @@ def test_pages_follow_a_parameter_to_another_device(device, monkeypatch):
         "_backing",
         lambda self, d: PinnedMemory(host_memory) if behind_queues else PageFile(None),
     )
-    optimizer = make(PagedCAME8bit, MIXED, page_budget=budget_for(PagedCAME8bit, MIXED, 3))
+    optimizer = make(PagedCAME8bit, shapes=MIXED, page_budget=budget_for(PagedCAME8bit, MIXED, 3))
     train(expected, 6)
     with operators_on(queues):
         train(optimizer, 2)

@@ -22,7 +22,8 @@ def train(optimizer, steps, first=0, spoiled=(), left_out=()):
     for t in range(first, first + steps):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for index, p in enumerate(params):
-            p.grad = next(gradients(p.shape, steps=1, seed=100 * t + index)).to(p.dtype)
+            g = next(gradients(p.shape, steps=1, seed=100 * t + index))
+            p.grad = g.to(p.device, p.dtype)
             if (t, index) in spoiled:
                 p.grad.view(-1)[-1] = torch.nan
             if (t, index) in left_out:
