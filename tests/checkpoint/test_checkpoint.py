@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from bytes_store import BytesStore
+from bytes_store import Elsewhere
 from checkpoints import SHAPES, by_name, copies, parameters, train, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -309,14 +309,6 @@ def test_the_safetensors_library_reads_it(path, cls):
 
 
 # --- wherever the state lives -------------------------------------------------------------------
-
-
-class Elsewhere(CAME8bit):
-    """Keeps its state as bytes; code that reaches past the store finds nothing."""
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self._store = BytesStore()
 
 
 def test_everything_goes_through_one_parameter_at_a_time(path, tmp_path):

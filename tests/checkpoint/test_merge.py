@@ -227,6 +227,8 @@ COUNTS = [
     (torch.tensor(5.5), None),
     (torch.tensor([5]), None),
     (torch.tensor(float("inf")), None),
+    (torch.tensor(float("nan")), None),
+    (float("nan"), None),
     (-1, None),
     (True, None),
     (2**53, None),

@@ -11,7 +11,8 @@ import torch
 from came_pytorch import CAME as OfficialCAME
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training import assert_same, gradients, same_bits, snapshot, start
+from paged_training import fresh, make, train
+from training import assert_same, same_bits, snapshot, start
 
 from came8bit import CAME, CAME8bit, CAME32bit
 from came8bit.validation import FORMAT_VERSION
@@ -21,24 +22,7 @@ SHAPES = [(64, 96), (7,), (), (4096, 1), (16, 8, 3, 3), (4, 32, 40), (5, 6)]
 
 
 def trained(dtype=torch.float32, steps=3, cls=CAME8bit, shapes=SHAPES, **options):
-    params = [start(shape, dtype, seed=i) for i, shape in enumerate(shapes)]
-    optimizer = cls(params, **{"lr": 1e-3, "weight_decay": 0.01, **options})
-    train(optimizer, steps)
-    return optimizer
-
-
-def train(optimizer, steps, first=0):
-    for t in range(first, first + steps):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = next(gradients(p.shape, steps=1, seed=t)).to(p.dtype)
-        optimizer.step()
-
-
-def fresh(optimizer, **options):
-    """Another optimizer over copies of the parameters."""
-    params = [p.detach().clone().requires_grad_() for p in optimizer.param_groups[0]["params"]]
-    return type(optimizer)(params, **options)
+    return train(make(cls, dtype, shapes, **options), steps)
 
 
 def through_file(state_dict, weights_only=True):
@@ -98,18 +82,6 @@ def test_round_trip_is_a_law(shapes, bits, view, dtype, steps):
     other = fresh(optimizer, optim_bits=bits)
     other.load_state_dict(through_file(optimizer.state_dict()))
     assert_same(snapshot(optimizer), snapshot(other))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes_survive(dtype):
-    optimizer = trained(dtype)
-    other = fresh(optimizer)
-    other.load_state_dict(through_file(optimizer.state_dict()))
-    state = other.state[other.param_groups[0]["params"][0]]
-    assert state["exp_avg"].dtype == torch.int8
-    assert state["step"].dtype == state["skipped"].dtype == torch.int64
-    others = set(state) - {"exp_avg", "step", "skipped"}
-    assert {state[name].dtype for name in others} == {torch.float32}
 
 
 def test_state_moves_to_parameters_of_another_dtype():
@@ -186,36 +158,6 @@ def test_options_come_from_the_state_and_missing_ones_stay():
     assert group["format_version"] == FORMAT_VERSION
 
 
-def test_counters_may_be_python_integers():
-    optimizer = trained()
-    state_dict = copy.deepcopy(optimizer.state_dict())
-    for state in state_dict["state"].values():
-        state["step"] = state["step"].item()
-    other = fresh(optimizer)
-    other.load_state_dict(state_dict)
-    assert_same(snapshot(optimizer), snapshot(other))
-
-
-def test_options_that_decide_the_layout_may_have_changed_since():
-    optimizer = trained(shapes=[(16, 8, 3, 3), (64, 96)])
-    optimizer.param_groups[0].update(factored_view="last_two", min_8bit_size=10**9)
-    other = fresh(optimizer)
-    other.load_state_dict(optimizer.state_dict())
-    train(optimizer, 1, first=3)
-    train(other, 1, first=3)
-    assert_same(snapshot(optimizer), snapshot(other))
-
-
-def test_names_follow_torch():
-    model = torch.nn.Linear(4, 3)
-    named, plain = CAME8bit(model.named_parameters()), CAME8bit(model.parameters())
-    plain.load_state_dict(named.state_dict())
-    assert plain.param_groups[0]["param_names"] == ["weight", "bias"]
-    other = CAME8bit(model.named_parameters())
-    other.load_state_dict(CAME8bit(model.parameters()).state_dict())
-    assert other.param_groups[0]["param_names"] == ["weight", "bias"]
-
-
 def test_keys_need_not_be_integers():
     """Tools key the state by parameter name."""
     optimizer = trained()
@@ -228,39 +170,17 @@ def test_keys_need_not_be_integers():
     assert_same(snapshot(optimizer), snapshot(other))
 
 
-def test_hooks_fire_in_order():
+def test_hooks_see_a_shallow_copy():
     optimizer = trained()
-    calls = []
-
-    def note(name, result=None):
-        return lambda *args: calls.append((name, len(args))) or result
-
-    optimizer.register_state_dict_pre_hook(note("save pre"))
-    optimizer.register_state_dict_post_hook(note("save post"))
     state_dict = optimizer.state_dict()
-    other_lr = copy.deepcopy(state_dict)
-    other_lr["param_groups"][0]["lr"] = 0.125
-    optimizer.register_load_state_dict_pre_hook(note("load pre", other_lr))
-    optimizer.register_load_state_dict_pre_hook(note("load pre first"), prepend=True)
-    optimizer.register_load_state_dict_post_hook(note("load post"))
-    optimizer.load_state_dict(state_dict)
-    assert calls == [
-        ("save pre", 1),
-        ("save post", 2),
-        ("load pre first", 2),
-        ("load pre", 2),
-        ("load post", 1),
-    ]
-    assert optimizer.param_groups[0]["lr"] == 0.125
 
     def broken(_optimizer, given_dict):
         given_dict["param_groups"] = []
 
     optimizer.register_load_state_dict_pre_hook(broken)
-    groups = len(state_dict["param_groups"])
     with pytest.raises(ValueError, match="got groups of"):
         optimizer.load_state_dict(state_dict)
-    assert len(state_dict["param_groups"]) == groups  # hooks see a shallow copy
+    assert state_dict["param_groups"]
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -324,13 +244,6 @@ REFUSED = {
     "cast codes": (change((*P0, "exp_avg"), lambda t: t.float()), "got exp_avg of torch.float32"),
     "missing buffer": (remove(*P0, "absmax"), "got buffers .* expected .*absmax"),
     "extra buffer": (change(P0, lambda s: {**s, "RMS": 0}), "got buffers .*RMS.* expected"),
-    "nan step": (
-        change((*P0, "step"), torch.tensor(float("nan"))),
-        "parameter 0: got step = nan, expected a count",
-    ),
-    "python nan step": (change((*P0, "step"), float("nan")), "got step = nan, expected a count"),
-    "negative step": (change((*P0, "step"), torch.tensor(-1)), "got step = -1, expected a count"),
-    "bool step": (change((*P0, "step"), True), "got step = True, expected a count"),
     "a string": (change((*P0, "absmax"), "lost"), "absmax is a str, expected a tensor"),
     "a generator": (change((*P0, "absmax"), iter([1])), "absmax is a list_iterator"),
     "not a dict": (change(P0, 3), "got the state of a parameter as int, expected a dict"),

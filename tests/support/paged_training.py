@@ -36,11 +36,9 @@ def complete(optimizer):
     """As :func:`training.snapshot`, with what is paged."""
     params, _, options = snapshot(optimizer)
     every = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        (i, name): tensor.clone()
-        for i, p in enumerate(every)
-        for name, tensor in optimizer._store.read(p).items()
-    }
+    state = {}
+    for i, p in enumerate(every):
+        state |= {(i, name): t.clone() for name, t in optimizer._store.read(p).items()}
     return params, state, options
 
 
