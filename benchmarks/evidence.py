@@ -44,6 +44,7 @@ TABLES = {
     "cnn": f"{_IMAGES} --tasks cnn",
     "vit": f"{_IMAGES} --tasks vision --layers 2 --width 128",
     "ddpm": f"{_IMAGES} --tasks ddpm --width 16 --batch-size 32",
+    "minilm": f"--tune --seeds 5 --optimizers {_CORE} --tasks minilm",
     "long": (
         "--seeds 3 --optimizers adamw,came8bit,came2bit --steps 5000 --floor 0 "
         "--lr adamw={adamw} --lr came8bit={adamw} --lr came2bit={adamw}"

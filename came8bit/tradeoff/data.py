@@ -33,6 +33,13 @@ TEXT_LIMIT, IMAGES_LIMIT = 1 << 30, 1 << 28
 _STDLIB_WITHOUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _STDLIB_WITHOUT |= {"encodings", "lib2to3"}
 
+#: Files of the task on mails, below the data folder: texts with labels, and the pretrained model.
+_MAILS, _TOKENIZER, _WEIGHTS = (
+    "mails/mails.jsonl",
+    "minilm/tokenizer.json",
+    "minilm/model.safetensors",
+)
+
 _FASHION_MNIST = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
@@ -62,6 +69,16 @@ class Images:
     validation: Labelled
 
 
+@dataclass(frozen=True)
+class Mails(Images):
+    """The same with tokens (int64, n×512, 0 after the end) for images, and 1 as label of spam.
+
+    ``weights`` is the safetensors file of the pretrained model.
+    """
+
+    weights: Path
+
+
 Data = Text | Images
 
 
@@ -81,21 +98,25 @@ def load(
     Raises:
         ValueError: If data cannot be read, or are too small for the task.
     """
-    loaded: dict[bool, Data] = {}
+    loaded: dict[str, Data] = {}
     data: dict[str, Data] = {}
     missing: dict[str, str] = {}
     for task in tasks:
-        text = task.data == "text"
+        kind = task.data.removeprefix("noised ")
         try:
-            if text not in loaded:
-                loaded[text] = load_text(files, corpus, data_dir) if text else load_images(data_dir)
+            if kind not in loaded:
+                loaded[kind] = (
+                    load_text(files, corpus, data_dir)
+                    if kind == "text"
+                    else (load_mails if kind == "mails" else load_images)(data_dir)
+                )
         except ValueError as error:
-            if text or needed:
+            if kind == "text" or needed:
                 raise
             missing[task.name] = str(error)
         else:
-            check_size(loaded[text], task)
-            data[task.name] = loaded[text]
+            check_size(loaded[kind], task)
+            data[task.name] = loaded[kind]
     return data, missing
 
 
@@ -219,6 +240,42 @@ def load_images(data_dir: Path) -> Images:
     return Images(about, (images[:cut], labels[:cut]), (images[cut:], labels[cut:]), arrays["test"])
 
 
+def load_mails(data_dir: Path) -> Mails:
+    """Load the mails of SpamAssassin's public corpus, tokenized for MiniLM.
+
+    Raises:
+        ValueError: If they or the model have not been fetched.
+    """
+    from tokenizers import Tokenizer
+
+    for name in (_MAILS, _TOKENIZER, _WEIGHTS):
+        if not (data_dir / name).is_file():
+            raise ValueError(f"the task on mails needs {data_dir / name}: run `make data`")
+    raw = _read(data_dir / _MAILS, TEXT_LIMIT)
+    mails = [json.loads(line) for line in raw.splitlines()]
+    tokenizer = Tokenizer.from_file(str(data_dir / _TOKENIZER))
+    tokenizer.enable_truncation(512)
+    tokenizer.enable_padding(length=512)
+    coded = tokenizer.encode_batch([mail["text"] for mail in mails])
+    tokens = np.array([code.ids for code in coded], dtype=np.int64)
+    labels = np.array([mail["spam"] for mail in mails], dtype=np.uint8)
+    first, second = int(0.7 * len(mails)), int(0.85 * len(mails))
+    digest = hashlib.sha256(raw)
+    with open(data_dir / _WEIGHTS, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    about = {
+        "source": "SpamAssassin's public mails, MiniLM's weights",
+        **_provenance("mails", data_dir),
+        "mails": len(mails),
+        "sha256": digest.hexdigest(),
+        "split": "first 70 % train, next 15 % tune, last 15 % validation",
+    }
+    cuts = (slice(first), slice(first, second), slice(second, None))
+    train, tune, validation = ((tokens[cut], labels[cut]) for cut in cuts)
+    return Mails(about, train, tune, validation, data_dir / _WEIGHTS)
+
+
 def _read_idx(path: Path) -> np.ndarray:
     """Read IDX: two zero bytes, type 8 (unsigned byte), rank, big-endian sizes, values."""
     try:
@@ -260,6 +317,17 @@ class Pictures(Dataset[Item]):
         number = int(self._chosen[index])
         image = torch.from_numpy(self._images[number].astype(np.float32) / 127.5 - 1)
         return image[None], torch.tensor(int(self._labels[number]))
+
+
+class Letters(Pictures):
+    """Mails as tokens (int64, ``context``), and labels (int64, 0-D)."""
+
+    def __init__(self, part: Labelled, chosen: np.ndarray, context: int) -> None:
+        super().__init__((part[0][:, :context], part[1]), chosen)
+
+    def __getitem__(self, index: int) -> Item:
+        number = int(self._chosen[index])
+        return torch.from_numpy(self._images[number]), torch.tensor(int(self._labels[number]))
 
 
 class NoisedPictures(Pictures):
@@ -325,6 +393,8 @@ def check_size(data: Data, task: TaskConfig) -> None:
 
 
 def _pictures(part: Labelled, task: TaskConfig, chosen: np.ndarray, seed: int) -> Pictures:
+    if task.data == "mails":
+        return Letters(part, chosen, task.context)
     noised = task.data == "noised images"
     return NoisedPictures(part, chosen, seed) if noised else Pictures(part, chosen)
 
@@ -344,7 +414,7 @@ def _whole_batches(available: int, task: TaskConfig, part: str) -> int:
     whole = count // task.batch_size * task.batch_size
     if whole == 0:
         raise ValueError(
-            f"the {part} part of the data has {count} windows or images, less than one batch of "
+            f"the {part} part of the data has {count} {task.items}, less than one batch of "
             f"{task.batch_size}. Give more data, or a smaller --batch-size"
         )
     return whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +54,38 @@ class ModelSpec:
         return self.about.format(task=task)
 
 
-def build_model(task: TaskConfig) -> nn.Module:
-    """Build the task's model."""
-    return MODELS[task.model].build(task)
+def build_model(task: TaskConfig, weights: Path | None = None) -> nn.Module:
+    """Build the task's model, with new weights where the safetensors file has none."""
+    model = MODELS[task.model].build(task)
+    if weights is not None:
+        from safetensors.torch import load_file
+
+        # The head is new, and the file has no prefix.
+        found = {f"bert.{name}": value for name, value in load_file(weights).items()}
+        rest = model.load_state_dict(found, strict=False).missing_keys
+        if rest != ["classifier.weight", "classifier.bias"]:
+            raise ValueError(f"{weights}: got no weights for {', '.join(rest)}")
+    return model
+
+
+def _minilm(task: TaskConfig) -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        hidden_size=task.width,
+        num_hidden_layers=task.layers,
+        num_attention_heads=task.heads,
+        intermediate_size=4 * task.width,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    config.num_labels = 2
+    model: nn.Module = BertForSequenceClassification(config)
+    model.register_forward_pre_hook(
+        lambda model, inputs, options: (inputs, {**options, "attention_mask": inputs[0] != 0}),
+        with_kwargs=True,
+    )
+    return model
 
 
 def _gpt2(task: TaskConfig) -> nn.Module:
@@ -205,6 +235,9 @@ MODELS = {
     ),
     "vit": ModelSpec(f"ViT, {_SIZE}, patches of 4×4", _vit),
     "cnn": ModelSpec("residual CNN, {task.width} channels", _cnn),
+    "minilm": ModelSpec(
+        "pretrained MiniLM, {task.layers} layers × {task.width}", _minilm, unit="nat per mail"
+    ),
     "unet": ModelSpec(
         "denoising U-Net, {task.width} channels",
         lambda task: UNet(task.width),

@@ -188,7 +188,7 @@ def in_words(study: Study, task: TaskConfig) -> Iterator[str]:
         items = f"{study.final(task.name, names[0])[0].eval_items:,}"
         yield (
             f"All runs are evaluated on the same {items} "
-            f"{'windows' if task.context else 'images'}. With another choice of them, a difference "
+            f"{task.items}. With another choice of them, a difference "
             f"between two runs would change by about {error:.4f} (its standard error)."
         )
 

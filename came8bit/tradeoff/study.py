@@ -127,7 +127,11 @@ class Study:
             return self.config.rate(optimizer)
         means = self.tuned(task, optimizer)
         known = {lr: loss for lr, loss in means.items() if loss is not None}
-        return min(known, key=known.__getitem__) if known else min(means or [self._low(optimizer)])
+        return (
+            min(known, key=known.__getitem__)
+            if known
+            else min(means or [self._low(task, optimizer)])
+        )
 
     def leader(self, optimizer: str) -> str:
         """Return the optimizer whose search decides on the learning rate: itself, or another."""
@@ -178,7 +182,9 @@ class Study:
                 short = replace(task, steps=3, eval_items=task.batch_size, eval_every=0)
                 for name in self.usable():
                     # The size of the steps does not matter here; it only has to be small enough.
-                    yield self._spec("memory", short, name, self.config.seeds[0], self._low(name))
+                    yield self._spec(
+                        "memory", short, name, self.config.seeds[0], self._low(task.name, name)
+                    )
         for task in self.tasks():
             for name in filter(self.searches, self.usable()):
                 for lr in self._search(task.name, name):
@@ -196,7 +202,7 @@ class Study:
 
     def _search(self, task: str, optimizer: str) -> Iterator[float]:
         """Yield the grid, then factors of two beyond it while the best lies at its edge."""
-        tried = set(self.config.grid(optimizer))
+        tried = set(self._grid(task, optimizer))
         yield from sorted(tried)
         while optimizer not in self.config.grids and len(tried) < _MOST_RATES:
             best = self.learning_rate(task, optimizer)
@@ -206,8 +212,12 @@ class Study:
             tried.add(beyond)
             yield beyond
 
-    def _low(self, optimizer: str) -> float:
-        return min(self.config.rates.get(optimizer, 1.0), *self.config.grid(optimizer))
+    def _grid(self, task: str, optimizer: str) -> tuple[float, ...]:
+        (config,) = (each for each in self.config.tasks if each.name == task)
+        return self.config.grid(optimizer, config)
+
+    def _low(self, task: str, optimizer: str) -> float:
+        return min(self.config.rates.get(optimizer, 1.0), *self._grid(task, optimizer))
 
     def _spec(self, purpose: str, task: TaskConfig, name: str, seed: int, lr: float) -> RunSpec:
         precision, cpu = self.config.mixed_precision, self.config.cpu

