@@ -2,7 +2,8 @@
 
     python -m benchmarks.state_bytes
 
-Prints the table of ``docs/internals/algorithm.md``. "Official" is ``factored_view="last_two"``.
+Prints the table of ``docs/internals/algorithm.md``. "Official view" is CAME8bit with
+``factored_view="last_two"``.
 """
 
 from __future__ import annotations
@@ -61,16 +62,17 @@ def row(name: str, shapes: list[Shape]) -> str:
         view += f", {layout.momentum_bits}-bit"
     per = [
         state_bytes(shapes, optim_bits=bits, factored_view=option) / numel
-        for bits, option in ((8, "smallest"), (8, "last_two"), (32, "smallest"))
+        for bits, option in [(bits, "smallest") for bits in (32, 8, 4, 2)] + [(8, "last_two")]
     ]
-    return f"| {name} | {shape} | {view} | {per[0]:.3f} | {per[1]:.3f} | {per[2]:.3f} |"
+    return f"| {name} | {shape} | {view} | {' | '.join(f'{each:.3f}' for each in per)} |"
 
 
 def table() -> list[str]:
     """All lines."""
     lines = [
-        "| parameter | shape | view, momentum | CAME8bit | official view | CAME32bit |",
-        "|---|---|---|---|---|---|",
+        "| parameter | shape | view, momentum | CAME32bit | CAME8bit | CAME4bit | CAME2bit "
+        "| official view |",
+        "|---" * 8 + "|",
     ]
     lines += [row(name, [shape]) for name, shape in LAYERS]
     lines += [row("**GPT-2 small**", gpt2_small()), row("**Llama 7B**", llama_7b())]
