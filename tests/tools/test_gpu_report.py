@@ -3,8 +3,6 @@
 What a part makes of the programs it runs is tried with programs that end as wished.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -13,7 +11,6 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import gpu_report
 import gpu_report_parts as parts
@@ -25,7 +22,7 @@ from paths import ROOT
 
 
 @pytest.fixture
-def report(tmp_path: Path) -> Report:
+def report(tmp_path):
     made = Report(tmp_path / "out", tmp_path / "work", tmp_path / "wheels")
     made.gpu = {"gpu": "NVIDIA Moon", "capability": "9.0"}
     for folder in (made.out, made.work, made.wheels):
@@ -33,18 +30,26 @@ def report(tmp_path: Path) -> Report:
     return made
 
 
-def part_of(seconds: float = 50.0) -> Part:
+def part_of(seconds=50.0):
     return Part("part", time.monotonic() + seconds)
 
 
+def ended(function, report, *arguments, seconds=50.0):
+    """The part that ``function`` has run; its lines are one text, too."""
+    part = part_of(seconds)
+    function(report, part, *arguments)
+    part.said = "\n".join(part.lines)
+    return part
+
+
 @pytest.fixture
-def programs(monkeypatch: pytest.MonkeyPatch) -> Any:
+def programs(monkeypatch):
     """Have every program print a text and give a status; returns their commands."""
 
-    def make(status: int | None, text: str) -> list[list[str]]:
-        commands: list[list[str]] = []
+    def make(status, text):
+        commands = []
 
-        def run(report: Report, part: Part, *command: object, **_: object) -> int | None:
+        def run(report, part, *command, **_):
             commands.append([str(word) for word in command])
             (report.work / f"{part.name}.log").write_text(text)
             if "--install" in command:
@@ -63,7 +68,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Any:
 # --- time and programs ----------------------------------------------------------------------------
 
 
-def test_parts_share_the_budget() -> None:
+def test_parts_share_the_budget():
     assert gpu_report.share([60, 600, 940], math.inf) == 60
     assert gpu_report.share([60, 600, 940], 800) == 30
     assert gpu_report.share([600, 400], 900) == 540  # what the first has not taken is for all
@@ -74,7 +79,7 @@ def test_parts_share_the_budget() -> None:
     assert gpu_report.parse(["--out", "x"]).budget == math.inf
 
 
-def test_nothing_of_a_stopped_program_goes_on(report: Report) -> None:
+def test_nothing_of_a_stopped_program_goes_on(report):
     """It is asked first, and can write; its children do not survive it, deaf as they may be."""
     child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     code = (
@@ -97,17 +102,17 @@ def test_nothing_of_a_stopped_program_goes_on(report: Report) -> None:
     assert report.run(part_of(), "/no/such/program") == 127
 
 
-def test_what_is_kept_of_parts_that_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def breaks(report: Report, part: Part) -> None:
+def test_what_is_kept_of_parts_that_fail(monkeypatch, tmp_path):
+    def breaks(report, part):
         """Break."""
         raise ValueError("the moon")
 
-    def works(report: Report, part: Part) -> None:
+    def works(report, part):
         """Work."""
         (report.work / "works.log").write_text("all is well")
         part.end(OK, "fine")
 
-    def ends(report: Report, part: Part) -> None:
+    def ends(report, part):
         """Be told to end."""
         kill = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
         report.run(part, sys.executable, "-c", kill)
@@ -140,18 +145,16 @@ def test_what_is_kept_of_parts_that_fail(monkeypatch: pytest.MonkeyPatch, tmp_pa
 # --- facts, build, peers --------------------------------------------------------------------------
 
 
-def test_facts(report: Report) -> None:
-    for gpu, status in (report.gpu, OK), ({"problem": "no driver"}, FAILED):
-        part, report.gpu = part_of(), gpu
-        parts.facts(report, part)
-        assert part.status == status
-        assert ("torch sees no GPU" in part.lines) == (status == FAILED)
-        assert "capability 9.0" in "\n".join(part.lines) or status == FAILED
+def test_facts(report):
+    part = ended(parts.facts, report)
+    assert part.status == OK
+    assert "capability 9.0" in part.said
+    report.gpu = {"problem": "no driver"}
+    part = ended(parts.facts, report)
+    assert (part.status, part.lines[-1]) == (FAILED, "torch sees no GPU")
 
 
-def test_a_kept_build_is_not_made_again(
-    report: Report, programs: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_kept_build_is_not_made_again(report, programs, monkeypatch, tmp_path):
     """But for other sources or another GPU, or if it cannot be loaded."""
     monkeypatch.setattr(parts, "ROOT", tmp_path)
     source, installed = tmp_path / "csrc" / "step.cu", tmp_path / "came8bit" / "_C_cuda.so"
@@ -159,10 +162,10 @@ def test_a_kept_build_is_not_made_again(
     installed.parent.mkdir()
     source.write_text("1")
 
-    def built(capability: str, keep: bool, *, kept: bool) -> list[list[str]]:
+    def built(capability, keep, *, kept):
         report.gpu, report.keep = {"capability": capability}, keep
-        commands, part = programs(0, "-- came8bit: nvcc 13.0.88, sm_90\n"), part_of()
-        parts.build(report, part)
+        commands = programs(0, "-- came8bit: nvcc 13.0.88, sm_90\n")
+        part = ended(parts.build, report)
         assert part.status == OK
         assert part.lines[0].startswith("kept:" if kept else "came8bit: nvcc 13.0.88")
         return commands
@@ -181,14 +184,13 @@ def test_a_kept_build_is_not_made_again(
     source.write_text("2")
     built("8.0", True, kept=False)
     programs(1, "step.cu(1): error: the moon")
-    part = part_of()
-    parts.build(report, part)
+    part = ended(parts.build, report)
     assert part.lines[0] == "what was kept cannot be loaded here; built anew"
     assert part.status == FAILED
-    assert "the moon" in "\n".join(part.lines)
+    assert "the moon" in part.said
 
 
-def test_wheels_are_unpacked_beside_the_build(report: Report) -> None:
+def test_wheels_are_unpacked_beside_the_build(report):
     """In earnest: one that is broken is not all of them."""
     for name in ("broken", "hypothesis"):  # of which the second is there already
         (report.wheels / f"{name}-1.0-py3-none-any.whl").write_text("not a zip")
@@ -199,9 +201,8 @@ def test_wheels_are_unpacked_beside_the_build(report: Report) -> None:
         file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         file.writestr(f"{info}/RECORD", f"lunar_optimizer.py,,\n{info}/METADATA,,\n")
     report.peers.start()
-    part = part_of()
-    parts.peers(report, part)
-    found = [line.replace("-1.0-py3-none-any.whl:", "") for line in part.lines]
+    lines = ended(parts.peers, report).lines
+    found = [line.replace("-1.0-py3-none-any.whl:", "") for line in lines]
     assert found == ["broken NOT installed", "lunar_optimizer installed"]
     assert report.peers.unpacked.is_set()
     assert (report.work / "site" / "lunar_optimizer.py").exists()
@@ -231,81 +232,74 @@ def test_passed_after_all_that(): pass
 """
 
 
-ALONE = (("kernels", "_device"), ("paging", ""))
-
-
-def run_tests(report: Report, text: str, part: Part) -> Session:
+def run_tests(report, text, seconds=50.0):
     path = report.work / "test_it.py"
     path.write_text(text)
+    part = part_of(seconds)
     session = gpu_report_tests.run_pytest(report, part, "tests", [path], 1, part.left())
-    gpu_report_tests.judge(report, part, [session])
+    part = ended(gpu_report_tests.judge, report, [session])
     assert part.status == FAILED
-    return session
+    return session, part
 
 
-def test_every_kind_of_result(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_result(report, monkeypatch):
     """Tests are named after what becomes of them."""
     monkeypatch.setattr(gpu_report_tests, "HANG_SECONDS", 3)
-    part = part_of(150)
-    session = run_tests(report, OUTCOMES, part)
+    session, part = run_tests(report, OUTCOMES, 150)
     found = {test.split("::test_")[1]: kind for test, kind in session.kinds.items()}
     assert len(found) == 8
     assert all(name.startswith(kind) for name, kind in found.items())
     assert session.finished
     assert "2 passed, 2 failed, 1 error, 2 crashed, 1 skipped, 0 not reached" in part.lines
     for text in ("AssertionError: the moon", "ValueError: without", "skipped: ", "without a GPU"):
-        assert text in "\n".join(part.lines)
+        assert text in part.said
     assert "the device was lost: an illegal memory access" in part.lines
     assert "in test_crashed_since_it_hangs" in report.text(part)  # where it was
 
 
-def test_results_before_the_time_is_up_are_kept(report: Report) -> None:
-    part = part_of(15)
+def test_results_before_the_time_is_up_are_kept(report):
     text = "import pytest, time\npytestmark = pytest.mark.cuda\ndef test_a(): pass\n"
-    run_tests(report, text + "def test_b(): time.sleep(60)\ndef test_c(): pass\n", part)
+    text += "def test_b(): time.sleep(60)\ndef test_c(): pass\n"
+    _, part = run_tests(report, text, 15)
     assert part.lines[0] == "1 passed, 0 failed, 0 error, 0 crashed, 0 skipped, 2 not reached"
     assert "pytest (tests) ran out of time:" in part.lines
-    part = part_of()
-    run_tests(report, "import no_such_module", part)
-    assert "No module named 'no_such_module'" in "\n".join(part.lines)
+    _, part = run_tests(report, "import no_such_module")
+    assert "No module named 'no_such_module'" in part.said
 
 
 @pytest.mark.parametrize(
-    ("outcome", "finished", "expected", "in_a_dry_run"),
+    ("outcome", "finished", "expected"),
     [
-        ("passed", True, OK, NOT_RUN),
-        ("skipped", True, FAILED, NOT_RUN),  # it could have run there
-        ("failed", True, FAILED, FAILED),
-        ("not reached", True, FAILED, FAILED),
-        ("passed", False, FAILED, FAILED),  # pytest itself failed
+        ("passed", True, (OK, NOT_RUN)),
+        ("skipped", True, (FAILED, NOT_RUN)),  # it could have run there
+        ("failed", True, (FAILED, FAILED)),
+        ("not reached", True, (FAILED, FAILED)),
+        ("passed", False, (FAILED, FAILED)),  # pytest itself failed
     ],
 )
-def test_only_tests_that_all_pass_are_good(
-    report: Report, outcome: str, finished: bool, expected: str, in_a_dry_run: str
-) -> None:
+def test_only_tests_that_all_pass_are_good(report, outcome, finished, expected):
     session = Session("tests", 2, finished, {"t::a": "passed", "t::b": outcome})
-    for dry, status in ((False, expected), (True, in_a_dry_run)):
-        part, report.dry = part_of(), dry
-        gpu_report_tests.judge(report, part, [session])
-        assert part.status == status
+    for report.dry, status in zip((False, True), expected, strict=True):
+        assert ended(gpu_report_tests.judge, report, [session]).status == status
 
 
-def test_all_marked_tests_are_run(report: Report, programs: Any) -> None:
-    commands, part = programs(1, "No module named pytest"), part_of()
-    gpu_report_tests.tests(report, part)
+def test_all_marked_tests_are_run(report, programs):
+    commands = programs(1, "No module named pytest")
+    part = ended(gpu_report_tests.tests, report)
     assert part.status == FAILED
-    assert "No module named pytest" in "\n".join(part.lines)
+    assert "No module named pytest" in part.said
     shared, alone = ([w for w in command if w.endswith(".py")] for command in commands)
     assert shared == [f"{ROOT}/tests/kernels/test_cuda.py"]
-    assert {f"{ROOT}/tests/{n}/test_cuda{m}.py" for n, m in ALONE} < set(alone) - set(shared)
+    wanted = {
+        f"{ROOT}/tests/{name}.py" for name in ("kernels/test_cuda_device", "paging/test_cuda")
+    }
+    assert wanted < set(alone) - set(shared)
 
 
 # --- sanitizer, benchmarks ------------------------------------------------------------------------
 
 
-def test_where_the_sanitizer_is_looked_for(
-    report: Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_where_the_sanitizer_is_looked_for(report, monkeypatch, tmp_path):
     for name in ("CUDA_PATH", "CUDACXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
@@ -320,9 +314,9 @@ def test_where_the_sanitizer_is_looked_for(
     (tmp_path / "real/bin/nvcc").touch(0o755)
     (tmp_path / "toolkit/bin/nvcc").symlink_to(tmp_path / "real/bin/nvcc")
     for place in places.split():
-        part, found = part_of(), tmp_path / place / "compute-sanitizer"
+        found = tmp_path / place / "compute-sanitizer"
         found.touch(0o644)
-        parts.sanitizer("racecheck")(report, part)
+        part = ended(parts.sanitizer("racecheck"), report)
         assert part.status == NOT_RUN
         assert part.lines == ["compute-sanitizer is not on this machine: racecheck did NOT run"]
         found.chmod(0o755)
@@ -341,36 +335,33 @@ def test_where_the_sanitizer_is_looked_for(
         (1, "========= Error: Device not supported", NOT_RUN, "memcheck did NOT run"),
     ],
 )
-def test_sanitizer(
-    report: Report, programs: Any, status: int | None, text: str, expected: str, line: str
-) -> None:
-    commands, part = programs(status, f"========= COMPUTE-SANITIZER\n{text}"), part_of()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "find_sanitizer", lambda: "/usr/bin/compute-sanitizer")
-        parts.sanitizer("memcheck")(report, part)
+def test_sanitizer(report, programs, monkeypatch, status, text, expected, line):
+    commands = programs(status, f"========= COMPUTE-SANITIZER\n{text}")
+    monkeypatch.setattr(parts, "find_sanitizer", lambda: "/usr/bin/compute-sanitizer")
+    part = ended(parts.sanitizer("memcheck"), report)
     assert commands[0][1:3] == ["--tool", "memcheck"]
     assert part.status == expected
-    assert line in "\n".join(part.lines)
+    assert line in part.said
 
 
 @pytest.mark.parametrize("status", [0, 1, 3, None])
-def test_benchmarks(report: Report, programs: Any, status: int | None) -> None:
+def test_benchmarks(report, programs, status):
     said = ["tiny float32 CAME8bit 1.0 ms 1.00 x ours", "holds  target: it fits", "MISSED goal: x"]
     said += ["not run: y: out of time", "    X=1: 3 ms", "cap llama-7b 16 GB: ok, 7 tokens/s"]
     for run, options in (
         (parts.step_times("benchmarks"), "benchmarks.gpu_step --pieces benchmarks --add"),
         (parts.capped, "benchmarks.memory_cap"),
     ):
-        commands, part = programs(status, "\n".join([*said, "something else"])), part_of(40)
-        run(report, part)
+        commands = programs(status, "\n".join([*said, "something else"]))
+        part = ended(run, report, seconds=40)
         expected = f"{sys.executable} -m {options} --out {report.out} --seconds 30"
         assert " ".join(commands[0]) == expected
         assert part.status == (OK if status == 0 else FAILED)
         assert part.lines[-len(said) :] == said
-        assert ("what was measured before is kept" in "\n".join(part.lines)) == (status != 0)
+        assert ("what was measured before is kept" in part.said) == (status != 0)
 
 
-def test_dry_run(tmp_path: Path) -> None:
+def test_dry_run(tmp_path):
     """In earnest, without the parts that take long: nothing pretends to have run on a GPU."""
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "tools" / "gpu_report.py", "--dry-run", "--out", out]
