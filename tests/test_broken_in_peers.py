@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import math
-import pickle
 import sys
 
 import accelerate
@@ -189,21 +188,6 @@ def test_08_grad_scaler_unscales_before_the_step():
     assert torch.equal(*weights)
 
 
-def test_09_closure_may_call_backward():
-    """A closure called under ``no_grad`` raises in backward()."""
-    param = start((8, 8))
-    optimizer = CAME8bit([param])
-
-    def closure():
-        optimizer.zero_grad()
-        loss = param.square().sum()
-        loss.backward()
-        return loss
-
-    first = optimizer.step(closure).item()
-    assert optimizer.step(closure).item() < first
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_10_low_precision_parameters_move_at_a_small_lr(dtype):
     """Nearest rounding loses updates of less than half a unit: displacement 0 after 300 steps."""
@@ -308,20 +292,6 @@ def test_14_channels_last_strides_and_views_survive():
     assert changed[8:40].all()
     assert not changed[:8].any()
     assert not changed[40:].any()
-
-
-def test_14_pickling_keeps_everything():
-    """Attributes were lost; the copy failed or went on with other options."""
-    param = start((64, 96), torch.bfloat16)
-    optimizer = CAME8bit([param], lr=1e-3, cautious=True, seed=3)
-    run(optimizer, param, gradients((64, 96), steps=2))
-    for other in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
-        (other_param,) = other.param_groups[0]["params"]
-        mine = copy.deepcopy(optimizer)
-        (my_param,) = mine.param_groups[0]["params"]
-        run(mine, my_param, gradients((64, 96), steps=2, seed=1))
-        run(other, other_param, gradients((64, 96), steps=2, seed=1))
-        assert_same(snapshot(mine), snapshot(other))
 
 
 def test_14_optim_bits_of_a_group_is_used():

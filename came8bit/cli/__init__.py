@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 from ..environment import package_version
 from ..errors import CliError, printable
-from . import checkpoint, estimate, info, tradeoff
+from . import estimate, facts, tradeoff
 
-_COMMANDS = (info, estimate, checkpoint, tradeoff)
+_COMMANDS = (facts, estimate, tradeoff)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,5 @@
 """Archives of torch.save whose bytes are not the numbers they stand for, and pickles that lie."""
 
-from __future__ import annotations
-
 import struct
 import zipfile
 

@@ -1,7 +1,5 @@
 """A save leaves the old file or the new one, whatever happens; nothing piles up."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

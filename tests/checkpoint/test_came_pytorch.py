@@ -1,7 +1,5 @@
 """State of came-pytorch: continued where it can be, refused with the cure where it cannot."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

@@ -1,7 +1,5 @@
 """Checkpoints: what is saved comes back, to whichever optimizer, and anybody can read the file."""
 
-from __future__ import annotations
-
 import json
 import math
 

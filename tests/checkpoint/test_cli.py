@@ -1,7 +1,5 @@
 """``came8bit inspect`` and ``came8bit convert``."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

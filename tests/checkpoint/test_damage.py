@@ -1,7 +1,5 @@
 """Files that are damaged, foreign or newer are refused, and the optimizer is as it was."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

@@ -3,8 +3,6 @@
 ``CAME8BIT_FUZZ_SEED`` and ``CAME8BIT_FUZZ_COUNT`` choose other files, and more.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """What saving and loading need beyond the state itself, measured in a process of its own."""
 
-from __future__ import annotations
-
 import pytest
 
 from benchmarks.process_memory import in_a_process

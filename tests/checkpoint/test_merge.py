@@ -1,7 +1,5 @@
 """Saved state meets an optimizer: the same rules for a state dict, its file, and a checkpoint."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import warnings

@@ -1,7 +1,5 @@
 """Names in checkpoints: what wrappers put into them, and what happens without them."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

@@ -1,7 +1,5 @@
 """Saving momentum on one rung and loading it on any other, from a file and from a state dict."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -15,7 +15,7 @@ import torch
 from fresh_modules import fresh_copy
 from problems import arguments_of, make_problem
 
-from came8bit.cli import info
+from came8bit.cli import facts as info
 from came8bit.ops import libraries, schema
 
 NO_NVCC = {"built": False, "reason": "no nvcc was found", "needs_nvcc": True}

@@ -1,7 +1,5 @@
 """Construction of the optimizer classes: arguments, defaults, what is refused."""
 
-from __future__ import annotations
-
 import inspect
 import math
 

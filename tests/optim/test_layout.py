@@ -1,7 +1,5 @@
 """The declarative list of state buffers: which view, which bits, how many bytes."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

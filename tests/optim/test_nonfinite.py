@@ -1,7 +1,5 @@
 """Gradients that are not finite."""
 
-from __future__ import annotations
-
 import math
 import warnings
 

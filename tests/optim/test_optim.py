@@ -1,7 +1,5 @@
 """Groups and the step of the optimizer classes."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -204,6 +202,7 @@ def test_casting_the_model_after_a_step_keeps_the_state():
 
 
 def test_closure_runs_with_gradients():
+    """In another optimizer, a closure called under ``no_grad`` raises in backward()."""
     param = parameter(4, 4)
     optimizer = CAME8bit([param])
 

@@ -1,7 +1,5 @@
 """Saving, loading, copying: nothing is lost, nothing is shared, nothing foreign gets in."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle
@@ -57,6 +55,7 @@ def test_resuming_is_bit_exact(cls, dtype, way):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_of_the_optimizer_are_complete(how, dtype):
+    """In other optimizers attributes were lost, or the copy went on with other options."""
     optimizer = trained(dtype, cautious=True, seed=5)
     other = how(optimizer)
     assert type(other) is type(optimizer)

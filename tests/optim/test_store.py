@@ -1,7 +1,5 @@
 """The seam between the optimizer and what keeps its state."""
 
-from __future__ import annotations
-
 import pickle
 from copy import deepcopy
 

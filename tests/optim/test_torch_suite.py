@@ -6,8 +6,6 @@ for everything that this one supports (no sparse, complex, foreach, fused or cap
 """
 # ruff: noqa: PT009, PT027 - torch's TestCase compares tensors and containers of them
 
-from __future__ import annotations
-
 import copy
 import functools
 

@@ -1,7 +1,5 @@
 """What configuration files, other optimizers' users and unusual parameters hand over."""
 
-from __future__ import annotations
-
 import warnings
 from decimal import Decimal
 from fractions import Fraction

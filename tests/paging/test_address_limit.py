@@ -5,8 +5,6 @@ the optimizer, and then limits its address space (``RLIMIT_AS``) to what it has,
 state's bytes, and :data:`CONSTANT`. File mappings count, as memory does.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

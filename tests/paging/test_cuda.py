@@ -1,7 +1,5 @@
 """Paged state on a GPU: the same bits, and copies that overlap kernels in a profiler's trace."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """Page files: space that is reserved, locks, and everything that can go wrong with a disk."""
 
-from __future__ import annotations
-
 import copy
 import errno
 import os

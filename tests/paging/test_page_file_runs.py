@@ -1,7 +1,5 @@
 """Page files of several runs: locks, files that are left behind, crashes."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

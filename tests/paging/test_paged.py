@@ -1,7 +1,5 @@
 """Paged state on the CPU: the bits of the dense optimizer, whatever happens to it."""
 
-from __future__ import annotations
-
 import os
 import resource
 from pathlib import Path
@@ -283,28 +281,6 @@ def test_a_parameter_that_changed_shape_is_refused():
     param.grad = torch.ones(300, 256)
     with pytest.raises(ValueError, match=r"shape \(300, 256\), its state was made for sh"):
         optimizer.step()
-
-
-@pytest.mark.parametrize("budget", [None, 500_000])
-def test_stepping_in_backward(budget, tmp_path):
-    def run(cls, released, **options):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(
-            torch.nn.Linear(300, 256), torch.nn.ReLU(), torch.nn.Linear(256, 512)
-        )
-        optimizer = cls(model.parameters(), lr=1e-3, **options)
-        if released:
-            came8bit.step_in_backward(optimizer)
-        for i in range(4):
-            optimizer.zero_grad()
-            x = torch.randn(8, 300, generator=torch.Generator().manual_seed(i))
-            model(x).square().mean().backward()
-            optimizer.step()
-        return complete(optimizer)
-
-    expected = run(CAME8bit, False)
-    options = {} if budget is None else {"page_budget": budget, "page_dir": tmp_path}
-    assert_same(expected, run(PagedCAME8bit, True, **options))
 
 
 # --- options --------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Paged state that is saved, loaded and copied."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,7 +1,5 @@
 """Pages of a device: copies on queues of their own, ordered by events and by nothing else."""
 
-from __future__ import annotations
-
 import copy
 from itertools import permutations
 

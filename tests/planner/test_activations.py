@@ -1,7 +1,5 @@
 """The trace of activations, against real tensors."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

@@ -1,7 +1,5 @@
 """``came8bit estimate``."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

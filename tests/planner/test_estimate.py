@@ -1,7 +1,5 @@
 """What is in memory at which moment, and what the planner advises."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache, partial
 

@@ -1,7 +1,5 @@
 """Bytes of parameters and state, against tensors that were really allocated."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

@@ -1,9 +1,6 @@
 """Where models come from, and which files are refused."""
 
-from __future__ import annotations
-
 import json
-import math
 import os
 import signal
 import struct
@@ -275,7 +272,3 @@ def test_other_files_are_refused(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"expected a config\.json"):
         planner.from_path(path)
-
-
-def test_numel_of_a_scalar():
-    assert planner.Parameter("scale", ()).numel == math.prod(()) == 1

@@ -4,8 +4,6 @@ The first gradient of a backward pass here is that of a bias, which is too small
 update must not come before somebody has looked at the pages of the others.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

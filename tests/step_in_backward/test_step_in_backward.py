@@ -209,21 +209,6 @@ def test_groups_added_later():
     assert_same(*results)
 
 
-def test_freezing_and_unfreezing():
-    def loop(net, optimizer, release):
-        for frozen in ((net.first, True), (net.first, False), (net.second, True)):
-            frozen[0].requires_grad_(not frozen[1])
-            for i in range(2):
-                optimizer.zero_grad()
-                loss_of(net, i).backward()
-                if release is not None:
-                    live = [p for p in net.parameters() if type(p.grad) is torch.Tensor]
-                    assert not live
-                optimizer.step()
-
-    assert_same(*both(loop))
-
-
 def test_parameters_frozen_at_first():
     results = []
     for released in (False, True):

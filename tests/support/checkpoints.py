@@ -1,7 +1,5 @@
 """Small trained optimizers for the tests of checkpoints."""
 
-from __future__ import annotations
-
 import torch
 from training import gradients, start
 

@@ -4,8 +4,6 @@
 what is here is for comparisons with other arithmetic.
 """
 
-from __future__ import annotations
-
 U = 2.0**-24
 
 # --- against came-pytorch, 100 steps at lr 1e-4 ---------------------------------------------------

@@ -1,7 +1,5 @@
 """Small parameters, gradients and training runs that the optimizer tests share."""
 
-from __future__ import annotations
-
 import torch
 
 

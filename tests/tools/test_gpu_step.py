@@ -1,14 +1,9 @@
 """What the benchmark for GPUs counts, how it times, what it scans and judges."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +21,7 @@ from benchmarks.peers import BITSANDBYTES
 # --- what is counted ------------------------------------------------------------------------------
 
 
-def test_counted_bytes() -> None:
+def test_counted_bytes():
     for dtype, streamed, cached, adamw in (("bfloat16", 13, 8, 10), ("float32", 23, 14, 16)):
         assert cases.streamed_bytes([(10, 10)], dtype) == 100 * streamed
         assert cases.cached_bytes([(10, 10)], dtype) == 100 * cached
@@ -44,7 +39,7 @@ def test_counted_bytes() -> None:
     assert cases.largest_swept(cases.CASES["gpt2"], "bfloat16") > 30e6
 
 
-def test_kernels_are_assigned_to_sweeps() -> None:
+def test_kernels_are_assigned_to_sweeps():
     shapes = [(1000, 1000), (1000,), (16, 16)]
     kernels = [
         ("void came8bit::(anonymous namespace)::second_moment_kernel<came8bit::Bf16, true>", 1e-3),
@@ -62,18 +57,18 @@ def test_kernels_are_assigned_to_sweeps() -> None:
     assert found["A"].flat(4e9)["of_copy"] == 0.5
 
 
-def sources() -> str:
+def sources():
     return "".join(path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh")))
 
 
-def test_the_kernels_are_still_called_that() -> None:
+def test_the_kernels_are_still_called_that():
     text = sources()
     for sweep in cases.SWEEPS:
         name = sweep.kernels.split(")")[-1]
         assert f"{name}(const Parameter" in text, name
 
 
-def test_state_of_tensor_subclasses_is_counted() -> None:
+def test_state_of_tensor_subclasses_is_counted():
     """torchao keeps its state in tensors without a storage of their own."""
     from torch.testing._internal.two_tensor import TwoTensor
 
@@ -85,8 +80,8 @@ def test_state_of_tensor_subclasses_is_counted() -> None:
     assert state_bytes(optimizer) == 40 + 40 + 32
 
 
-def test_targets() -> None:
-    def row(optimizer: str, **changes: Any) -> dict[str, Any]:
+def test_targets():
+    def row(optimizer, **changes):
         values = dict(
             case="8192x8192", dtype="bfloat16", optimizer=optimizer, tensors=1, numel=64 << 20,
             param_bytes=128 << 20, largest_swept_bytes=192 << 20, p50_ms=0.2, ms_per_1e9=2.9,
@@ -124,7 +119,7 @@ def test_targets() -> None:
     assert judge({**result, "about": {}}) == []  # no GPU, nothing to judge
 
 
-def test_kernels_by_name() -> None:
+def test_kernels_by_name():
     kernels = [
         ("void came8bit::(anonymous namespace)::apply_kernel<came8bit::Bf16, signed char, "
          "(came8bit::Access)2>(came8bit::Parameter const*, int)", 2e-3),
@@ -140,25 +135,25 @@ def test_kernels_by_name() -> None:
 # --- how steps are timed --------------------------------------------------------------------------
 
 
-def waiting_device(host: float, queued_in: float) -> Any:
+def waiting_device(host, queued_in):
     """A device on which a step takes ``host`` seconds to return and ``queued_in`` to be queued."""
 
     class Waiting(Device):
-        def __init__(self, name: str) -> None:
+        def __init__(self, name):
             super().__init__(name)
-            self.pauses: list[float] = []
+            self.pauses = []
 
-        def plain(self, step: Callable[[], object]) -> tuple[float, float]:
+        def plain(self, step):
             return 3.0, host
 
-        def covered(self, step: Callable[[], object], pause: float) -> tuple[float, bool]:
+        def covered(self, step, pause):
             self.pauses.append(pause)
             return 1.0, pause > queued_in
 
     return Waiting("cpu")
 
 
-def test_the_device_sleeps_until_all_is_queued() -> None:
+def test_the_device_sleeps_until_all_is_queued():
     device = waiting_device(host=0.01, queued_in=0.0)
     assert device.pause_for(lambda: None) == pytest.approx(0.025, rel=0.1)  # 2 to 3 times the host
     device = waiting_device(host=0.01, queued_in=0.04)
@@ -169,7 +164,7 @@ def test_the_device_sleeps_until_all_is_queued() -> None:
     assert max(device.pauses) <= 0.2
 
 
-def test_kernels_are_timed_covered_and_both_are_told() -> None:
+def test_kernels_are_timed_covered_and_both_are_told():
     times = bench_gpu.Times(pause=0.1)
     times.measure(waiting_device(0.01, 0.0), "CAME8bit", lambda: None)
     assert (times.covered, times.plain, times.host, times.hidden) == ([1.0], [3.0], [0.01], 1)
@@ -179,7 +174,7 @@ def test_kernels_are_timed_covered_and_both_are_told() -> None:
 
 
 @pytest.mark.parametrize("pause", [0.1, None])
-def test_plain_times_are_compared_with_plain_times(tmp_path: Path, pause: float | None) -> None:
+def test_plain_times_are_compared_with_plain_times(tmp_path, pause):
     run = start(Device("cpu"), 10, tmp_path, add=False)
     case = Case("tiny", "float32", make_params([(8, 8)], "float32", "cpu"))
     optimizer = torch.optim.SGD(case.params)
@@ -191,10 +186,8 @@ def test_plain_times_are_compared_with_plain_times(tmp_path: Path, pause: float 
     assert row["plain_p50_ms"] == 50_000.0
 
 
-def test_bitsandbytes_does_not_wait_while_kernels_are_timed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    waited: list[object] = []
+def test_bitsandbytes_does_not_wait_while_kernels_are_timed(monkeypatch):
+    waited = []
     module = SimpleNamespace(sync_gpu=waited.append)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim.optimizer", module)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace())
@@ -202,7 +195,7 @@ def test_bitsandbytes_does_not_wait_while_kernels_are_timed(
     with peers.unhindered("CAME8bit"):
         module.sync_gpu("a")
 
-    def fails() -> None:
+    def fails():
         with peers.unhindered(BITSANDBYTES):
             module.sync_gpu("b")
             raise ValueError("moon")
@@ -213,7 +206,7 @@ def test_bitsandbytes_does_not_wait_while_kernels_are_timed(
     assert waited == ["a", "c"]
 
 
-def test_bitsandbytes_still_waits_there() -> None:
+def test_bitsandbytes_still_waits_there():
     """Where it is installed: what is replaced is what its step calls."""
     optimizer = pytest.importorskip("bitsandbytes.optim.optimizer")
     assert "sync_gpu" in optimizer.Optimizer8bit.step.__wrapped__.__code__.co_names
@@ -222,7 +215,7 @@ def test_bitsandbytes_still_waits_there() -> None:
 # --- scans ----------------------------------------------------------------------------------------
 
 
-def test_the_library_sees_what_a_scan_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_sees_what_a_scan_sets(monkeypatch):
     """By ``getenv`` of C, as csrc/cuda/step.cu asks."""
     library = ctypes.CDLL(None)
     library.getenv.restype = ctypes.c_char_p
@@ -237,7 +230,7 @@ def test_the_library_sees_what_a_scan_sets(monkeypatch: pytest.MonkeyPatch) -> N
     assert name not in os.environ
 
 
-def test_scans_are_of_what_decides_something() -> None:
+def test_scans_are_of_what_decides_something():
     of = {(scan.variable, scan.case): scan for scan in scans.SCANS}
     groups = [case for variable, case in of if variable == scans.GROUP]
     l2 = 50 << 20
@@ -251,7 +244,7 @@ def test_scans_are_of_what_decides_something() -> None:
     assert of[scans.ROUNDS, "llama-7b-layers"].values == ("8", "16", "32")
 
 
-def test_a_variable_that_a_library_does_not_ask_for(tmp_path: Path) -> None:
+def test_a_variable_that_a_library_does_not_ask_for(tmp_path):
     library = tmp_path / "_C_cuda.so"
     library.write_bytes(b"\0CAME8BIT_CUDA_GROUP_BYTES\0")
     assert scans.is_known("CAME8BIT_CUDA_GROUP_BYTES", str(library))
@@ -259,11 +252,11 @@ def test_a_variable_that_a_library_does_not_ask_for(tmp_path: Path) -> None:
     assert not scans.is_known("CAME8BIT_CUDA_GROUP_BYTES", None)
 
 
-def test_every_value_is_set_while_it_is_timed(tmp_path: Path) -> None:
-    seen: list[str] = []
+def test_every_value_is_set_while_it_is_timed(tmp_path):
+    seen = []
 
     class Watching(Device):
-        def covered(self, step: Callable[[], object], pause: float) -> tuple[float, bool]:
+        def covered(self, step, pause):
             seen.append(os.environ.get("X_VARIABLE", "1"))
             return float(seen[-1] or 0), True
 

@@ -1,17 +1,12 @@
 """Whole runs of the benchmark for GPUs, as far as a machine without one can try them."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +21,7 @@ from benchmarks.peers import BITSANDBYTES, OURS, Peer
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def bench(monkeypatch):
     """With quick optimizers, one that is missing and one that fails."""
     chosen = {name: peers.OPTIMIZERS[name] for name in ("CAME8bit", "CAME32bit", "AdamW(fused)")}
     chosen["absent"] = Peer("no_such_module", "x")
@@ -39,20 +34,20 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return bench_gpu
 
 
-def run(bench: ModuleType, folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
+def run(bench, folder, *options):
     """One call of the benchmark on the CPU; its status and its file."""
     status = bench.main(["--device", "cpu", "--seconds", "60", "--out", str(folder), *options])
     return status, json.loads((folder / "gpu.json").read_text())
 
 
-def measured(result: dict[str, Any]) -> set[tuple[str, str, str]]:
+def measured(result):
     return {(row["case"], row["dtype"], row["optimizer"]) for row in result["rows"]}
 
 
 # --- whole runs -----------------------------------------------------------------------------------
 
 
-def test_benchmark_on_the_cpu(bench: ModuleType, tmp_path: Path) -> None:
+def test_benchmark_on_the_cpu(bench, tmp_path):
     """Missing and failing optimizers are said, the others measured; the files can be read."""
     for _ in range(2):
         status, result = run(bench, tmp_path)
@@ -83,7 +78,7 @@ def test_benchmark_on_the_cpu(bench: ModuleType, tmp_path: Path) -> None:
         run(bench, tmp_path, "--pieces", "benchmarks", "--cases", "tiny")
 
 
-def test_pieces_go_into_one_file(bench: ModuleType, tmp_path: Path) -> None:
+def test_pieces_go_into_one_file(bench, tmp_path):
     one = ("--cases", "tiny-matrix", "--dtypes", "float32", "--add", "--pieces")
     _, first = run(bench, tmp_path, *one, "benchmarks")
     _, second = run(bench, tmp_path, *one, "others")
@@ -112,21 +107,15 @@ OUT_OF_MEMORY, LAUNCH = torch.OutOfMemoryError("CUDA out of memory"), RuntimeErr
 @pytest.mark.parametrize(
     ("error", "lost"), [(OUT_OF_MEMORY, None), (LAUNCH, None), (LAUNCH, DeviceLost("unspecified"))]
 )
-def test_a_case_that_fails_is_not_the_rest(
-    bench: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
-    lost: Exception | None,
-) -> None:
+def test_a_case_that_fails_is_not_the_rest(bench, tmp_path, monkeypatch, error, lost):
     """Unless it takes the device with it; then what is known is left."""
 
-    def make(shapes: Any, dtype: str, device: str) -> Any:
+    def make(shapes, dtype, device):
         if shapes == [(256, 256)]:
             raise error
         return make_params(shapes, dtype, device)
 
-    def check(device: Any) -> None:
+    def check(device):
         if lost:
             raise lost
 
@@ -144,7 +133,7 @@ def test_a_case_that_fails_is_not_the_rest(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_leaves_what_it_knows(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stopped_run_leaves_what_it_knows(tmp_path, number):
     """However it ends: in the middle of the second case there are rows of the first."""
     code = (
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -178,7 +167,7 @@ def test_a_stopped_run_leaves_what_it_knows(tmp_path: Path, number: signal.Signa
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["gpu.csv", "gpu.json"]
 
 
-def test_benchmark_out_of_time(bench: ModuleType, tmp_path: Path) -> None:
+def test_benchmark_out_of_time(bench, tmp_path):
     bench.main(["--device", "cpu", "--seconds", "0", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert result["rows"] == []
@@ -186,9 +175,7 @@ def test_benchmark_out_of_time(bench: ModuleType, tmp_path: Path) -> None:
     assert {"tiny bfloat16", "tiny float32 CAME32bit"} < {item["what"] for item in late}
 
 
-def test_the_largest_tensor_is_stepped_alone(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_largest_tensor_is_stepped_alone(bench, tmp_path, monkeypatch):
     """In bf16 only: for the extra memory of its step, which has a target."""
     (name,) = cases.ALONE
     assert CASES[name] == [(128256, 4096)]
@@ -204,14 +191,14 @@ def test_the_largest_tensor_is_stepped_alone(
     assert not memory["holds"]
 
 
-def test_what_may_take_forever_comes_last() -> None:
+def test_what_may_take_forever_comes_last():
     """torchao compiles within its first step, where no clock is looked at."""
     assert list(peers.OPTIMIZERS)[-1] == "torchao AdamW8bit"
     assert list(bench_gpu.PIECES)[-1] == "others"
     assert peers.MAIN == (OURS, "AdamW(fused)", BITSANDBYTES)
 
 
-def test_benchmark_needs_a_gpu_or_to_be_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_needs_a_gpu_or_to_be_told(capsys):
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
             bench_gpu.parse([])
@@ -226,18 +213,18 @@ def test_benchmark_needs_a_gpu_or_to_be_told(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.fixture
-def fake_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+def fake_gpu(monkeypatch, tmp_path):
     """The calls that the benchmark makes of a GPU, whose memory is the CPU's."""
-    calls: list[str] = []
+    calls = []
 
-    def call(name: str, result: object = None) -> Callable[..., object]:
-        def called(*_: object, **__: object) -> object:
+    def call(name, result=None):
+        def called(*_, **__):
             calls.append(name)
             return result
 
         return called
 
-    def event(enable_timing: bool) -> SimpleNamespace:
+    def event(enable_timing):
         return SimpleNamespace(
             record=call("record"),
             query=call("query", False),
@@ -271,11 +258,11 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         monkeypatch.setattr(module, "kernel_status", kernels, raising=False)
 
     class FakeDevice(Device):
-        def __init__(self, name: str) -> None:
+        def __init__(self, name):
             super().__init__("cpu")
             self.is_cuda = True
 
-        def copy_bandwidth(self, nbytes: int | None = None, repeats: int = 3) -> dict[str, Any]:
+        def copy_bandwidth(self, nbytes=None, repeats=3):
             return super().copy_bandwidth(1 << 10, repeats)
 
     small = {name: [(64, 64), (8,)] for name in bench_gpu.CASES}
@@ -289,7 +276,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return calls
 
 
-def test_in_what_order_a_gpu_is_asked(bench: ModuleType, fake_gpu: list[str]) -> None:
+def test_in_what_order_a_gpu_is_asked(bench, fake_gpu):
     """The pause comes before the event that begins, and all is queued before anyone waits."""
     device = bench.Device("cuda")
     fake_gpu.clear()
@@ -307,9 +294,7 @@ def test_in_what_order_a_gpu_is_asked(bench: ModuleType, fake_gpu: list[str]) ->
     assert device.extra_bytes(step) == 1_000_000
 
 
-def test_everything_as_on_a_gpu(
-    bench: ModuleType, fake_gpu: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_everything_as_on_a_gpu(bench, fake_gpu, tmp_path, capsys):
     """All lines that only a GPU reaches, but for the calls of CUDA themselves."""
     out = tmp_path / "out"
     assert bench.main(["--seconds", "100", "--out", str(out)]) == 0

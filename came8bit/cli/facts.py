@@ -1,4 +1,4 @@
-"""``came8bit inspect`` and ``convert``: what is in a checkpoint, and a copy of it in other bits."""
+"""``came8bit info``, ``inspect`` and ``convert``: this installation, and what a checkpoint has."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import came8bit
 
+from .. import environment
 from ..errors import CliError, printable
 
 _COLUMNS = ("", "name", "shape", "dtype", "group", "step", "skipped", "momentum", "view", "bytes")
@@ -17,6 +18,13 @@ _COLUMNS = ("", "name", "shape", "dtype", "group", "step", "skipped", "momentum"
 
 def add_parser(subparsers: Any) -> None:
     """Declare the subcommands."""
+    parser = subparsers.add_parser(
+        "info",
+        help="versions, which kernels are loaded and, if not, why",
+        description="Show versions, hardware, and which kernels are loaded and, if not, why.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=info)
     parser = subparsers.add_parser(
         "inspect",
         help="what is in a checkpoint, and whether its checksums are correct",
@@ -49,17 +57,78 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=convert)
 
 
+def info(args: argparse.Namespace) -> int:
+    """Print what is known. Always succeeds: an absent kernel is an answer, not an error."""
+    facts = {
+        "versions": environment.versions(),
+        "git": environment.git_revision(),
+        "kernels": environment.kernels(),
+        "reference_only": came8bit.kernel_status().reference_only,
+        "hardware": environment.hardware(),
+    }
+    print(json.dumps(facts, indent=2) if args.json else describe(facts))
+    return 0
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """Lay the facts out for reading; see :func:`info` for the keys."""
+    versions, hardware = facts["versions"], facts["hardware"]
+    rows: list[tuple[str, str]] = [
+        ("came8bit", (versions["came8bit"] or "unknown version") + _in_brackets(facts["git"])),
+        ("Python", versions["python"]),
+        ("torch", versions["torch"] + f" (built for {_cuda(versions['cuda'])})"),
+    ]
+    for library, kernel in facts["kernels"].items():
+        rows.extend(_kernel_rows(library, kernel, needed=library == "cpu" or versions["cuda"]))
+    rows.append(("reference only", ", ".join(facts["reference_only"]) or "nothing"))
+    rows.append(("processor", f"{hardware['cpu']}, {hardware['cores']} cores"))
+    memory = hardware["memory"]
+    rows.append(("memory", f"{memory / 2**30:.1f} GiB" if memory else "unknown"))
+    if hardware["gpus"]:
+        for gpu in hardware["gpus"]:
+            rows.append(("GPU", f"{gpu['name']}, {gpu['memory'] / 2**30:.1f} GiB"))
+    else:
+        rows.append(("GPU", "none that torch can use"))
+    for name in environment.PACKAGES:
+        if name != "torch":
+            rows.append((name, versions[name] or "not installed"))
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+
+
+def _kernel_rows(library: str, kernel: dict[str, Any], needed: bool) -> list[tuple[str, str]]:
+    """Describe a library; ``needed`` where torch has tensors for it."""
+    name = f"{library.upper()} kernels"
+    if kernel["loaded"]:
+        return [(name, f"loaded, {kernel['isa']}"), ("", kernel["path"])]
+    if not needed:
+        return [(name, f"not needed: {kernel['reason']}")]
+    rows = [
+        (name, f"NOT loaded: {kernel['reason']}"),
+        ("", "the reference runs instead: same numbers, slower"),
+    ]
+    return [*rows, ("", f"to get them, {kernel['cure']}")] if kernel["cure"] else rows
+
+
+def _in_brackets(text: str | None) -> str:
+    return f" ({text})" if text else ""
+
+
+def _cuda(version: str | None) -> str:
+    return f"CUDA {version}" if version else "CPU only"
+
+
 def inspect(args: argparse.Namespace) -> int:
     """Print what the file holds; 1 if a tensor is damaged."""
     try:
         facts = came8bit.inspect_checkpoint(args.file, verify=not args.no_verify)
     except (came8bit.CheckpointError, OSError) as error:
         raise CliError(str(error)) from error
-    print(json.dumps(facts, indent=2, allow_nan=False) if args.json else describe(facts))
+    print(json.dumps(facts, indent=2, allow_nan=False) if args.json else _content(facts))
     return 1 if facts["damage"] else 0
 
 
-def describe(facts: dict[str, Any]) -> str:
+def _content(facts: dict[str, Any]) -> str:
     """Lay the facts out for reading; see :func:`came8bit.inspect_checkpoint` for the keys."""
     kinds = {
         "came8bit": f"checkpoint, format {facts['format_version']}, "
