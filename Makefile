@@ -22,7 +22,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(V
 
 KERNEL_SOURCES := pyproject.toml build_tools/build_backend.py $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/shim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-PYTHON_FILES := came8bit tests benchmarks build_tools tools csrc/cmake
+PYTHON_FILES := came8bit tests examples benchmarks build_tools tools csrc/cmake
 
 # For a GPU machine: folder of the report, wheels of other optimizers to carry there, and for which Python.
 OUT ?= gpu-report

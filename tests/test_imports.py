@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "stored_optimizer": {"ops", "state", "state_dict", "validation"},
     "optim": {"errors", "ops", "paging", "state", "stored_optimizer", "validation"},
     "variants": {"optim"},
+    "integrations": {"optim", "step_in_backward", "variants"},
     "step_in_backward": {"errors", "optim", "validation"},
     "checkpoint": {
         "_version",
@@ -60,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
 TORCH_ONLY = set(ALLOWED) - {
     "cli",
     "environment",
+    "integrations",
     "planner",
     "tradeoff",
     "__main__",

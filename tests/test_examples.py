@@ -1,0 +1,113 @@
+"""The examples: they learn as with AdamW, and resume to the last bit."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from paths import ROOT
+
+from came8bit import CAME
+
+EXAMPLES = ROOT / "examples"
+ADAMW = (torch.optim.AdamW, {"lr": 3e-3, "weight_decay": 0.01})
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "tiny")
+STEPS, HALF = 16, 8
+
+
+@pytest.fixture(autouse=True)
+def from_the_folder(monkeypatch):
+    """As for ``python examples/NAME.py``."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+def same_parameters(model, other):
+    pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(p, q) for p, q in pairs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns_and_resumes(name, tmp_path):
+    example = importlib.import_module(name)
+    losses, model = example.train(STEPS, tmp_path / "whole")
+    adamw, _ = example.train(STEPS, tmp_path / "adamw", ADAMW)
+    assert issubclass(example.CAME[0], CAME)
+    assert len(losses) == len(adamw) == STEPS
+    assert losses[0] == adamw[0]
+    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 1.1 * adamw[-1]
+    example.train(HALF, tmp_path / "parts")
+    rest, resumed = example.train(STEPS, tmp_path / "parts")
+    assert rest[-HALF:] == losses[-HALF:]
+    assert same_parameters(model, resumed)
+
+
+def test_every_scheduler(tmp_path):
+    """The same learning rates as AdamW's, and a resume to the last bit."""
+    example = importlib.import_module("schedulers")
+    every = {
+        name
+        for name, thing in vars(torch.optim.lr_scheduler).items()
+        if isinstance(thing, type) and issubclass(thing, torch.optim.lr_scheduler.LRScheduler)
+    }
+    assert set(example.SCHEDULERS) == every - {"LRScheduler", "_LRScheduler"}
+    for name in example.SCHEDULERS:
+        _, model = example.train(10, tmp_path / name, scheduler=name)
+        example.train(5, tmp_path / f"{name} in parts", scheduler=name)
+        _, resumed = example.train(10, tmp_path / f"{name} in parts", scheduler=name)
+        assert same_parameters(model, resumed), name
+        example.train(10, tmp_path / f"{name} of AdamW", ADAMW, scheduler=name)
+        rates = [
+            torch.load(tmp_path / folder / "checkpoint.pt")["optimizer"]["param_groups"][0]["lr"]
+            for folder in (name, f"{name} of AdamW")
+        ]
+        assert rates[0] == rates[1], name
+
+
+def test_tensorboard_has_what_was_logged(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    example = importlib.import_module("tensorboard_logging")
+    example.train(8, tmp_path)
+    log = EventAccumulator(str(tmp_path)).Reload()
+    values = {tag: [event.value for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    assert set(values) == {"loss", "lr", "update_rms", "grad_norm", "skipped_steps"}
+    assert values["lr"] == pytest.approx([3e-3, 3e-3])
+    assert all(1e-3 < x < 1e-2 for x in values["update_rms"])
+    assert all(x > 0 for x in values["grad_norm"])
+    assert values["skipped_steps"] == [0, 0]
+
+
+@pytest.mark.slow
+def test_accelerate_with_two_processes(tmp_path):
+    """Resumed to the last bit; every process prints, and ends with, the same parameters."""
+
+    def launch(steps, folder):
+        command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        arguments = [str(EXAMPLES / "accelerate_loop.py"), str(folder), str(steps)]
+        done = subprocess.run(
+            [sys.executable, "-m", *command, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.split("\n")[:2]
+        assert lines[0] == lines[1]
+        return lines[0]
+
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    whole = launch(8, tmp_path / "whole")
+    launch(4, tmp_path / "parts")
+    assert launch(8, tmp_path / "parts") == whole
+
+
+def test_every_example_is_named_in_the_docs():
+    page = Path(ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+    assert [name for name in NAMES if f"examples/{name}.py" not in page] == []
