@@ -8,7 +8,7 @@ safetensors files, or by name. :func:`estimate` adds up what training it with on
 """
 
 from ..errors import UnknownModel
-from .activations import StorageCounter, Trace, Untraceable, Workload, trace
+from .activations import Model, Parameter, StorageCounter, Trace, Untraceable, Workload, trace
 from .estimate import (
     GIB,
     GPUS,
@@ -26,7 +26,6 @@ from .estimate import (
     smallest_effort,
     ways,
 )
-from .model import Model, Parameter
 from .optimizers import OPTIMIZERS, OptimizerKind, Options, State
 from .sources import CONFIGS, check_numbers, from_path, named
 from .workloads import from_config

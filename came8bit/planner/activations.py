@@ -1,4 +1,4 @@
-"""What forward and backward keep in memory, from running the real model on fake tensors.
+"""A model on fake tensors: its parameters, and what forward and backward keep in memory.
 
 A fake tensor has a shape, a dtype and a lifetime, but no memory. :func:`trace` runs one forward
 and backward of a model made of them and follows every storage that an operator returns until it
@@ -8,11 +8,12 @@ workspaces inside kernels are not seen.
 
 from __future__ import annotations
 
+import math
 import textwrap
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -291,3 +292,60 @@ class Workload:
             return self.trace(batch=batch, **settings)
         two, three = (self.trace(batch=batch, **settings) for batch in (2, 3))
         return two.extended(three, batch - 2)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A trained tensor.
+
+    Attributes:
+        name: as in ``model.named_parameters()``.
+        shape: sizes.
+        embedding: whether it is the table of an ``nn.Embedding``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    embedding: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to plan for.
+
+    Attributes:
+        name: human-readable.
+        source: where the shapes come from, human-readable.
+        parameters: every parameter once.
+        workload: what runs it; ``None`` where only shapes are known.
+        notes: what the reader has to know, one sentence each.
+        unknown: why activations are not known, where that needs saying.
+    """
+
+    name: str
+    source: str
+    parameters: tuple[Parameter, ...]
+    workload: Workload | None = None
+    notes: tuple[str, ...] = field(default=())
+    unknown: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel for parameter in self.parameters)
+
+    @property
+    def largest(self) -> Parameter:
+        """The largest parameter."""
+        return max(self.parameters, key=lambda parameter: parameter.numel)
+
+
+def note_of_left_out(names: list[str]) -> str:
+    """Return the note that tensors called ``names`` do not train."""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} tensors that do not train are left out: {shown}."

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .activations import Trace, Untraceable
-from .model import Model, Parameter
+from .activations import Model, Parameter, Trace, Untraceable
 from .optimizers import OPTIMIZERS, OptimizerKind, Options, State
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -15,7 +15,7 @@ from functools import partial
 
 from ..paging.pages import default_budget, page_layout
 from ..state.layout import DEFAULT_MIN_8BIT_SIZE, OPTIM_BITS, plan
-from .model import Parameter
+from .activations import Parameter
 
 #: bitsandbytes keeps the state of smaller parameters on the device in its paged optimizers.
 BNB_PAGED_SIZE = 100_000

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import printable
-from .activations import Untraceable
+from .activations import Model, Untraceable
 from .estimate import (
     GIB,
     SHORTEST,
@@ -21,7 +21,6 @@ from .estimate import (
     smallest_effort,
     ways,
 )
-from .model import Model
 from .optimizers import OPTIMIZERS
 
 #: part of the peak -> its letter in the bars and its heading in the table.

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..errors import UnknownModel
-from .activations import Workload, in_short
-from .model import Model, Parameter, note_of_left_out
+from .activations import Model, Parameter, Workload, in_short, note_of_left_out
 
 Config = Mapping[str, Any]
 

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from came_pytorch import CAME as OfficialCAME
+from checkpoints import SHAPES as ALL_SHAPES
 from checkpoints import copies, parameters, train, trained
 from tolerances import PARITY_DISTANCE, PARITY_PARAM
 from training import assert_same, same_bits, snapshot, start
@@ -20,14 +21,7 @@ from came8bit import (
     save_checkpoint,
 )
 
-SHAPES = {
-    "embed": (64, 96),
-    "bias": (7,),
-    "scale": (),
-    "column": (4096, 1),
-    "conv": (16, 8, 3, 3),
-    "experts": (4, 32, 40),
-}
+SHAPES = {name: shape for name, shape in ALL_SHAPES.items() if name != "odd"}
 PLAIN = {name: SHAPES[name] for name in ("embed", "bias", "scale", "experts")}
 OPTIONS = {"lr": 3e-4, "betas": (0.8, 0.99, 0.999), "eps": (1e-20, 1e-12), "weight_decay": 0.01}
 

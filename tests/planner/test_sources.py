@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from came8bit import CAME8bit, CAME32bit, planner, save_checkpoint
-from came8bit.planner.model import INDEX, read_header
+from came8bit.planner.sources import INDEX, read_header
 
 LLAMA = {
     "model_type": "llama",
