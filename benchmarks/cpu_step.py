@@ -1,7 +1,7 @@
 """Time, memory and state of one optimizer step on a CPU, against other optimizers, as ratios.
 
     python -m benchmarks.cpu_step                all cases; appends to results/cpu_step.csv
-    python -m benchmarks.cpu_step --quick        a look; writes nothing
+    python -m benchmarks.cpu_step --quick        quick run, writes nothing
     python -m benchmarks.cpu_step --shapes 4096,gpt2 --dtypes bfloat16 --repeats 50
 
 Absolute times on a shared machine mean little, so optimizers take turns: in every repetition each

@@ -2,7 +2,7 @@
 
     python -m benchmarks.step_in_backward            all cases; appends to
                                                            benchmarks/results/step_in_backward.csv
-    python -m benchmarks.step_in_backward --quick    a look at a small GPT; writes nothing
+    python -m benchmarks.step_in_backward --quick    a small GPT, quickly; writes nothing
     python -m benchmarks.step_in_backward --models llama --dtypes bfloat16 --repeats 9
 
 A step is zero_grad, forward, backward, step, of CAME8bit on random tokens. For the time the two
