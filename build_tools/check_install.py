@@ -27,15 +27,7 @@ from install_environment import Environment, collect_packages, lend_packages
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COPIED = shutil.ignore_patterns(
-    ".git",
-    ".venv*",
-    "build",
-    "dist",
-    "data",
-    "results",
-    "__pycache__",
-    ".*_cache",
-    "*.so",
+    ".git", ".venv*", "build", "dist", "data", "results", "__pycache__", ".*_cache", "*.so"
 )
 # How to install depends neither on how well the compiler optimizes nor on instruction sets, and
 # these take most of the time.

@@ -50,11 +50,7 @@ def test_info_as_json_has_the_same_facts(capsys):
 
 def test_info_says_why_kernels_are_not_loaded():
     done = _python(
-        "-m",
-        "came8bit",
-        "info",
-        CAME8BIT_DISABLE_KERNELS="1",
-        CAME8BIT_REQUIRE_KERNELS="0",
+        "-m", "came8bit", "info", CAME8BIT_DISABLE_KERNELS="1", CAME8BIT_REQUIRE_KERNELS="0"
     )
     assert done.returncode == 0, done.stderr
     assert "NOT loaded: CAME8BIT_DISABLE_KERNELS is set" in done.stdout
@@ -115,19 +111,6 @@ def test_a_reader_who_goes_away_is_no_error(arguments, unbuffered):
     # argparse, which prints the version, overlooks the error where nothing is buffered.
     overlooked = {0} if unbuffered and arguments == ["--version"] else set()
     assert running.wait(120) in {141} | overlooked
-
-
-def test_the_command_line_imports_nothing_heavy():
-    """Only torch and numpy: whoever has no accelerate can still ask for help and info."""
-    program = (
-        "import sys, came8bit.cli\n"
-        "came8bit.cli.build_parser()\n"
-        "heavy = ['accelerate', 'transformers', 'matplotlib', 'bitsandbytes', 'came_pytorch']\n"
-        "print([name for name in heavy if name in sys.modules])\n"
-    )
-    done = _python("-c", program)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

@@ -89,11 +89,7 @@ class Worker:
         self.close()
 
     def run(
-        self,
-        job: Job,
-        beyond: int | None = None,
-        limit: int | None = None,
-        seconds: float = 300.0,
+        self, job: Job, beyond: int | None = None, limit: int | None = None, seconds: float = 300.0
     ) -> dict[str, Any]:
         """Run ``job`` in a process of its own.
 

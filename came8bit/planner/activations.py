@@ -136,10 +136,7 @@ class StorageCounter(TorchDispatchMode):
 
 
 def trace(
-    model: nn.Module,
-    loss: Callable[[], Tensor],
-    inputs: Sequence[Tensor],
-    vocabulary: int = 0,
+    model: nn.Module, loss: Callable[[], Tensor], inputs: Sequence[Tensor], vocabulary: int = 0
 ) -> Trace:
     """Count the bytes of one forward and backward; the gradients are gone afterwards.
 

@@ -30,12 +30,7 @@ Config = Mapping[str, Any]
 #: Dropout of attention: kernels for GPUs draw it inside and keep nothing, those for CPUs keep
 #: scores. With ``eager`` attention it is kept everywhere.
 _ATTENTION_DROPOUT = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
-_TOKENS = {
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 0,
-}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
 _CAPTION_TOKENS = 300  # of a text encoder, for diffusion models
 _UNSHAPED = re.compile(r"MultipleChoice|ForPreTraining|NextSentence|Detection|Segmentation")

@@ -296,10 +296,7 @@ FOREIGN = {
         "5000 bytes that do not begin like a safetensors",
     ),
     "JSON": (lambda path: path.write_text(json.dumps({"lr": 1} | dict.fromkeys("abc"))), "do not"),
-    "model": (
-        save_model,
-        r"format 'pt' with 1 tensors such as \['w'\]: not an optimizer",
-    ),
+    "model": (save_model, r"format 'pt' with 1 tensors such as \['w'\]: not an optimizer"),
     "safetensors": (save_plain, "without metadata: not an optimizer"),
     "module": (save_module, "torch.save with a dict with .*of a model, expected the state_dict"),
     "AdamW": (save_adamw, "state of another optimizer than came-pytorch"),

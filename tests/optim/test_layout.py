@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from paths import ROOT
 from tolerances import GPT2_BYTES, LLAMA_BYTES
 
-from benchmarks.state_bytes import table
+from benchmarks.state_bytes import gpt2_small, llama_7b, table
 from came8bit.reference.rungs import momentum_shape
 from came8bit.state import store as dense
 from came8bit.state.layout import FACTORED_VIEWS, OPTIM_BITS, plan, possible_layouts, state_bytes
@@ -107,19 +107,6 @@ def test_initial_values():
     assert state["rms_ratio"].item() == 1.0
     others = [tensor for name, tensor in state.items() if name != "rms_ratio"]
     assert not any(tensor.any() for tensor in others)
-
-
-def llama_7b():
-    """Shapes of a 7B Llama: 32 layers, width 4096, feed-forward 11008, 32,000 words."""
-    layer = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] + [(4096,)] * 2
-    return [(32000, 4096)] * 2 + layer * 32 + [(4096,)]
-
-
-def gpt2_small():
-    """Shapes of GPT-2 small, 148 tensors."""
-    matrices = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
-    layer = [*matrices, (2304,), (768,), (3072,), (768,), *[(768,)] * 4]
-    return [(50257, 768), (1024, 768)] + layer * 12 + [(768,)] * 2
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,7 @@ import warnings
 
 import pytest
 import torch
-from training import (
-    assert_same,
-    parameter,
-    snapshot,
-    start,
-    with_gradient,
-)
+from training import assert_same, parameter, snapshot, start, with_gradient
 
 from came8bit import CAME8bit
 from came8bit.validation import check_finite

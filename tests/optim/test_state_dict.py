@@ -223,10 +223,7 @@ REFUSED = {
     ),
     "bad betas": (change(("param_groups", 0, "betas"), (0.9, 0.999)), "group 0: got betas"),
     "nan lr": (change(("param_groups", 0, "lr"), float("nan")), "group 0: got lr nan"),
-    "stranger": (
-        change(("state",), lambda s: {**s, 99: s[0]}),
-        "got state for parameters 99",
-    ),
+    "stranger": (change(("state",), lambda s: {**s, 99: s[0]}), "got state for parameters 99"),
     "other shape": (
         change((*P0, "exp_avg"), lambda t: t[:-1]),
         r"parameter 0 \(shape \(64, 96\)\) does not fit: got exp_avg of torch.int8 and shape "

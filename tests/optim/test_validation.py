@@ -181,9 +181,7 @@ def test_elements_that_share_no_memory(tensor):
     assert not elements_overlap(tensor)
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=4),
-)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=4))
 def test_overlap_is_what_counting_says(dims):
     shape, stride = [size for size, _ in dims], [step for _, step in dims]
     tensor = torch.zeros(200).as_strided(shape, stride)

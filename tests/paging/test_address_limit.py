@@ -114,10 +114,7 @@ def results(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(
-    ("dense", "paged"),
-    [("dense 8", "paged 8"), ("dense 32", "paged 32")],
-)
+@pytest.mark.parametrize(("dense", "paged"), [("dense 8", "paged 8"), ("dense 32", "paged 32")])
 def test_same_bits_in_an_eighth_of_the_address_space(results, dense, paged, record_property):
     expected, got = results[dense], results[paged]
     record_property("peak", {dense: expected, paged: got})

@@ -148,10 +148,7 @@ def test_queues_are_streams_of_the_device(monkeypatch):
         transfer.torch,
         "cuda",
         SimpleNamespace(
-            Stream=new_stream,
-            Event=RecordedEvent,
-            stream=On,
-            current_stream=lambda device: current,
+            Stream=new_stream, Event=RecordedEvent, stream=On, current_stream=lambda device: current
         ),
     )
     recorded = []

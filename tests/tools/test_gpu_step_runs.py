@@ -82,11 +82,7 @@ def test_pieces_go_into_one_file(bench, tmp_path):
     one = ("--cases", "tiny-matrix", "--dtypes", "float32", "--add", "--pieces")
     _, first = run(bench, tmp_path, *one, "benchmarks")
     _, second = run(bench, tmp_path, *one, "others")
-    assert {row["optimizer"] for row in second["rows"]} == {
-        "CAME8bit",
-        "AdamW(fused)",
-        "CAME32bit",
-    }
+    assert {row["optimizer"] for row in second["rows"]} == {"CAME8bit", "AdamW(fused)", "CAME32bit"}
     (ours,) = (row for row in first["rows"] if row["optimizer"] == "CAME8bit")
     assert ours in second["rows"]  # not that of the short round
     assert second["copy"] == first["copy"]
