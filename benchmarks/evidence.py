@@ -3,19 +3,19 @@
     python -m benchmarks.evidence run text-512     # resumes; Ctrl-C keeps what is finished
     python -m benchmarks.evidence summary          # from the rows in benchmarks/results/evidence
 
-Each table is one study of ``came8bit tradeoff``, in ``results/evidence/NAME``; its rows and report
-are copied to ``benchmarks/results/evidence``. The tests and the margins are those that the protocol
-fixes, and every number of the page comes from here.
+Each table is one study of ``came8bit tradeoff``, in ``results/evidence/NAME``; its results and
+report are copied to ``benchmarks/results/evidence``, from where a study also goes on. The tests and
+the margins are those that the protocol fixes, and every number of the page comes from here.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 import shutil
 import statistics
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scipy import stats
 
@@ -56,12 +56,12 @@ _RELATIVE = {"ddpm": 0.02}
 
 
 class Rows:
-    """The runs of one table, read from its rows."""
+    """The runs of one table, read from its results."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        with open(ROWS / f"{name}.csv", newline="", encoding="utf-8") as file:
-            self.rows = [row for row in csv.DictReader(file) if row["purpose"] != "memory"]
+        content = json.loads((ROWS / f"{name}.json").read_text(encoding="utf-8"))
+        self.rows: list[dict[str, Any]] = content["runs"]
 
     def optimizers(self) -> list[str]:
         """Return the optimizers with reported runs, in their order."""
@@ -71,7 +71,7 @@ class Rows:
         """Return the optimizer's own learning rate: the best of its search, or of its leader's."""
         losses: dict[float, list[float]] = {}
         for row in self._of("tune", OPTIMIZERS[optimizer].tuned_as or optimizer):
-            losses.setdefault(float(row["lr"]), []).append(float(row["loss"] or "inf"))
+            losses.setdefault(row["lr"], []).append(float(row["loss"] or "inf"))
         if not losses:
             return float(self._of("final", optimizer)[0]["lr"])
         return min(losses, key=lambda lr: statistics.fmean(losses[lr]))
@@ -79,7 +79,7 @@ class Rows:
     def losses(self, optimizer: str, lr: float) -> dict[int, float]:
         """Return seed → loss of the runs that ended well."""
         rows = self._of("final", optimizer, lr)
-        return {int(row["seed"]): float(row["loss"]) for row in rows if row["status"] == "ok"}
+        return {row["seed"]: row["loss"] for row in rows if row["status"] == "ok"}
 
     def diverged(self, optimizer: str, lr: float) -> int:
         """Return how many of the runs did not end well."""
@@ -104,12 +104,12 @@ class Rows:
         lost = self.diverged(first, lr[0])
         return Comparison(result, float(better), float(no_worse), lost)
 
-    def _of(self, purpose: str, optimizer: str, lr: float | None = None) -> list[dict[str, str]]:
+    def _of(self, purpose: str, optimizer: str, lr: float | None = None) -> list[dict[str, Any]]:
         return [
             row
             for row in self.rows
             if (row["purpose"], row["optimizer"]) == (purpose, optimizer)
-            and lr in (None, float(row["lr"]))
+            and lr in (None, row["lr"])
         ]
 
 
@@ -134,7 +134,7 @@ def holm(p_values: list[float]) -> list[float]:
 
 def summary() -> str:
     """Return the claims as Markdown, from the rows of all tables that are there."""
-    tables = [Rows(name) for name in TABLES if (ROWS / f"{name}.csv").exists()]
+    tables = [Rows(name) for name in TABLES if (ROWS / f"{name}.json").exists()]
     return "\n\n".join(
         [_losses(rows) for rows in tables] + [_against_adamw(tables), _rungs(tables)]
     )
@@ -151,7 +151,7 @@ def _losses(rows: Rows) -> str:
             lost = rows.diverged(name, lr)
             cells.append(f"{statistics.fmean(losses):.4f}{spread}" if losses else "")
             cells[-1] += f"; {lost} diverged" if lost else ""
-        state = float(rows._of("final", name)[0]["bytes_per_parameter"] or "nan")
+        state = rows._of("final", name)[0]["bytes_per_parameter"] or float("nan")
         seeds = str(len(rows.losses(name, rows.rate(name))))
         lines.append([label(name), f"{state:.2f}", seeds, f"{rows.rate(name):g}", *cells])
     head = [rows.name, "B/param", "seeds", "own lr", "loss at own lr", f"loss at lr {equal:g}"]
@@ -215,10 +215,14 @@ def arguments(name: str, adamw: float) -> list[str]:
 def run(name: str, more: list[str]) -> int:
     """Do the runs of a table that are missing; return the exit code of the study."""
     adamw = Rows("text-512").rate("adamw") if "{adamw}" in TABLES[name] else 0.0
+    made, kept = RUNS / name, ROWS / f"{name}.json"
+    if kept.exists() and not (made / "results.json").exists():
+        made.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(kept, made / "results.json")
     code = came8bit([*arguments(name, adamw), *more])
     ROWS.mkdir(parents=True, exist_ok=True)
-    for made, kept in (("runs.csv", f"{name}.csv"), ("report.md", f"{name}.md")):
-        shutil.copyfile(RUNS / name / made, ROWS / kept)
+    shutil.copyfile(made / "results.json", kept)
+    shutil.copyfile(made / "report.md", ROWS / f"{name}.md")
     return code
 
 
