@@ -17,7 +17,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
 from .errors import OUTSIDE, explaining
-from .ops.step import SkipWarning, collect_one, moves, step_group
+from .ops.step import CaptureWarning, SkipWarning, collect_one, count_skipped, moves, step_group
 from .paging.store import store_for
 from .state.layout import DEFAULT_MIN_8BIT_SIZE, Group
 from .state.store import StepItem, may_train
@@ -165,6 +165,7 @@ class CAME(StoredOptimizer):
         self._store = store_for(paged, page_dir, page_budget)
         self._skip_warning = SkipWarning()
         self._squares = {}
+        self._capture_warning = CaptureWarning()
         super().__init__(params, defaults)
 
     def _settled(self, name: str, got: Any, fixed: Any, default: Any) -> Any:
@@ -216,6 +217,7 @@ class CAME(StoredOptimizer):
             OSError, MemoryError: paged state has no room, or is gone; nothing has changed.
         """
         loss = None
+        self._capture_warning.look(self.param_groups, stacklevel=6)
         if self._release is not None:
             loss = self._release.finish_step(closure)
         else:
@@ -224,7 +226,7 @@ class CAME(StoredOptimizer):
                     loss = closure()
             self._squares.clear()
             self._update_all(_UNCHANGED)
-        self._skip_warning.look(self, self.state.values())
+        self._skip_warning.look(self, self._store, self.param_groups)
         return loss
 
     @torch.no_grad()
@@ -249,7 +251,7 @@ class CAME(StoredOptimizer):
             self._prepare(work)
         with explaining("Parameters that came before this one have been updated", OUTSIDE):
             for options, members in work:
-                step_group(options, members, self._store.visit, self._squares)
+                step_group(options, members, self._store, self._squares)
         self._store.flush()
 
     @torch.no_grad()
@@ -261,7 +263,7 @@ class CAME(StoredOptimizer):
         if item is not None:
             work: list[tuple[Group, list[StepItem]]] = [(group, [item])]
             self._prepare(work)
-            step_group(group, work[0][1], self._store.visit, self._squares)
+            step_group(group, work[0][1], self._store, self._squares)
 
     def _prepare(self, work: list[tuple[Group, list[StepItem]]]) -> None:
         """Check what can be checked before the first update, and make missing state.
@@ -346,8 +348,10 @@ class CAME(StoredOptimizer):
         return torch.cat([total.to(device) for total in totals]).sum().sqrt()
 
     def skipped_steps(self) -> int:
-        """Count the updates of single parameters skipped so far for a gradient that is not finite.
+        """Count the updates of single parameters skipped so far, because they were not finite.
 
-        Waits for the device.
+        Waits for the device. Warns, rarely, and says whether gradients or state are to blame.
         """
-        return sum(int(state["skipped"]) for state in self.state.values() if "skipped" in state)
+        skipped = count_skipped(self._store)
+        self._skip_warning.note(skipped, self, self._store, self.param_groups)
+        return skipped

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .ops.step import SkipWarning
+from .ops.step import CaptureWarning, SkipWarning
 from .state.store import StateStore
 from .state_dict import read_state_dict
 from .validation import ADDED_OPTIONS
@@ -40,6 +40,7 @@ class StoredOptimizer(Optimizer):
     _skip_warning: SkipWarning
     # Sums of squares of the gradients of the last step; see step_group.
     _squares: dict[int, Tensor]
+    _capture_warning: CaptureWarning
 
     @property
     def state(self) -> Any:
@@ -66,6 +67,7 @@ class StoredOptimizer(Optimizer):
             for name, value in ADDED_OPTIONS.items():
                 group.setdefault(name, value)
         self._skip_warning, self._squares = SkipWarning(), {}
+        self._capture_warning = CaptureWarning()
         if saved is not None:
             self._store.adopt(saved)
 
@@ -91,6 +93,7 @@ class StoredOptimizer(Optimizer):
         State that is paged is copied into ordinary CPU tensors; :func:`came8bit.save_checkpoint`
         needs no such copy.
         """
+        self._capture_warning.look(self.param_groups)
         hooks = self._optimizer_state_dict_pre_hooks
         for hook in hooks.values():
             hook(self)

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "overlap": set(),
     "validation": {"overlap", "state"},
     "paging": {"errors", "reference", "state"},
-    "ops": {"reference", "state", "validation"},
+    "ops": {"errors", "reference", "state", "validation"},
     "state_dict": {"errors", "ops", "reference", "state", "validation"},
     "stored_optimizer": {"ops", "state", "state_dict", "validation"},
     "optim": {"errors", "ops", "paging", "state", "stored_optimizer", "validation"},

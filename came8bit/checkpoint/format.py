@@ -31,8 +31,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..errors import CheckpointError
-from ..state.layout import Buffer, Layout, possible_layouts
-from ..state_dict.values import COUNTERS
+from ..state.layout import COUNTERS, Buffer, Layout, possible_layouts
 
 FORMAT = "came8bit optimizer state"
 FILE_VERSION = 1

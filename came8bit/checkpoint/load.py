@@ -14,7 +14,7 @@ import torch
 
 from ..errors import CheckpointError, listed, printable
 from ..optim import CAME
-from ..state.layout import plan
+from ..state.layout import find_fault, plan
 from ..state_dict.merge import (
     OWN_OPTIONS,
     Merge,
@@ -23,7 +23,7 @@ from ..state_dict.merge import (
     merge,
     same_option,
 )
-from ..state_dict.values import Differences, convert_momentum, find_fault
+from ..state_dict.values import Differences, convert_momentum
 from ..validation import ADDED_OPTIONS
 from .format import Entry, dtype_name
 from .reader import Source, open_source
@@ -255,7 +255,7 @@ def verify(source: Source) -> dict[int, str | None]:
 
     Returns:
         For each parameter what is wrong with the values of its state, see
-        :func:`~..state_dict.values.find_fault`.
+        :func:`~..state.layout.find_fault`.
 
     Raises:
         CheckpointError: a checksum is wrong.

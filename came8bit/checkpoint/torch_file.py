@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..state.layout import plan
-from ..state_dict.values import COUNTERS, as_count, names_of
+from ..state.layout import COUNTERS, plan
+from ..state_dict.values import as_count, names_of
 from ..validation import FORMAT_VERSION
 from .archive import Archive, StoredTensor, explained
 from .format import Entry, Span, find_layout, label, place

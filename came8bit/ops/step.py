@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import listed
 from ..reference.rungs import RUNGS, rung_of
-from ..state.layout import Group
-from ..state.store import Run, StateStore, StepItem, stream_of
+from ..state.layout import Group, find_fault
+from ..state.store import StateStore, StepItem, stream_of
 from ..validation import moved_error, unusable_error, usable
 from . import libraries, schema
 
@@ -71,17 +73,14 @@ def moves(group: Group, item: StepItem) -> bool:
 
 
 def step_group(
-    group: Group,
-    items: Sequence[StepItem],
-    visit: Callable[[Sequence[StepItem], Run], None],
-    squares: dict[int, Tensor],
+    group: Group, items: Sequence[StepItem], store: StateStore, squares: dict[int, Tensor]
 ) -> None:
     """Update the parameters of one group.
 
     Args:
         group: the options.
         items: what to do, prepared by the store.
-        visit: of the store; calls back with complete state.
+        store: of the optimizer.
         squares: of each operator call, by the position of its first parameter, the sums of squares
             of the gradients; added to.
 
@@ -90,60 +89,140 @@ def step_group(
     """
     strict = group["nonfinite"] == "raise"
     before = _skipped(items) if strict else []
-    visit(items, partial(_call_operators, group, squares))
+    store.visit(items, partial(_call_operators, group, squares))
     after = _skipped(items) if strict else []
-    if any(int(new - old) for new, old in zip(after, before, strict=True)):
-        others = ", others have been updated" if len(items) > 1 else ""
-        raise FloatingPointError(
-            "the preconditioned gradient of a parameter is not finite although its "
-            f"gradient is; that parameter was left alone{others}. Lower the loss scale or clip "
-            "gradients"
-        )
+    if before == after:
+        return
+    for item, old, new in zip(items, before, after, strict=True):
+        if new > old:
+            fault = find_fault(store.read(item.param)) or _fault_of(item.param)
+            raise FloatingPointError(
+                f"the update of parameter {item.position} is not finite although its gradient is"
+                + (f": {fault}. {_FRESH}" if fault else "; lower the loss scale or clip gradients")
+                + ". That parameter was left alone, others of its group have been updated"
+            )
+
+
+_FRESH = "Load a checkpoint, or start again with no state (optimizer.state.pop(param))"
+
+
+def blame(store: StateStore, groups: Sequence[Group]) -> str:
+    """Say why parameters have been skipped: for their state, for themselves, or for gradients."""
+    faults, position = [], 0
+    for group in groups:
+        for param, name in zip(
+            group["params"], group.get("param_names") or repeat(""), strict=False
+        ):
+            state = store.state.get(param) or {}
+            if "skipped" in state and int(state["skipped"]):
+                fault = find_fault(store.read(param)) or _fault_of(param)
+                if fault:
+                    faults.append(f"parameter {position}{name and f' ({name})'}: {fault}")
+            position += 1
+    if faults:
+        return f"for what they are, not for their gradients: {listed(faults)}. {_FRESH}"
+    return "because the gradient was not finite; see skipped_steps() and the option nonfinite"
+
+
+def _fault_of(param: Tensor) -> str | None:
+    return None if bool(param.detach().isfinite().all()) else "its own values are not finite"
 
 
 class SkipWarning:
-    """Warns late, at 1, 10, 100, ... skipped updates, and only about counters in CPU memory.
+    """Warns late, at 1, 10, 100, ... skipped updates, and says what is to blame.
 
-    Reading a counter on an accelerator would wait for it; there, ask ``skipped_steps()``.
+    After a step it looks at counters in CPU memory only, because reading one on an accelerator
+    would wait for it; ``skipped_steps()`` does wait, and counts them all.
     """
 
     def __init__(self) -> None:
         self._steps_until_look = _LOOK_EVERY
         self._warn_from = 1
 
-    def look(self, optimizer: object, states: Iterable[Mapping[str, Tensor]]) -> None:
-        """Note a step of ``optimizer``, whose state is ``states``, and warn if it is time to."""
+    def look(self, optimizer: object, store: StateStore, groups: Sequence[Group]) -> None:
+        """Note a step of ``optimizer``, and warn if it is time to."""
         self._steps_until_look -= 1
-        if self._steps_until_look > 0:
-            return
-        self._steps_until_look = _LOOK_EVERY
-        counters = [state["skipped"] for state in states if "skipped" in state]
-        counters = [counter for counter in counters if counter.device.type == "cpu"]
-        skipped = int(_total(counters)) if counters else 0
+        if self._steps_until_look <= 0:
+            self._steps_until_look = _LOOK_EVERY
+            self.note(count_skipped(store, "cpu"), optimizer, store, groups, stacklevel=7)
+
+    def note(
+        self,
+        skipped: int,
+        optimizer: object,
+        store: StateStore,
+        groups: Sequence[Group],
+        stacklevel: int = 3,
+    ) -> None:
+        """Warn if so many skips have not been told of."""
         if skipped < self._warn_from:
             return
         while self._warn_from <= skipped:
             self._warn_from *= 10
         warnings.warn(
             f"{type(optimizer).__name__}: {skipped} updates of single parameters have been skipped "
-            "so far because the gradient was not finite; see skipped_steps() and the option "
-            "nonfinite",
+            f"so far {blame(store, groups)}",
             RuntimeWarning,
-            stacklevel=6,
+            stacklevel=stacklevel,
         )
 
 
-def _total(counters: Sequence[Tensor]) -> Tensor:
-    """Return the sum of 0-d tensors on one device."""
-    return torch.stack(list(counters)).sum()
+class CaptureWarning:
+    """Warns once where a number has changed that a captured CUDA graph goes on using."""
+
+    _FROZEN = ("lr", "betas", "eps", "clip_threshold", "weight_decay", "seed")
+
+    def __init__(self) -> None:
+        self._captured: list[dict[str, object]] = []
+
+    def look(self, groups: Sequence[Group], stacklevel: int = 3) -> None:
+        """Remember the numbers of ``groups`` if a graph is being captured, else compare."""
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if not (capturing or self._captured):
+            return
+        numbers = [
+            {name: group[name] for name in self._FROZEN if not isinstance(group[name], Tensor)}
+            for group in groups
+        ]
+        if capturing:
+            self._captured = numbers
+            return
+        for i, (old, new) in enumerate(zip(self._captured, numbers, strict=False)):
+            changed = [name for name in old if name in new and old[name] != new[name]]
+            if changed:
+                name = changed[0]
+                self._captured = []
+                warnings.warn(
+                    f"group {i}: {name} is {new[name]!r}, but was {old[name]!r} when a CUDA graph "
+                    "captured step(), and replays go on with that. Capture again, or make lr a "
+                    "tensor and change it in place",
+                    RuntimeWarning,
+                    stacklevel=stacklevel,
+                )
+                return
 
 
-def _skipped(members: Iterable[StepItem]) -> list[Tensor]:
-    """Return the skips counted so far, by device."""
-    counters: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
-    for item in members:
-        counters[item.param.device].append(item.state["skipped"])
-    return [_total(column) for column in counters.values()]
+def count_skipped(store: StateStore, device: str | None = None) -> int:
+    """Count the skipped updates of all parameters, or of those on a type of ``device``."""
+    counters = [state["skipped"] for state in store.state.values() if "skipped" in state]
+    return sum(_read(c for c in counters if device in (None, c.device.type)))
+
+
+def _skipped(members: Iterable[StepItem]) -> list[int]:
+    return _read([item.state["skipped"] for item in members])
+
+
+def _read(counters: Iterable[Tensor]) -> list[int]:
+    """Return the values of 0-d tensors, with one wait for each device."""
+    counters = list(counters)
+    values = [0] * len(counters)
+    for device in {counter.device for counter in counters}:
+        places = [i for i, counter in enumerate(counters) if counter.device == device]
+        for i, value in zip(
+            places, torch.stack([counters[i] for i in places]).tolist(), strict=True
+        ):
+            values[i] = value
+    return values
 
 
 def _call_operators(group: Group, squares: dict[int, Tensor], members: Sequence[StepItem]) -> None:

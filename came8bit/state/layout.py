@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.quant import slice_shape
-from ..reference.rungs import RUNGS
+from ..reference.quant import NAN_CODE, slice_shape
+from ..reference.rungs import RUNGS, has_nan
 
 Group = Mapping[str, Any]
 """A parameter group: its options by name, and ``params``."""
@@ -109,6 +109,8 @@ def _statistics(shape: tuple[int, ...], view: tuple[int, int, int] | None) -> tu
 
 
 _COUNTERS = (Buffer("step", (), torch.int64), Buffer("skipped", (), torch.int64))
+COUNTERS = tuple(buffer.name for buffer in _COUNTERS)
+"""Names of the buffers that are whole numbers and no tensors of a file."""
 
 
 def plan(
@@ -193,3 +195,27 @@ def state_bytes(
         ).nbytes
         for shape in shapes
     )
+
+
+def find_fault(state: Mapping[str, Any]) -> str | None:
+    """Say what makes a state one that no step can go on from, or return ``None``.
+
+    Statistics are means of squares and scales are magnitudes: finite and not negative. Momentum
+    is finite.
+    """
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.is_meta or not value.numel() or name in COUNTERS:
+            continue
+        if value.dtype == torch.int8:
+            if bool((value == NAN_CODE).any()):
+                return f"{name} has codes of NaN"
+        elif value.dtype == torch.uint8:
+            if has_nan(value, state.get("scales")):
+                return f"{name} has codes of NaN"
+        elif value.is_floating_point():
+            low, high = (float(bound) for bound in torch.aminmax(value.detach()))
+            if not (math.isfinite(low) and math.isfinite(high)):
+                return f"{name} has " + ("NaN" if math.isnan(low) else "infinite values")
+            if low < 0 and name != "exp_avg":
+                return f"{name} has negative values"
+    return None

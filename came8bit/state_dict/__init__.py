@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from ..errors import listed, printable
-from ..state.layout import Group
+from ..state.layout import COUNTERS, Group, find_fault
 from ..state.store import Saved
 from .merge import SavedParameter, merge
-from .values import COUNTERS, as_count, convert_momentum, find_fault, names_of
+from .values import as_count, convert_momentum, names_of
 
 
 def read_state_dict(

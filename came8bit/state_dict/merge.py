@@ -78,7 +78,7 @@ class Merge:
     differences: Differences
 
     def without_faults(self, faults: Mapping[int, str | None], allow_missing: bool) -> Merge:
-        """Leave out or refuse the states that :func:`values.find_fault` complains of.
+        """Leave out or refuse the states that :func:`~..state.layout.find_fault` complains of.
 
         Args:
             faults: position of a saved parameter to what is wrong with its state.

@@ -17,12 +17,9 @@ from torch import Tensor
 
 from ..errors import listed
 from ..ops.schema import dequantize_blockwise, quantize_blockwise
-from ..reference.quant import NAN_CODE, slice_shape
-from ..reference.rungs import RUNGS, Momentum, Rung, has_nan, rung_of
+from ..reference.quant import slice_shape
+from ..reference.rungs import RUNGS, Momentum, Rung, rung_of
 from ..state.layout import Layout, possible_layouts
-
-COUNTERS = ("step", "skipped")
-"""Buffers that are whole numbers and no tensors of a file."""
 
 _MOMENTUM = ("exp_avg", "absmax", "scales")
 _LARGEST_COUNT = 2**53  # no run has more steps, and float64 has each smaller one
@@ -45,30 +42,6 @@ def as_count(value: object, name: str) -> int:
     shown = f"{got.dtype} of shape {tuple(got.shape)}" if isinstance(got, Tensor) else repr(got)
     shown = repr(value) if isinstance(value, (int, float)) else shown
     raise ValueError(f"got {name} = {shown[:80]}, expected a count")
-
-
-def find_fault(state: Mapping[str, Any]) -> str | None:
-    """Say what makes a state one that no step can go on from, or return ``None``.
-
-    Statistics are means of squares and scales are magnitudes: finite and not negative. Momentum
-    is finite.
-    """
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.is_meta or not value.numel() or name in COUNTERS:
-            continue
-        if value.dtype == torch.int8:
-            if bool((value == NAN_CODE).any()):
-                return f"{name} has codes of NaN"
-        elif value.dtype == torch.uint8:
-            if has_nan(value, state.get("scales")):
-                return f"{name} has codes of NaN"
-        elif value.is_floating_point():
-            low, high = (float(bound) for bound in torch.aminmax(value.detach()))
-            if not (math.isfinite(low) and math.isfinite(high)):
-                return f"{name} has " + ("NaN" if math.isnan(low) else "infinite values")
-            if low < 0 and name != "exp_avg":
-                return f"{name} has negative values"
-    return None
 
 
 def convert_momentum(state: Mapping[str, Any], layout: Layout) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from training import assert_same, parameter, snapshot, start, with_gradient
 
-from came8bit import CAME8bit
+from came8bit import CAME8bit, PagedCAME8bit
 from came8bit.validation import check_finite
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -46,7 +46,8 @@ def test_raise_when_the_preconditioned_gradient_overflows():
     optimizer.step()
     optimizer.state[param]["exp_avg_sq"].fill_(math.nan)
     before = param.detach().clone()
-    with pytest.raises(FloatingPointError, match="preconditioned gradient of a parameter"):
+    wanted = "parameter 0 is not finite although its gradient is: exp_avg_sq has NaN. Load a check"
+    with pytest.raises(FloatingPointError, match=wanted):
         optimizer.step()
     assert torch.equal(param, before)
 
@@ -76,5 +77,68 @@ def test_skips_are_counted_and_warned_about_late_and_rarely():
     assert int(optimizer.state[healthy]["step"]) == 128
 
 
+# Of state that is not finite, what the warning says of it.
+BAD_STATE = [
+    ("exp_avg_sq_row", math.nan, "exp_avg_sq_row has NaN"),
+    ("exp_avg_sq_row", math.inf, "exp_avg_sq_row has infinite values"),
+    ("exp_avg_sq_col", -1.0, "exp_avg_sq_col has negative values"),
+    ("exp_avg_res_row", math.nan, "exp_avg_res_row has NaN"),
+    ("exp_avg_res_col", math.inf, "exp_avg_res_col has infinite values"),
+    ("exp_avg", -128, "exp_avg has codes of NaN"),
+    ("absmax", math.inf, "absmax has infinite values"),
+    ("rms_ratio", math.nan, "rms_ratio has NaN"),
+    ("param", math.nan, "its own values are not finite"),
+]
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(("name", "value", "said"), BAD_STATE)
+def test_bad_state_is_told_from_a_bad_gradient(name, value, said, paged):
+    """The gradient is what NaN looks like from there, but it is not where it comes from."""
+    healthy, param = start((64, 64)), start((64, 64))
+    named = [("healthy", healthy), ("broken", param)]
+    optimizer = (PagedCAME8bit if paged else CAME8bit)(named)
+    healthy.grad, param.grad = torch.ones(64, 64), torch.ones(64, 64)
+    optimizer.step()
+    state = {key: tensor.clone() for key, tensor in optimizer._store.read(param).items()}
+    {**state, "param": param.detach()}[name].view(-1)[0] = value
+    optimizer._store.write(param, state)
+    for _ in range(2):
+        healthy.grad[0, 0] = param.grad[0, 0] = math.nan
+        optimizer.step()
+    with pytest.warns(RuntimeWarning) as caught:
+        assert optimizer.skipped_steps() == 4
+    assert optimizer.skipped_steps() == 4  # told once
+    (warning,) = caught
+    assert f"not for their gradients: parameter 1 (broken): {said}. Load" in str(warning.message)
+    assert warning.filename == __file__
+
+
 def test_skipped_steps_before_the_first_step():
     assert CAME8bit([parameter(2)]).skipped_steps() == 0
+
+
+@pytest.mark.parametrize("asked", ["step", "state_dict"])
+def test_numbers_that_a_cuda_graph_has_frozen(monkeypatch, asked):
+    """Every later call that can notice a change says so, once; a tensor is not frozen."""
+    rate = torch.tensor(1e-3)
+    params = [with_gradient(8, 8), with_gradient(8)]
+    optimizer = CAME8bit([{"params": params[:1], "lr": rate}, {"params": params[1:]}], lr=1e-3)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    optimizer.step()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    rate.fill_(1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = torch.tensor(1e-5)
+        optimizer.param_groups[1]["lr"] = 5e-4
+    with pytest.warns(
+        RuntimeWarning, match=r"group 1: lr is 0\.0005, but was 0\.001 when"
+    ) as caught:
+        getattr(optimizer, asked)()
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(optimizer, asked)()

@@ -34,7 +34,7 @@ from came8bit import (
     load_checkpoint,
     save_checkpoint,
 )
-from came8bit.state_dict.values import find_fault
+from came8bit.state.layout import find_fault
 
 SHAPES = {"m": (9, 10), "v": (3,)}
 SECONDS, MEMORY = 10, 2 << 30
