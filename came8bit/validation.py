@@ -131,6 +131,12 @@ def check_options(group: Mapping[str, Any]) -> None:
             f"got eps {eps!r}, expected two finite positive numbers up to {_LARGEST_EPS} that are "
             "not 0 in float32, such as (1e-30, 1e-16)"
         )
+    for value, beta in zip(eps, betas[1:], strict=True):
+        if float(value) * (1.0 - float(beta)) < 2 * _SMALLEST:  # a statistic of zeros would be 0
+            raise ValueError(
+                f"got eps {eps!r} with betas {betas!r}, expected numbers that are not 0 in float32 "
+                "when multiplied by 1 - beta2 and 1 - beta3, such as (1e-30, 1e-16)"
+            )
     threshold, decay = group["clip_threshold"], group["weight_decay"]
     if not (_is_number(threshold) and float(threshold) > _SMALLEST):
         raise ValueError(

@@ -126,6 +126,12 @@ def test_control_characters_are_escaped(text, shown):
     assert printable(text) == shown
 
 
+def test_errors_of_arguments_escape_them(capsys):
+    with pytest.raises(SystemExit):
+        main(["info", "\x1b[2J"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: \\x1b[2J\n")
+
+
 def test_errors_escape_what_came_from_outside(capsys):
     assert main(["estimate", "missing\x1b[2J\nfile.json"]) == 2
     assert "missing\\x1b[2J\\nfile.json" in capsys.readouterr().err

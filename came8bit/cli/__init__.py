@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ..environment import package_version
 from ..errors import CliError, printable
@@ -22,11 +23,15 @@ from . import estimate, facts, tradeoff
 _COMMANDS = (facts, estimate, tradeoff)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # Names of files come from anywhere, too: `came8bit inspect *`.
+        super().error(printable(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="came8bit", description="CAME with 8-bit momentum for PyTorch: tools."
-    )
+    parser = _Parser(prog="came8bit", description="CAME with 8-bit momentum for PyTorch: tools.")
     parser.add_argument(
         "--version", action="version", version=f"came8bit {package_version('came8bit')}"
     )

@@ -21,6 +21,8 @@ from .activations import Model, Parameter, note_of_left_out
 from .workloads import from_config
 
 _LONGEST_CONFIG = 10_000_000  # bytes
+_DEEPEST = 50
+_MOST_EXPERTS = 65_536  # layers * experts: each is a module, made one by one
 #: Largest numbers of a config.json by the words in their keys; the last holds for all others. What
 #: is built so many times is bounded lower than what is so wide.
 _BOUNDS = (
@@ -121,24 +123,42 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_numbers(value: Any, where: str, key: str = "") -> None:
-    """Raise ``ValueError`` if a number in ``value`` is larger than any model needs.
+def check_numbers(config: Any, where: str) -> None:
+    """Raise ``ValueError`` if a number in ``config`` is larger than any model needs.
+
+    Texts of digits are numbers, too: libraries turn some of them into numbers.
 
     Args:
-        value: what JSON describes.
+        config: what JSON describes.
         where: begins the message.
-        key: of ``value``, in the message, too.
     """
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            check_numbers(inner, where, str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            check_numbers(inner, where, key)
-    elif isinstance(value, (int, float)):
-        largest = next(bound for words, bound in _BOUNDS if words.search(key.lower()))
-        if not math.isfinite(value) or abs(value) > largest:
-            raise ValueError(f"{where}: got {key} {value}, expected at most {largest:,}")
+    layers = experts = 1
+    left: list[tuple[Any, str, int]] = [(config, "", 0)]
+    while left:
+        value, key, depth = left.pop()
+        if depth > _DEEPEST:
+            raise ValueError(f"{where}: nested too deep, expected at most {_DEEPEST} levels")
+        if isinstance(value, dict):
+            left += [(inner, str(name), depth + 1) for name, inner in value.items()]
+        elif isinstance(value, list):
+            left += [(inner, key, depth + 1) for inner in value]
+        elif isinstance(value, str) and value.strip().isdecimal():
+            left.append((int(value) if len(value) < 100 else math.inf, key, depth))
+        elif isinstance(value, (int, float)):
+            words, largest = next(bound for bound in _BOUNDS if bound[0].search(key.lower()))
+            if not abs(value) <= largest:
+                raise ValueError(
+                    f"{where}: got {key} {str(value)[:30]}, expected at most {largest:,}"
+                )
+            if words is _BOUNDS[0][0]:
+                layers = max(layers, int(value))
+            elif "expert" in key.lower():
+                experts = max(experts, int(value))
+    if layers * experts > _MOST_EXPERTS:
+        raise ValueError(
+            f"{where}: got {layers:,} layers and {experts:,} experts, expected at most "
+            f"{_MOST_EXPERTS:,} experts in all layers together"
+        )
 
 
 def from_path(path: Path) -> Model:

@@ -113,8 +113,14 @@ def _longest(model: nn.Module, config: Config) -> int | None:
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and _POSITIONS.search(name)
     ]
-    given = [config[k] for k in ("max_position_embeddings", "n_positions") if config.get(k)]
-    return min([*tables, *given]) if tables else None
+    given = [_count(config, key) for key in ("max_position_embeddings", "n_positions")]
+    return min([*tables, *filter(None, given)]) if tables else None
+
+
+def _count(config: Config, key: str) -> int:
+    """Return a number of ``config``, 0 where there is none."""
+    value = config.get(key)
+    return int(value) if isinstance(value, (int, float)) and value > 0 else 0
 
 
 # --- transformers ---------------------------------------------------------------------------------
@@ -175,7 +181,7 @@ def _of_transformers(library: Any, config: Config, what: str) -> tuple[type, Wor
         build,
         _text_or_image,
         _loss_of_transformers,
-        vocabulary=int(config.get("vocab_size") or 0) if language else 0,
+        vocabulary=_count(config, "vocab_size") if language else 0,
         checkpointing="model.gradient_checkpointing_enable({'use_reentrant': False})",
         has_loss=has_loss,
     )

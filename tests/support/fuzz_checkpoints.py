@@ -2,12 +2,13 @@
 
 ``python fuzz_checkpoints.py KIND SEED COUNT`` prints how many files were refused and how many were
 read. A file is refused with a CheckpointError that names it, or its state is sound. A crash,
-another error, more than 2 GiB or ten seconds for a file end the program; its last line names the
-file.
+another error, more than 2 GiB or ten seconds of work for a file end the program; its last line
+names the file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -172,10 +174,25 @@ def read(path: Path, folder: Path) -> list[bytes] | None:
     return [tensor.numpy().tobytes() for state in states for tensor in state.values()]
 
 
-def main(kind: str, seed: int, count: int) -> None:
+def limit_memory(nbytes: int) -> None:
+    """Let this process take at most ``nbytes`` of address space more than it has."""
     with open("/proc/self/status", encoding="utf-8") as file:
         used = int(re.search(r"VmSize:\s+(\d+) kB", file.read())[1]) << 10
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + nbytes, used + nbytes))
+
+
+@contextlib.contextmanager
+def limited_time(seconds: float) -> Iterator[None]:
+    """End the process if the block works for ``seconds``, or waits for twenty times as long."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 20 * seconds)
+    yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def main(kind: str, seed: int, count: int) -> None:
+    limit_memory(MEMORY)
     warnings.simplefilter("ignore", UserWarning)
     choose = random.Random(f"{kind} {seed}")
     found = [0, 0]
@@ -197,9 +214,8 @@ def main(kind: str, seed: int, count: int) -> None:
             path.unlink()
             path.write_bytes(made)
             print(f"{kind}, seed {seed}, file {number}", file=sys.stderr)
-            signal.alarm(SECONDS)
-            state = read(path, folder)
-            signal.alarm(0)
+            with limited_time(SECONDS):
+                state = read(path, folder)
             found[state is not None] += 1
             # Without a new checksum, what is taken is what was there.
             assert lies or state in (None, sound)
