@@ -39,9 +39,6 @@ from .errors import REFUSALS, explain
 from .optim import CAME
 from .validation import check_options
 
-__all__ = ["GradientRelease", "ReleasedGradient", "step_in_backward"]
-
-
 _PAGE = "docs/step_in_backward.md"
 SECOND = (
     "got a second gradient before optimizer.step(), but step_in_backward has already applied the "
@@ -168,8 +165,7 @@ def step_in_backward(optimizer: Optimizer) -> GradientRelease:
             "remove() it first"
         )
     _check_alone()
-    release = GradientRelease(inner)
-    inner._release = release
+    inner._release = release = GradientRelease(inner)
     return release
 
 
@@ -210,7 +206,7 @@ class GradientRelease:
         optimizer = self._optimizer()
         if optimizer is not None and optimizer._release is self:
             optimizer._release = None
-            _drop_placeholders(optimizer)
+            _drop_gradients(optimizer, ReleasedGradient)
             optimizer._store.flush()
             optimizer._store.set_prefetch_order([])
         self._forget_step()
@@ -257,7 +253,7 @@ class GradientRelease:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _drop_placeholders(optimizer)
+        _drop_gradients(optimizer, ReleasedGradient)
         count = len(self._updated)
         if not count:
             optimizer._squares.clear()
@@ -314,18 +310,15 @@ class GradientRelease:
         if self._groups is not optimizer.param_groups:  # the first time, or after loading
             self._forget_step()
         self.attach(optimizer)
-        position = 0
-        for index, group in enumerate(optimizer.param_groups):
-            for param in group["params"]:
-                self._places[id(param)] = index, position
-                position += 1
+        groups = enumerate(optimizer.param_groups)
+        members = [(index, param) for index, group in groups for param in group["params"]]
+        self._places |= {id(p): (index, place) for place, (index, p) in enumerate(members)}
         self._groups, self._group_count = optimizer.param_groups, len(optimizer.param_groups)
         self._checked = False
 
     def _on_gradient(self, param: Tensor) -> None:
         """Update ``param``, whose gradient is complete, and free the gradient."""
-        optimizer = self._optimizer()
-        grad = param.grad
+        optimizer, grad = self._optimizer(), param.grad
         if optimizer is None or grad is None:
             return
         with self._lock:
@@ -387,27 +380,21 @@ class GradientRelease:
             raise
 
 
-def _drop_gradients(optimizer: CAME) -> None:
+def _drop_gradients(optimizer: CAME, kind: type[Tensor] = Tensor) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
-            param.grad = None
-
-
-def _drop_placeholders(optimizer: CAME) -> None:
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if type(param.grad) is ReleasedGradient:
+            if isinstance(param.grad, kind):
                 param.grad = None
 
 
 def _check_alone() -> None:
     """Refuse to run where gradients of several processes would have to be averaged first."""
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        size = distributed.get_world_size()
-        if size > 1:
-            raise RuntimeError(
-                f"step_in_backward updates a parameter before the gradients of the {size} "
-                "processes have been averaged, so their models would drift apart. Use ordinary "
-                "steps with DistributedDataParallel, or one process"
-            )
+    together = distributed.is_available() and distributed.is_initialized()
+    size = distributed.get_world_size() if together else 1
+    if size > 1:
+        raise RuntimeError(
+            f"step_in_backward updates a parameter before the gradients of the {size} processes "
+            "have been averaged, so their models would drift apart. Use ordinary steps with "
+            "DistributedDataParallel, or one process"
+        )

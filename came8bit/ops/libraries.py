@@ -341,19 +341,12 @@ def package_folders() -> list[str]:
 
 def find(names: Sequence[str]) -> str | None:
     """Return the path of the first file in the package with one of ``names``, or None."""
-    for folder in package_folders():
-        for name in names:
-            path = Path(folder, name)
-            if path.is_file():
-                return str(path)
-    return None
+    paths = (Path(folder, name) for folder in package_folders() for name in names)
+    return next((str(path) for path in paths if path.is_file()), None)
 
 
 def absent(note: dict[str, Any]) -> NotLoadedError:
-    """Explain why a library that every build with kernels has is not in the package.
-
-    ``note`` is what :func:`build_info` returns.
-    """
+    """Explain, by what :func:`build_info` returned, why a library is not in the package."""
     folders = ", ".join(package_folders())
     if not note:
         return NotLoadedError(
