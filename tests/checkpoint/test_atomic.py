@@ -8,11 +8,11 @@ import shutil
 import stat
 import subprocess
 import sys
-import threading
 
 import pytest
 from checkpoints import copies, trained
 from paths import ROOT
+from training import in_threads
 
 from came8bit import CAME8bit, load_checkpoint, save_checkpoint
 from came8bit import atomic_file as atomic
@@ -85,22 +85,13 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path, optimiz
 def test_threads_do_not_disturb_each_other(tmp_path, optimizer):
     save_checkpoint(optimizer, tmp_path / "x")
     content = (tmp_path / "x").read_bytes()
-    failures = []
 
     def work():
-        try:
-            for _ in range(15):
-                save_checkpoint(optimizer, tmp_path / "x")
-                assert (tmp_path / "x").read_bytes() == content
-        except BaseException as error:
-            failures.append(error)
+        for _ in range(15):
+            save_checkpoint(optimizer, tmp_path / "x")
+            assert (tmp_path / "x").read_bytes() == content
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    in_threads(*[work] * 4)
     assert names(tmp_path) == ["x"]
 
 

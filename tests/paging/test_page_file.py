@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from paged_training import complete, fresh, make, page_file, train, unchanged
+from paged_training import complete, fresh, make, page_file, refuse_a_window, train, unchanged
 from training import assert_same
 
 from came8bit import CAME8bit, PagedCAME8bit, load_checkpoint, save_checkpoint
@@ -147,24 +147,16 @@ def test_an_unnamed_file_on_a_full_disk(monkeypatch):
 
 def test_loading_that_fails_in_the_middle_says_so(tmp_path, monkeypatch):
     optimizer = train(make(PagedCAME8bit, page_dir=tmp_path), 2)
-    saved, real, calls = optimizer.state_dict(), PageFile.pieces, []
-
-    def refuse_the_third(self, *arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise OSError(errno.ENOMEM, "no more")
-        return real(self, *arguments)
-
+    saved = optimizer.state_dict()
     message = "no more. A part of the state has been replaced: load again"
     with monkeypatch.context() as patch:
-        patch.setattr(PageFile, "pieces", refuse_the_third)
+        refuse_a_window(patch, 3)
         with pytest.raises(OSError, match=message):
             optimizer.load_state_dict(saved)
     # Into a new file, the old one is left as it was.
-    del calls[:]
     page_file(tmp_path).unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(PageFile, "pieces", refuse_the_third)
+        refuse_a_window(patch, 3)
         with pytest.raises(OSError, match=r"no more\. Nothing has been changed"):
             optimizer.load_state_dict(saved)
     optimizer.load_state_dict(saved)
@@ -270,8 +262,8 @@ def test_a_file_that_is_cut_short_during_a_step(tmp_path, monkeypatch):
     optimizer = train(make(PagedCAME8bit, page_dir=tmp_path, page_budget=400_000), 2)
     saved, real, calls = optimizer.state_dict(), stepping._call_operators, []
 
-    def step_and_cut(group, members):
-        real(group, members)
+    def step_and_cut(group, squares, members):
+        real(group, squares, members)
         calls.append(len(members))
         if len(calls) == 3:
             os.truncate(page_file(tmp_path), 0)
@@ -290,16 +282,8 @@ def test_a_file_that_is_cut_short_during_a_step(tmp_path, monkeypatch):
 def test_windows_that_cannot_be_had_during_a_step(tmp_path, monkeypatch):
     """The step breaks off; no page is lost, and the next step finds everything."""
     optimizer = train(make(PagedCAME8bit, page_dir=tmp_path, page_budget=400_000), 2)
-    real, calls = PageFile.pieces, []
-
-    def refuse_the_third(self, *arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise OSError(errno.ENOMEM, "no more")
-        return real(self, *arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(PageFile, "pieces", refuse_the_third)
+        refuse_a_window(patch, 3)
         with pytest.raises(OSError, match="no more"):
             train(optimizer, 1, first=2)
     steps = [int(state["step"]) for state in optimizer.state.values()]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from paged_training import complete, make, page_file, train, unchanged
-from training import assert_same
+from training import assert_same, in_threads
 
 from came8bit import CAME8bit, PagedCAME8bit
 from came8bit.paging import page_file as pagefile
@@ -86,27 +86,18 @@ def slow(call):
 def test_threads_share_a_directory(moment, tmp_path, monkeypatch):
     """Files are locked, and let go of, while others look for one; nobody meets a foreign lock."""
     monkeypatch.setattr(*moment, slow(getattr(*moment)))
-    names, failures, together = [], [], threading.Barrier(4)
+    names, together = [], threading.Barrier(4, timeout=60)
 
     def work():
-        try:
-            for _ in range(3):
-                together.wait(60)
-                file = PageFile(tmp_path)
-                file.reserve([5000])
-                together.wait(60)
-                names.append(file.name)
-                del file  # deletes it, while another thread may be at its next one
-        except BaseException as error:
-            failures.append(error)
-            together.abort()
+        for _ in range(3):
+            together.wait()
+            file = PageFile(tmp_path)
+            file.reserve([5000])
+            together.wait()
+            names.append(file.name)
+            del file  # deletes it, while another thread may be at its next one
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    in_threads(*[work] * 4)
     for start in range(0, 12, 4):
         assert len(set(names[start : start + 4])) == 4
     assert not list(tmp_path.iterdir())

@@ -139,9 +139,9 @@ def test_windows_are_open_while_they_are_used_only(tmp_path, monkeypatch):
     seen = []
     real = came8bit.ops.step._call_operators
 
-    def watched(group, members):
+    def watched(group, squares, members):
         seen.append((mapped(tmp_path), sum("exp_avg_sq_row" in item.state for item in members)))
-        real(group, members)
+        real(group, squares, members)
 
     monkeypatch.setattr(came8bit.ops.step, "_call_operators", watched)
     train(make(PagedCAME8bit, page_dir=tmp_path, page_budget=400_000), 2)

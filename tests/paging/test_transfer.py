@@ -73,8 +73,7 @@ def run_on(queues, cls, shapes, steps=3, left_out=(), **options):
 def test_same_bits_whatever_is_late(device, dense, cls, pages_in_budget, backing):
     left_out = {(1, 3), (2, 0), (2, 1), (2, 2)}
     for dtype in (torch.float32, torch.bfloat16):
-        expected = make(dense, dtype, MIXED)
-        train(expected, 4, left_out=left_out)
+        expected = train(make(dense, dtype, MIXED), 4, left_out=left_out)
         for policy in POLICIES[::3]:
             queues = device(policy, backing=backing, slab=1 << 13)
             budget = budget_for(cls, MIXED, pages_in_budget)
@@ -139,16 +138,14 @@ def test_what_fits_is_copied_once(device):
     assert queues.trace.count("copy h2d") == len(SHAPES)
     assert queues.trace.count("copy d2h") == 0
     assert queues.trace.count("compute") == 5  # all of a step in one call
-    expected = make(CAME8bit, shapes=SHAPES)
-    train(expected, 5)
+    expected = train(make(CAME8bit, shapes=SHAPES), 5)
     assert_same(complete(expected), complete(optimizer))
     assert queues.trace.count("copy d2h") == len(SHAPES)  # to be read
 
 
 def test_every_wait_is_needed(device):
     """Leave out any one of them, and with some timing the bits are wrong."""
-    expected = make(CAME8bit, shapes=SHAPES)
-    train(expected, 2)
+    expected = train(make(CAME8bit, shapes=SHAPES), 2)
     expected = complete(expected)
     queues = device()
     budget = budget_for(PagedCAME8bit, SHAPES, 3)
@@ -222,8 +219,7 @@ def test_the_end_of_a_step_writes_to_the_file_what_has_arrived(device):
         assert not lane.transfer._behind
         train(optimizer, 1, first=2)
     queues.drain()
-    expected = make(CAME8bit, shapes=SHAPES)
-    train(expected, 3)
+    expected = train(make(CAME8bit, shapes=SHAPES), 3)
     assert_same(complete(expected), complete(optimizer))
 
 
@@ -231,8 +227,7 @@ def test_a_parameter_at_a_time_in_a_known_order(device):
     """As backward does: the next page comes while this one is used."""
     queues = device(("compute", "h2d", "d2h"))
     optimizer = make(PagedCAME8bit, shapes=SHAPES, page_budget=budget_for(PagedCAME8bit, SHAPES, 3))
-    expected = make(CAME8bit, shapes=SHAPES)
-    train(expected, 3)
+    expected = train(make(CAME8bit, shapes=SHAPES), 3)
 
     def one_at_a_time(t):
         group = optimizer.param_groups[0]

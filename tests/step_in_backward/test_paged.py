@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from paged_training import complete
+from paged_training import complete, refuse_a_window
 from torch import nn
 from training import assert_same
 
@@ -172,16 +172,8 @@ def test_a_window_that_cannot_be_had_during_a_step(number, tmp_path, monkeypatch
     """The step can be ended, and training goes on from there."""
     net, optimizer, _ = net_and_optimizer(tmp_path, page_budget=100_000)
     train(net, optimizer)
-    real, calls = PageFile.pieces, []
-
-    def refuse(self, *arguments):
-        calls.append(arguments)
-        if len(calls) == number:
-            raise OSError(errno.ENOMEM, "no more")
-        return real(self, *arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(PageFile, "pieces", refuse)
+        refuse_a_window(patch, number)
         with pytest.raises(OSError, match="no more") as caught:
             backward(net, 2)
     counts = params_and_counts(optimizer)[1]

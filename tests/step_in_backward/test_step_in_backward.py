@@ -1,7 +1,6 @@
 """Stepping in backward against ordinary stepping: the same bits, whatever the loop does."""
 
 import contextlib
-import threading
 import warnings
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from small_nets import WIDTH, loss_of, make_net, tokens, train
 from torch import nn
-from training import assert_same, snapshot
+from training import assert_same, in_threads, snapshot
 
 import came8bit
 from came8bit.step_in_backward import ReleasedGradient
@@ -366,11 +365,7 @@ def test_two_threads():
         for i in range(5):
             losses = [loss_of(net, i) for net in nets]
             if threaded:
-                threads = [threading.Thread(target=loss.backward) for loss in losses]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
+                in_threads(*[loss.backward for loss in losses])
             else:
                 for loss in losses:
                     loss.backward()

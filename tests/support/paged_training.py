@@ -1,5 +1,6 @@
 """Optimizers with paged state, trained on random gradients."""
 
+import errno
 from contextlib import contextmanager
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from training import assert_same, gradients, snapshot, start
 
 from came8bit import CAME, CAME8bit, CAME32bit, PagedCAME, PagedCAME8bit, PagedCAME32bit
+from came8bit.paging.page_file import PageFile
 
 # Pages, next to parameters that are too small for one, of every kind.
 SHAPES = [(256, 300), (7,), (64, 96), (128, 64, 3, 3), (), (20000,), (3, 150, 180), (12000, 2)]
@@ -56,6 +58,19 @@ def unchanged(optimizer, error, message):
     assert str(caught.value).count("Nothing has been changed") == 1
     assert "have been updated" not in str(caught.value)
     assert_same(before, complete(optimizer))
+
+
+def refuse_a_window(patch, number):
+    """The page file's window of this number, counted from now, cannot be had."""
+    real, calls = PageFile.pieces, []
+
+    def refuse(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise OSError(errno.ENOMEM, "no more")
+        return real(self, *arguments)
+
+    patch.setattr(PageFile, "pieces", refuse)
 
 
 def page_file(directory):

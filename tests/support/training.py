@@ -1,5 +1,7 @@
 """Small parameters, gradients and training runs that the optimizer tests share."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 
@@ -72,3 +74,10 @@ def with_gradient(*shape, dtype=torch.float32, seed=0):
 
 def relative(x, y):
     return ((x.double() - y.double()).norm() / y.double().norm()).item()
+
+
+def in_threads(*works):
+    """Calls all of ``works`` at once; the first that fails fails the test."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        for future in [pool.submit(work) for work in works]:
+            future.result()
