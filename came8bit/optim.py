@@ -84,8 +84,8 @@ class CAME(StoredOptimizer):
         page_budget: bytes that pages may take on each device. Default: on CUDA 256 MiB, or three
             times the largest page; on the CPU a sixteenth of all pages, at most 64 MiB and at
             least the largest page.
-        min_8bit_size: parameters with fewer elements keep fp32 momentum; so do those with fewer
-            than two dimensions and those that codes would not make smaller. Read, like
+        min_8bit_size: parameters with fewer elements keep fp32 momentum; so do vectors, and those
+            that codes would not make smaller. Read, like
             ``optim_bits`` and ``factored_view``, when the state of a parameter is made.
         rounding: ``"stochastic"`` or ``"nearest"``, of bf16 and fp16 parameters.
         cautious: drop the elements of an update whose sign disagrees with the gradient, and scale
@@ -99,6 +99,8 @@ class CAME(StoredOptimizer):
         bias_correction: divide the moments by ``1 - beta**step``.
         nesterov: move by ``beta1*M + (1-beta1)*U`` in place of ``M`` (Dozat, 2016).
         factored_view: ``"smallest"`` or ``"last_two"``.
+        quantize_vectors: let parameters with one dimension have codes, too: for flat shards of
+            whole layers. Read when the state of a parameter is made.
         seed: seed of stochastic rounding. The bits depend on it, the parameter's name (or
             position), its step and the element only: equal on every device and replica, and after
             resuming.
@@ -134,6 +136,7 @@ class CAME(StoredOptimizer):
         bias_correction: bool = False,
         nesterov: bool = False,
         factored_view: str = "smallest",
+        quantize_vectors: bool = False,
         seed: int = DEFAULT_SEED,
         stream: int | None = None,
         **other: object,
@@ -153,6 +156,7 @@ class CAME(StoredOptimizer):
             "bias_correction": bias_correction,
             "nesterov": nesterov,
             "factored_view": factored_view,
+            "quantize_vectors": quantize_vectors,
             "seed": seed,
             "stream": stream,
             "format_version": FORMAT_VERSION,
@@ -194,7 +198,11 @@ class CAME(StoredOptimizer):
             check_options({**self.defaults, **param_group})
             if not isinstance(params, (Tensor, set)):
                 params = param_group["params"] = list(params)
-            check_params([params] if isinstance(params, Tensor) else params, self._params())
+            check_params(
+                [params] if isinstance(params, Tensor) else params,
+                self._params(),
+                bool(param_group.get("quantize_vectors", self.defaults["quantize_vectors"])),
+            )
         super().add_param_group(param_group)
         if self._release is not None:
             self._release.attach(self)

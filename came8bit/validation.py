@@ -35,9 +35,9 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "nonfinite": ("skip", "raise", "propagate"),
     "factored_view": FACTORED_VIEWS,
 }
-_FLAGS = ("cautious", "maximize", "bias_correction", "nesterov")
+_FLAGS = ("cautious", "maximize", "bias_correction", "nesterov", "quantize_vectors")
 
-ADDED_OPTIONS: dict[str, object] = {"nesterov": False, "stream": None}
+ADDED_OPTIONS: dict[str, object] = {"nesterov": False, "stream": None, "quantize_vectors": False}
 """Options that older versions did not save, with the values that describe what they did."""
 
 _FLOATS = ("lr", "clip_threshold", "weight_decay")
@@ -215,12 +215,15 @@ PARAM_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 GRAD_DTYPES = PARAM_DTYPES | {torch.float64}
 
 
-def check_params(params: Iterable[object], present: Iterable[Tensor]) -> None:
+def check_params(
+    params: Iterable[object], present: Iterable[Tensor], quantize_vectors: bool = False
+) -> None:
     """Check the parameters of a new group.
 
     Args:
         params: tensors or ``(name, tensor)``; other things are left to the base class.
         present: every parameter that the optimizer has already.
+        quantize_vectors: the option, without which large vectors are warned of.
 
     Parameters that need no gradient are left alone: 4-bit weights beside adapters, for instance.
 
@@ -279,7 +282,8 @@ def check_params(params: Iterable[object], present: Iterable[Tensor]) -> None:
             f"{pair[0]} and {pair[1]} share memory, so each would undo the other's update; tie "
             "weights by using one nn.Parameter in both places"
         )
-    _warn_of_large_vectors(looked_at)
+    if not quantize_vectors:
+        _warn_of_large_vectors(looked_at)
 
 
 def _warn_of_large_vectors(params: Sequence[tuple[str, Tensor]]) -> None:
@@ -288,7 +292,7 @@ def _warn_of_large_vectors(params: Sequence[tuple[str, Tensor]]) -> None:
         warnings.warn(
             f"{vectors[0][0]} is a vector, as FSDP1 and DeepSpeed ZeRO make of matrices: nothing "
             "in it is factored or coded, and its state takes 8 bytes per element. Shard with "
-            "torch's ZeroRedundancyOptimizer, or use DistributedDataParallel",
+            "torch's ZeroRedundancyOptimizer, or set quantize_vectors=True for 5.02 bytes",
             UserWarning,
             stacklevel=4,
         )

@@ -146,7 +146,10 @@ def _wanted(entry: Entry, group: Mapping[str, Any], saved: Mapping[str, Any]) ->
     if layout is None or entry.shape is None or group["optim_bits"] == saved.get("optim_bits"):
         return layout
     planned = plan(
-        entry.shape, optim_bits=group["optim_bits"], min_8bit_size=group["min_8bit_size"]
+        entry.shape,
+        optim_bits=group["optim_bits"],
+        min_8bit_size=group["min_8bit_size"],
+        quantize_vectors=group.get("quantize_vectors", False),
     )
     return with_momentum(layout, planned.momentum_bits, entry.shape)
 

@@ -82,11 +82,10 @@ def _factored_views(shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
     return [(math.prod(shape[:-2]), shape[-2], shape[-1]), (1, slices, slice_len)]
 
 
-def _momentum(shape: tuple[int, ...], optim_bits: int, min_8bit_size: int) -> tuple[Buffer, ...]:
-    """Return fp32 momentum, or codes and scales where asked for, allowed and smaller."""
-    numel = math.prod(shape)
+def _momentum(shape: tuple[int, ...], optim_bits: int) -> tuple[Buffer, ...]:
+    """Return fp32 momentum, or codes and scales where asked for and smaller."""
     full = Buffer("exp_avg", shape, torch.float32)
-    if optim_bits == 32 or len(shape) < 2 or numel < min_8bit_size:
+    if optim_bits == 32:
         return (full,)
     rung = RUNGS[optim_bits]
     codes = Buffer("exp_avg", rung.codes_shape(shape), rung.code_dtype)
@@ -119,6 +118,7 @@ def plan(
     optim_bits: int = 8,
     min_8bit_size: int = DEFAULT_MIN_8BIT_SIZE,
     factored_view: str = "smallest",
+    quantize_vectors: bool = False,
 ) -> Layout:
     """Return the state of a parameter of ``shape``, without allocating it.
 
@@ -127,6 +127,7 @@ def plan(
         optim_bits: one of :data:`OPTIM_BITS`, bits of the momentum.
         min_8bit_size: parameters with fewer elements keep fp32 momentum.
         factored_view: one of :data:`FACTORED_VIEWS`.
+        quantize_vectors: whether those with fewer than two dimensions may have codes.
 
     Raises:
         ValueError: an option has a value that does not exist.
@@ -144,7 +145,8 @@ def plan(
     # min() keeps the first of equals, which is the rule for ties.
     statistics = {view: _statistics(shape, view) for view in candidates}
     view = min(candidates, key=lambda v: sum(buffer.nbytes for buffer in statistics[v]))
-    momentum = _momentum(shape, optim_bits, min_8bit_size)
+    may_be_coded = math.prod(shape) >= min_8bit_size and (len(shape) > 1 or quantize_vectors)
+    momentum = _momentum(shape, optim_bits if may_be_coded else 32)
     return Layout(
         shape=shape,
         view=view or (1, *slice_shape(shape)),
@@ -161,6 +163,7 @@ def plan_state(param: Tensor, group: Group) -> Layout:
         optim_bits=group["optim_bits"],
         min_8bit_size=group["min_8bit_size"],
         factored_view=group["factored_view"],
+        quantize_vectors=group["quantize_vectors"],
     )
 
 
@@ -171,30 +174,20 @@ def possible_layouts(shape: Iterable[int]) -> list[Layout]:
     for factored_view in FACTORED_VIEWS:
         for optim_bits in OPTIM_BITS:
             layout = plan(
-                shape, optim_bits=optim_bits, min_8bit_size=0, factored_view=factored_view
+                shape,
+                optim_bits=optim_bits,
+                min_8bit_size=0,
+                factored_view=factored_view,
+                quantize_vectors=True,
             )
             if layout not in found:
                 found.append(layout)
     return found
 
 
-def state_bytes(
-    shapes: Iterable[Iterable[int]],
-    *,
-    optim_bits: int = 8,
-    min_8bit_size: int = DEFAULT_MIN_8BIT_SIZE,
-    factored_view: str = "smallest",
-) -> int:
-    """Return the bytes of state for parameters of ``shapes``; arguments as in :func:`plan`."""
-    return sum(
-        plan(
-            shape,
-            optim_bits=optim_bits,
-            min_8bit_size=min_8bit_size,
-            factored_view=factored_view,
-        ).nbytes
-        for shape in shapes
-    )
+def state_bytes(shapes: Iterable[Iterable[int]], **options: Any) -> int:
+    """Return the bytes of state for parameters of ``shapes``; options as in :func:`plan`."""
+    return sum(plan(shape, **options).nbytes for shape in shapes)
 
 
 def find_fault(state: Mapping[str, Any]) -> str | None:

@@ -153,6 +153,8 @@ EDGES: list[tuple[tuple[int, ...], dict[str, object]]] = [
     ((16, 16, 3, 3), {"layout": "channels_last", "grad_layout": "channels_last"}),
     ((), {"factored": False, "bits": 32}),
     ((16385,), {"factored": False, "bits": 32, "dtype": torch.bfloat16}),
+    ((16385,), {"factored": False, "dtype": torch.bfloat16}),
+    ((16384,), {"factored": False}),
     ((600, 1), {"factored": False}),
     ((33, 256), {"factored": False, "grad_layout": "reversed"}),
     ((7, 1000), {"factored": False, "dtype": torch.float16}),

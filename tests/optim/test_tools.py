@@ -7,6 +7,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from training import assert_same, snapshot
 
+import came8bit
 from came8bit import CAME8bit, PagedCAME8bit
 from came8bit.state.store import stream_of
 
@@ -130,6 +131,55 @@ def test_streams_follow_names_without_wrappers():
     assert last != first
     assert stream_of({"stream": None}, 12, 10) == 12
     assert stream_of({"stream": 2**32 - 1}, 12, 10) == 1
+
+
+@pytest.mark.parametrize("cls", [CAME8bit, PagedCAME8bit])
+def test_vectors_in_8_bits_are_matrices_of_one_row(cls, tmp_path):
+    """Flat shards on request: the same bits, codes and scales; saved and loaded with them."""
+    grads = [torch.randn(70_001, generator=torch.Generator().manual_seed(t)) for t in range(4)]
+
+    def steps(param, optimizer, first, end):
+        for grad in grads[first:end]:
+            param.grad = grad.view_as(param).clone()
+            optimizer.step()
+
+    def made(*shape):
+        param = torch.nn.Parameter(torch.ones(shape))
+        return param, cls([param], quantize_vectors=True)
+
+    (vector, mine), (row, other) = made(70_001), made(1, 70_001)
+    steps(vector, mine, 0, 3)
+    steps(row, other, 0, 3)
+    states = [one.state_dict()["state"][0] for one in (mine, other)]
+    for name, value in states[1].items():
+        assert torch.equal(states[0][name].view_as(value), value), name
+    assert states[0]["exp_avg"].dtype == torch.int8
+    assert sum(t.nbytes for t in states[0].values()) < 5.017 * 70_001
+    came8bit.save_checkpoint(mine, tmp_path / "file")
+    steps(row, other, 3, 4)
+    for load in (
+        lambda one: one.load_state_dict(mine.state_dict()),
+        lambda one: came8bit.load_checkpoint(one, tmp_path / "file"),
+    ):
+        again, optimizer = made(70_001)
+        again.data.copy_(vector.data)
+        load(optimizer)
+        steps(again, optimizer, 3, 4)
+        assert torch.equal(again, row.view_as(again))
+
+
+def test_vectors_keep_their_bits_when_an_older_state_is_loaded():
+    """State stays as it was made where optim_bits are the same, and older ones lack the option."""
+    param = torch.nn.Parameter(torch.ones(8192))
+    param.grad = torch.ones(8192)
+    old = CAME8bit([param])
+    old.step()
+    state = old.state_dict()
+    del state["param_groups"][0]["quantize_vectors"]
+    new = CAME8bit([param], quantize_vectors=True)
+    new.load_state_dict(state)
+    assert new.state[param]["exp_avg"].dtype == torch.float32
+    new.step()
 
 
 def test_a_step_inside_a_compiled_function_is_one_clean_break():

@@ -53,6 +53,9 @@ SHAPES: list[tuple[tuple[int, ...], dict[str, object]]] = [
     ((), {"factored": False, "bits": 32}),
     ((1,), {"factored": False, "bits": 32}),
     ((65537,), {"factored": False, "bits": 32, "dtype": torch.bfloat16}),
+    ((65537,), {"factored": False, "dtype": torch.bfloat16}),
+    ((4099,), {"factored": False, "bits": 4}),
+    ((4099,), {"factored": False, "bits": 2}),
     ((4096, 1), {"factored": False}),
     ((257, 256), {"factored": False, "grad_layout": "reversed"}),
 ]
