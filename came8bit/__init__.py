@@ -16,6 +16,7 @@ from .errors import CheckpointError
 from .ops.libraries import status as kernel_status
 from .ops.schema import dequantize_blockwise, quantize_blockwise
 from .optim import CAME
+from .param_groups import GlobalOptimManager
 from .step_in_backward import GradientRelease, step_in_backward
 from .variants import (
     CAME2,
@@ -46,6 +47,7 @@ __all__ = [
     "CAME32bit",
     "CheckpointError",
     "ConvertReport",
+    "GlobalOptimManager",
     "GradientRelease",
     "LoadReport",
     "PagedCAME",

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from .errors import OUTSIDE, explaining
 from .ops.step import CaptureWarning, SkipWarning, collect_one, count_skipped, moves, step_group
 from .paging.store import store_for
+from .param_groups import GlobalOptimManager
 from .state.layout import DEFAULT_MIN_8BIT_SIZE, Group
 from .state.store import StepItem, may_train
 from .stored_optimizer import StoredOptimizer
@@ -192,18 +193,23 @@ class CAME(StoredOptimizer):
             ValueError, TypeError: an option or a parameter is not usable. The optimizer is then
                 as it was.
         """
+        groups = [param_group]
         if isinstance(param_group, dict):
             params = param_group.get("params", [])
             param_group.update(normalized(param_group))
-            check_options({**self.defaults, **param_group})
-            if not isinstance(params, (Tensor, set)):
-                params = param_group["params"] = list(params)
+            if not isinstance(params, set):
+                params = [params] if isinstance(params, Tensor) else list(params)
+                param_group["params"] = params
             check_params(
-                [params] if isinstance(params, Tensor) else params,
+                params,
                 self._params(),
                 bool(param_group.get("quantize_vectors", self.defaults["quantize_vectors"])),
             )
-        super().add_param_group(param_group)
+            groups = GlobalOptimManager.get_instance().divide(self, param_group)
+            for group in groups:
+                check_options({**self.defaults, **group})
+        for group in groups:
+            super().add_param_group(group)
         if self._release is not None:
             self._release.attach(self)
 
