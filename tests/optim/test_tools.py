@@ -182,19 +182,18 @@ def test_vectors_keep_their_bits_when_an_older_state_is_loaded():
     new.step()
 
 
-def test_a_step_inside_a_compiled_function_is_one_clean_break():
-    """No recompilation over a schedule of learning rates, and the bits of the eager step."""
+@pytest.mark.parametrize("in_graph", [True, False])
+def test_compiled_models_step_without_recompiling(in_graph):
+    """Over a schedule, with the bits of eager steps; in a compiled function it is one break."""
     expected = make()
     net, optimizer = make()
-    compiled = torch.compile(net, backend="eager")
     torch._dynamo.reset()
-    counts = []
-
-    @torch.compile(backend="eager")
-    def step():
-        optimizer.step()
-
-    for t in range(6):
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = torch.compile(net, backend="eager")
+    step = torch.compile(lambda: optimizer.step(), backend="eager") if in_graph else optimizer.step
+    frames = []
+    for t in range(20):
         for one in (expected[1], optimizer):
             one.param_groups[0]["lr"] = 0.01 / (t + 1)
         train(*expected, 1, first=t)
@@ -202,6 +201,7 @@ def test_a_step_inside_a_compiled_function_is_one_clean_break():
         x = torch.randn(8, 40, generator=torch.Generator().manual_seed(t))
         compiled(x).square().sum().backward()
         step()
-        counts.append(torch._dynamo.utils.counters["frames"]["total"])
+        frames.append(counters["frames"]["total"])
     assert_same(snapshot(expected[1]), snapshot(optimizer))
-    assert counts[1] == counts[-1]
+    assert frames[1] == frames[-1]
+    assert len(counters["graph_break"]) == in_graph
