@@ -46,7 +46,6 @@ _CHANGES = (
 _NEEDED = ("accelerate", "transformers", "matplotlib", "rich", "scipy")
 _MOST_ITEMS = 10**9  # windows or images in a run: their order is held in memory
 
-
 _HELP = {
     "--preset": "default: %(default)s",
     "--optimizers": f"from: {', '.join(OPTIMIZERS)}; the others are compared with the first",
@@ -239,8 +238,8 @@ def _check_task(task: Any) -> None:
         raise CliError(f"--batch-size {task.batch_size} cannot be shared by {processes} processes")
     if (items := task.steps * task.accumulate * task.batch_size) > _MOST_ITEMS:
         raise CliError(
-            f"{task.name} would take {items:,} windows or images, more than {_MOST_ITEMS:,}. Use "
-            f"fewer --steps, or a smaller --batch-size"
+            f"{task.name} would take {items:,} {task.items}, more than {_MOST_ITEMS:,}. Use fewer "
+            f"--steps, or a smaller --batch-size"
         )
 
 

@@ -16,6 +16,7 @@ import stat
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def load(
     Raises:
         ValueError: If data cannot be read, or are too small for the task.
     """
+    readers = {"mails": load_mails, "images": load_images}
     loaded: dict[str, Data] = {}
     data: dict[str, Data] = {}
     missing: dict[str, str] = {}
@@ -105,11 +107,8 @@ def load(
         kind = task.data.removeprefix("noised ")
         try:
             if kind not in loaded:
-                loaded[kind] = (
-                    load_text(files, corpus, data_dir)
-                    if kind == "text"
-                    else (load_mails if kind == "mails" else load_images)(data_dir)
-                )
+                reader = readers.get(kind, partial(load_text, files, corpus))
+                loaded[kind] = reader(data_dir)
         except ValueError as error:
             if kind == "text" or needed:
                 raise
@@ -198,8 +197,7 @@ def _standard_library() -> Text:
     text = b"\n".join(found[name].read_bytes() for name in sorted(found))
     if len(text) < 1_000_000:
         raise ValueError(
-            f"this Python has almost no sources in {root} ({len(text)} bytes, expected some "
-            f"10 MB). Name files with --text"
+            f"{root} has {len(text)} bytes of sources, expected some 10 MB. Name files with --text"
         )
     about = {
         "source": f"Python {sysconfig.get_python_version()} standard library sources",
@@ -211,11 +209,7 @@ def _standard_library() -> Text:
 
 
 def load_images(data_dir: Path) -> Images:
-    """Load Fashion-MNIST: 5,000 of the training images to tune on, the test images to report on.
-
-    Raises:
-        ValueError: If it has not been fetched, or is damaged.
-    """
+    """Load Fashion-MNIST; raises ValueError if it has not been fetched, or is damaged."""
     folder = data_dir / "fashion-mnist"
     arrays = {}
     digest = hashlib.sha256()
@@ -241,11 +235,7 @@ def load_images(data_dir: Path) -> Images:
 
 
 def load_mails(data_dir: Path) -> Mails:
-    """Load the mails of SpamAssassin's public corpus, tokenized for MiniLM.
-
-    Raises:
-        ValueError: If they or the model have not been fetched.
-    """
+    """Load SpamAssassin's public mails, for MiniLM; ValueError if either has not been fetched."""
     from tokenizers import Tokenizer
 
     for name in (_MAILS, _TOKENIZER, _WEIGHTS):
@@ -260,15 +250,11 @@ def load_mails(data_dir: Path) -> Mails:
     tokens = np.array([code.ids for code in coded], dtype=np.int64)
     labels = np.array([mail["spam"] for mail in mails], dtype=np.uint8)
     first, second = int(0.7 * len(mails)), int(0.85 * len(mails))
-    digest = hashlib.sha256(raw)
-    with open(data_dir / _WEIGHTS, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
     about = {
         "source": "SpamAssassin's public mails, MiniLM's weights",
         **_provenance("mails", data_dir),
         "mails": len(mails),
-        "sha256": digest.hexdigest(),
+        "sha256": hashlib.sha256(raw + (data_dir / _WEIGHTS).read_bytes()).hexdigest(),
         "split": "first 70 % train, next 15 % tune, last 15 % validation",
     }
     cuts = (slice(first), slice(first, second), slice(second, None))
@@ -304,8 +290,8 @@ class Windows(Dataset[Item]):
         return window[:-1], window[1:]
 
 
-class Pictures(Dataset[Item]):
-    """Images as float32 of shape (1, h, w), scaled to [−1, 1], and labels (int64, 0-D)."""
+class Labels(Dataset[Item]):
+    """Images (float32, (1, h, w), in [−1, 1]) or tokens (int64, 1-D); and labels (int64, 0-D)."""
 
     def __init__(self, part: Labelled, chosen: np.ndarray) -> None:
         (self._images, self._labels), self._chosen = part, chosen
@@ -315,22 +301,13 @@ class Pictures(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         number = int(self._chosen[index])
-        image = torch.from_numpy(self._images[number].astype(np.float32) / 127.5 - 1)
-        return image[None], torch.tensor(int(self._labels[number]))
+        inputs = torch.tensor(self._images[number])
+        if inputs.dtype == torch.uint8:
+            inputs = inputs[None].float() / 127.5 - 1
+        return inputs, torch.tensor(int(self._labels[number]))
 
 
-class Letters(Pictures):
-    """Mails as tokens (int64, ``context``), and labels (int64, 0-D)."""
-
-    def __init__(self, part: Labelled, chosen: np.ndarray, context: int) -> None:
-        super().__init__((part[0][:, :context], part[1]), chosen)
-
-    def __getitem__(self, index: int) -> Item:
-        number = int(self._chosen[index])
-        return torch.from_numpy(self._images[number]), torch.tensor(int(self._labels[number]))
-
-
-class NoisedPictures(Pictures):
+class NoisedImages(Labels):
     """Images in denoising diffusion: the noised image with a plane that holds the time; the noise.
 
     Time in [0, 1) and noise are a function of ``seed`` and the position alone. The variances are
@@ -365,7 +342,7 @@ def train_items(data: Data, task: TaskConfig, seed: int) -> Dataset[Item]:
         return Windows(data.train, generator.integers(0, last + 1, count), task.context)
     size = len(data.train[1])
     order = [generator.permutation(size) for _ in range(math.ceil(count / size))]
-    return _pictures(data.train, task, np.concatenate(order)[:count], seed)
+    return _labels(data.train, task, np.concatenate(order)[:count], seed)
 
 
 def eval_items(data: Data, task: TaskConfig, split: str) -> Dataset[Item]:
@@ -381,7 +358,7 @@ def eval_items(data: Data, task: TaskConfig, split: str) -> Dataset[Item]:
         spread = np.linspace(0, len(starts) - 1, count).astype(np.int64)
         return Windows(tokens, starts[spread], task.context)
     part = data.tune if split == "tune" else data.validation
-    return _pictures(part, task, np.arange(_whole_batches(len(part[1]), task, split)), 0)
+    return _labels(part, task, np.arange(_whole_batches(len(part[1]), task, split)), 0)
 
 
 def check_size(data: Data, task: TaskConfig) -> None:
@@ -392,11 +369,11 @@ def check_size(data: Data, task: TaskConfig) -> None:
         _last_start(data.train, task, "training")
 
 
-def _pictures(part: Labelled, task: TaskConfig, chosen: np.ndarray, seed: int) -> Pictures:
+def _labels(part: Labelled, task: TaskConfig, chosen: np.ndarray, seed: int) -> Labels:
     if task.data == "mails":
-        return Letters(part, chosen, task.context)
+        return Labels((part[0][:, : task.context], part[1]), chosen)
     noised = task.data == "noised images"
-    return NoisedPictures(part, chosen, seed) if noised else Pictures(part, chosen)
+    return NoisedImages(part, chosen, seed) if noised else Labels(part, chosen)
 
 
 def _last_start(tokens: np.ndarray, task: TaskConfig, part: str) -> int:
