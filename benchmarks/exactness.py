@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from came8bit import reference
+from came8bit.reference import passes
 from came8bit.state import store as dense
 from came8bit.state.layout import plan
 
@@ -69,20 +70,20 @@ def in_float64(start: Tensor, grads: list[Tensor], beta3: float) -> Result:
 
 @contextmanager
 def expected(scale: Callable[..., Tensor] | None) -> Iterator[None]:
-    """Let the reference expect another clip scale."""
-    original = reference.predicted_rms
-    reference.predicted_rms = scale or original
+    """Let the reference expect another sum of squares, and with it another clip scale."""
+    original = passes.predicted_square
+    passes.predicted_square = scale or original
     try:
         yield
     finally:
-        reference.predicted_rms = original
+        passes.predicted_square = original
 
 
 # rms_ratio becomes measured / predicted: with 1 predicted it carries the previous RMS, and with an
 # infinite prediction the expected scale is 0.
 WAYS: dict[str, Callable[..., Tensor] | None] = {
-    "kappa_0 = 0": lambda *_: torch.tensor(math.inf),
-    "previous scale": lambda *_: torch.tensor(1.0),
+    "kappa_0 = 0": lambda *_: torch.tensor([math.inf]),
+    "previous scale": lambda *_: torch.tensor([float(math.prod(SHAPE))]),
     "predicted scale": None,
 }
 

@@ -10,6 +10,11 @@ random bits. ``absmax`` is empty when the momentum is fp32; otherwise ``exp_avg`
 ``lr_tensor``, a 0-d tensor, takes the place of ``lr``. ``grad_squares``, fp32 with an element for
 each parameter, is given the sum of squares of its gradient. The scalars are the fields of
 :class:`~came8bit.reference.Hyper`.
+
+Beside whole steps there is an operator for each of :data:`~came8bit.reference.PASSES`, for
+parameters of which only some rows are here. A pass writes ``sums``, float64, for the ranks to add
+up, and the next one takes them as ``reduced``; ``work`` is what stays here. ``full_numel`` is of
+the full parameter; ``full_rows`` too, or 0 where whole matrices are here.
 """
 
 from __future__ import annotations
@@ -31,18 +36,26 @@ _PLACES = "int[] param_index, int[] element_offset"
 _SCALARS = (
     "Tensor? lr_tensor, float lr, float beta1, float beta2, float beta3, float eps1, float eps2, "
     "float clip_threshold, float weight_decay, bool stochastic, bool cautious, bool propagate, "
-    "bool maximize, bool bias_correction, bool nesterov, int seed, Tensor(z!)? grad_squares=None"
+    "bool maximize, bool bias_correction, bool nesterov, int seed"
 )
 
-_library.define(
-    f"factored_step_({_MOMENTUM}, Tensor(d!)[] exp_avg_sq_row, Tensor(e!)[] exp_avg_sq_col, "
-    "Tensor(f!)[] exp_avg_res_row, Tensor(g!)[] exp_avg_res_col, Tensor(h!)[] rms_ratio, "
-    f"Tensor(i!)[] step, Tensor(j!)[] skipped, {_PLACES}, {_SCALARS}) -> ()"
+_STATE = {
+    "factored": (
+        f"{_MOMENTUM}, Tensor(d!)[] exp_avg_sq_row, Tensor(e!)[] exp_avg_sq_col, "
+        "Tensor(f!)[] exp_avg_res_row, Tensor(g!)[] exp_avg_res_col, Tensor(h!)[] rms_ratio, "
+        f"Tensor(i!)[] step, Tensor(j!)[] skipped, {_PLACES}"
+    ),
+    "unfactored": (
+        f"{_MOMENTUM}, Tensor(d!)[] exp_avg_sq, Tensor(e!)[] step, Tensor(f!)[] skipped, {_PLACES}"
+    ),
+}
+_BETWEEN = (
+    "int[] full_numel, int[] full_rows, Tensor[] reduced, Tensor(k!)[] sums, Tensor(l!)[] work"
 )
-_library.define(
-    f"unfactored_step_({_MOMENTUM}, Tensor(d!)[] exp_avg_sq, "
-    f"Tensor(e!)[] step, Tensor(f!)[] skipped, {_PLACES}, {_SCALARS}) -> ()"
-)
+for kind, state in _STATE.items():
+    _library.define(f"{kind}_step_({state}, {_SCALARS}, Tensor(z!)? grad_squares=None) -> ()")
+    for name in reference.PASSES:
+        _library.define(f"{kind}_{name}_({state}, {_BETWEEN}, {_SCALARS}) -> ()")
 _library.define("quantize_blockwise(Tensor x) -> (Tensor codes, Tensor absmax)")
 _library.define("dequantize_blockwise(Tensor codes, Tensor absmax) -> Tensor")
 
@@ -53,8 +66,8 @@ def _warn_of_reference(tensors: Sequence[Tensor]) -> None:
         libraries.warn_once()
 
 
-def _by_reference(name: str, step: Callable[..., Tensor]) -> Callable[..., None]:
-    """Return ``step``, which takes one parameter, as a kernel of the operator ``name``."""
+def _by_reference(name: str, run: Callable[..., Any]) -> Callable[..., None]:
+    """Return ``run``, which takes one parameter, as a kernel of the operator ``name``."""
     names = [a.name for a in getattr(torch.ops.came8bit, name).default._schema.arguments]
     scalars = names.index("lr_tensor")
 
@@ -65,12 +78,23 @@ def _by_reference(name: str, step: Callable[..., Tensor]) -> Callable[..., None]
         hyper = reference.Hyper(**given)
         _warn_of_reference(lists[0])
         for i in range(len(lists[0])):
-            # Only absmax may be empty.
-            total = step(*(column[i] if column else None for column in lists), hyper)
+            # Only absmax may be empty; in the first and the last pass also reduced and sums.
+            total = run(*(column[i] if column else None for column in lists), hyper)
             if grad_squares is not None:
                 grad_squares[i] = total
 
     return kernel
+
+
+def _run_pass(step: Callable[..., Any], name: str) -> Callable[..., None]:
+    """Return the pass ``name`` of the reference."""
+
+    def run(*values: Any) -> None:
+        *operands, reduced, sums, work, hyper = values
+        between = [x for x in (reduced, sums) if x is not None]
+        getattr(step(*operands, hyper, reference.CPU_TREE, work), name)(*between)
+
+    return run
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,21 +108,29 @@ def _dequantize(codes: Tensor, absmax: Tensor) -> Tensor:
 
 
 _DEFAULT = "CompositeExplicitAutograd"
-_factored_step = _by_reference("factored_step_", reference.factored_step_)
-_unfactored_step = _by_reference("unfactored_step_", reference.unfactored_step_)
-_library.impl("factored_step_", _factored_step, _DEFAULT)
-_library.impl("unfactored_step_", _unfactored_step, _DEFAULT)
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "factored_step_": reference.factored_step_,
+    "unfactored_step_": reference.unfactored_step_,
+}
+for name in reference.PASSES:
+    _KERNELS[f"factored_{name}_"] = _run_pass(reference.FactoredStep, name)
+    _KERNELS[f"unfactored_{name}_"] = _run_pass(reference.UnfactoredStep, name)
+for name, run in _KERNELS.items():
+    _KERNELS[name] = _by_reference(name, run)
+    _library.impl(name, _KERNELS[name], _DEFAULT)
 _library.impl("quantize_blockwise", _quantize, _DEFAULT)
 _library.impl("dequantize_blockwise", _dequantize, _DEFAULT)
 
 
-@torch.library.register_fake("came8bit::factored_step_", lib=_library)
-@torch.library.register_fake("came8bit::unfactored_step_", lib=_library)
 def _step_fake(params: list[Tensor], grads: list[Tensor], *rest: object) -> None:
     torch._check(
         len(params) == len(grads),
         lambda: f"got {len(grads)} gradients for {len(params)} parameters",
     )
+
+
+for name in _KERNELS:
+    torch.library.register_fake(f"came8bit::{name}", _step_fake, lib=_library)
 
 
 @torch.library.register_fake("came8bit::quantize_blockwise", lib=_library)
@@ -124,10 +156,17 @@ libraries.load()
 
 factored_step_ = torch.ops.came8bit.factored_step_.default
 unfactored_step_ = torch.ops.came8bit.unfactored_step_.default
-BY_REFERENCE: dict[Any, Callable[..., None]] = {
-    factored_step_: _factored_step,
-    unfactored_step_: _unfactored_step,
+PASSES: dict[Any, tuple[Any, ...]] = {
+    getattr(torch.ops.came8bit, f"{kind}_step_").default: tuple(
+        getattr(torch.ops.came8bit, f"{kind}_{name}_").default for name in reference.PASSES
+    )
+    for kind in _STATE
 }
-"""The same steps by the reference, whatever library is loaded."""
+"""The passes of each kind of step."""
+
+BY_REFERENCE: dict[Any, Callable[..., None]] = {
+    getattr(torch.ops.came8bit, name).default: run for name, run in _KERNELS.items()
+}
+"""The same operators by the reference, whatever library is loaded."""
 quantize_blockwise = torch.ops.came8bit.quantize_blockwise.default
 dequantize_blockwise = torch.ops.came8bit.dequantize_blockwise.default

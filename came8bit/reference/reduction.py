@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -64,9 +63,8 @@ def _halve(x: Tensor, stop: int = 1) -> Tensor:
 
 def _add_in_order(x: Tensor, dim: int) -> Tensor:
     """Return ``((0 + x_0) + x_1) + ...`` along ``dim``, which disappears."""
-    parts = x.unbind(dim)
-    total = torch.zeros_like(parts[0])
-    for part in parts:
+    total = x.new_zeros([size for i, size in enumerate(x.shape) if i != dim % x.dim()])
+    for part in x.unbind(dim):
         total = total + part
     return total
 
@@ -114,7 +112,7 @@ def column_sum(x: Tensor) -> Tensor:
     b, n, k = x.shape
     rows = slab_rows(b, n, k)
     slabs = _ceil_div(n, rows)
-    x = pad(x, (0, 0, 0, slabs * rows - n)).view(b, slabs, -1, GROUP, k)
+    x = pad(x, (0, 0, 0, slabs * rows - n)).view(b, slabs, rows // GROUP, GROUP, k)
     groups = (x[..., 0, :] + x[..., 1, :]) + (x[..., 2, :] + x[..., 3, :])
     return _add_in_order(_add_in_order(groups[:, :, : _ceil_div(n, GROUP)], 2), 1)
 

@@ -213,12 +213,16 @@ class Momentum:
         """Return ``m``, fp32 of the parameter's shape."""
         if self.rung is None or self.scales is None:
             return self.exp_avg
+        if not self.exp_avg.numel():
+            return torch.zeros(self.shape, device=self.exp_avg.device)
         return self.rung.decode(self.exp_avg, self.scales, self.shape)
 
     def decayed(self, beta1: float) -> Tensor:
         """Return ``beta1*m``; of codes the scale of the block is multiplied, not every value."""
         if self.rung is None or self.scales is None:
             return self.exp_avg * fp32(beta1)
+        if not self.exp_avg.numel():
+            return self.load()
         return self.rung.decode(self.exp_avg, self.scales, self.shape, beta1)
 
     def encode(self, m: Tensor, idle: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
