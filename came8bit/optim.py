@@ -17,7 +17,8 @@ from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
 from .errors import OUTSIDE, explaining
-from .ops.step import CaptureWarning, SkipWarning, collect_one, count_skipped, moves, step_group
+from .ops.sharded import step_work
+from .ops.step import CaptureWarning, SkipWarning, collect_one, count_skipped, moves
 from .paging.store import store_for
 from .param_groups import GlobalOptimManager
 from .state.layout import DEFAULT_MIN_8BIT_SIZE, Group
@@ -200,11 +201,8 @@ class CAME(StoredOptimizer):
             if not isinstance(params, set):
                 params = [params] if isinstance(params, Tensor) else list(params)
                 param_group["params"] = params
-            check_params(
-                params,
-                self._params(),
-                bool(param_group.get("quantize_vectors", self.defaults["quantize_vectors"])),
-            )
+            options = {**self.defaults, **param_group}
+            check_params(params, self._params(), options, sharded=self._store.takes_sharded)
             groups = GlobalOptimManager.get_instance().divide(self, param_group)
             for group in groups:
                 check_options({**self.defaults, **group})
@@ -264,8 +262,7 @@ class CAME(StoredOptimizer):
                 first += len(group["params"])
             self._prepare(work)
         with explaining("Parameters that came before this one have been updated", OUTSIDE):
-            for options, members in work:
-                step_group(options, members, self._store, self._squares)
+            step_work(work, self.param_groups, self._store, self._squares)
         self._store.flush()
 
     @torch.no_grad()
@@ -277,7 +274,7 @@ class CAME(StoredOptimizer):
         if item is not None:
             work: list[tuple[Group, list[StepItem]]] = [(group, [item])]
             self._prepare(work)
-            step_group(group, work[0][1], self._store, self._squares)
+            step_work(work, (), self._store, self._squares)
 
     def _prepare(self, work: list[tuple[Group, list[StepItem]]]) -> None:
         """Check what can be checked before the first update, and make missing state.

@@ -20,7 +20,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .overlap import elements_overlap, sharing
-from .state.layout import FACTORED_VIEWS, OPTIM_BITS
+from .state.layout import FACTORED_VIEWS, OPTIM_BITS, Group, plan_state
+from .state.sharding import check_shard, is_sharded, local
 from .state.store import StepItem
 
 FORMAT_VERSION = 1
@@ -216,32 +217,35 @@ GRAD_DTYPES = PARAM_DTYPES | {torch.float64}
 
 
 def check_params(
-    params: Iterable[object], present: Iterable[Tensor], quantize_vectors: bool = False
+    params: Iterable[object], present: Iterable[Tensor], group: Group, *, sharded: bool = True
 ) -> None:
     """Check the parameters of a new group.
 
     Args:
         params: tensors or ``(name, tensor)``; other things are left to the base class.
         present: every parameter that the optimizer has already.
-        quantize_vectors: the option, without which large vectors are warned of.
+        group: its options.
+        sharded: whether the optimizer's store takes DTensors.
 
     Parameters that need no gradient are left alone: 4-bit weights beside adapters, for instance.
 
     Raises:
         TypeError: wrong dtype or layout, or a subclass that wraps other tensors.
         ValueError: a parameter is there twice, or elements share memory.
-        NotImplementedError: a parameter is sharded.
+        NotImplementedError: a parameter is sharded in a way that cannot be updated.
     """
     present = list(present)
     known = {id(param) for param in present}
     seen: set[int] = set()
     looked_at: list[tuple[str, Tensor]] = []
     for position, entry in enumerate(params):
-        param = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        named = isinstance(entry, tuple) and len(entry) == 2
+        param = entry[1] if named else entry  # type: ignore[index]
         if not isinstance(param, Tensor):
             continue
         shape = "not known yet" if is_lazy(param) else tuple(param.shape)
-        what = f"parameter {position} of the group (shape {shape})"
+        name = f"{entry[0]!r}" if named else f"{position} of the group"  # type: ignore[index]
+        what = f"parameter {name} (shape {shape})"
         if id(param) in known:
             raise ValueError(
                 f"some parameters appear in more than one parameter group: {what} does; "
@@ -255,11 +259,17 @@ def check_params(
         seen.add(id(param))
         if is_lazy(param) or not param.requires_grad:
             continue  # looked at when it has a shape, or a gradient
-        if hasattr(param, "placements"):
-            raise NotImplementedError(
-                f"{what} is a sharded {type(param).__name__}, which came8bit cannot update yet; "
-                "use DistributedDataParallel, or ZeroRedundancyOptimizer with optimizer_class="
-            )
+        if is_sharded(param):
+            if not sharded:
+                raise NotImplementedError(
+                    f"{what} is a sharded {type(param).__name__}, whose state cannot be paged; use "
+                    "is_paged=False, or fully_shard with CPUOffloadPolicy()"
+                )
+            try:
+                check_shard(param, plan_state(param, group))
+            except NotImplementedError as error:
+                raise NotImplementedError(f"{what} {error}") from None
+            param = local(param)
         if is_traceable_wrapper_subclass(param):
             raise TypeError(
                 f"{what} is a {type(param).__name__}, which wraps other tensors; expected an "
@@ -282,7 +292,7 @@ def check_params(
             f"{pair[0]} and {pair[1]} share memory, so each would undo the other's update; tie "
             "weights by using one nn.Parameter in both places"
         )
-    if not quantize_vectors:
+    if not group["quantize_vectors"]:
         _warn_of_large_vectors(looked_at)
 
 
@@ -306,6 +316,7 @@ def usable(param: Tensor, grad: Tensor) -> bool:
         and grad.layout == torch.strided
         and grad.shape == param.shape
         and grad.device == param.device
+        and getattr(grad, "placements", None) == getattr(param, "placements", None)
     )
 
 
@@ -345,7 +356,8 @@ def check_finite(work: Iterable[StepItem]) -> None:
     """
     by_device: defaultdict[torch.device, list[StepItem]] = defaultdict(list)
     for item in work:
-        by_device[item.grad.device].append(item)
+        if not is_sharded(item.param):  # all ranks have to look, at the same time
+            by_device[item.grad.device].append(item)
     bad: list[StepItem] = []
     for items in by_device.values():
         norms = torch._foreach_norm([item.grad for item in items], 2, torch.float32)

@@ -85,8 +85,8 @@ def load_checkpoint(
     than this optimizer, it is refused.
 
     The whole file is read and its checksums are compared before anything changes; then the state
-    is replaced parameter by parameter, which needs memory for one of them. Hooks of
-    ``load_state_dict`` do not run.
+    is replaced parameter by parameter, which needs memory for one of them. Every rank of a sharded
+    model reads the file and keeps its part. Hooks of ``load_state_dict`` do not run.
 
     Args:
         optimizer: one of this package's, over the model that was saved.
@@ -110,10 +110,10 @@ def load_checkpoint(
     check_optimizer(optimizer, "load_checkpoint")
     for group in optimizer.param_groups:
         for param in group["params"]:
-            if param.is_meta or hasattr(param, "placements"):
+            if param.is_meta:
                 raise NotImplementedError(
-                    f"load_checkpoint: a parameter is a {type(param).__name__} on {param.device}; "
-                    "meta and sharded (DTensor) parameters are not supported"
+                    f"load_checkpoint: a parameter is a {type(param).__name__} on {param.device}, "
+                    "which has no values; use to_empty() first"
                 )
     with open_source(path) as source:
         try:

@@ -16,6 +16,7 @@ from ..atomic_file import atomic_file
 from ..errors import CheckpointError
 from ..optim import CAME
 from ..state.layout import plan_state
+from ..state.sharding import full, is_first, mesh_of, sum_over
 from ..state_dict.values import names_of
 from ..validation import FORMAT_VERSION
 from .format import (
@@ -41,7 +42,9 @@ def save_checkpoint(
     When it returns, the file is complete and on the disk. Until then, whatever happens, ``path``
     is what it was before. The state is written parameter by parameter; beyond it, memory is needed
     for one parameter whose state is paged or on another device, and for next to nothing otherwise.
-    The model is not in the file: save it beside. With replicas, save on one of them.
+    The model is not in the file: save it beside. With replicas, save on one of them. With sharded
+    parameters (FSDP2) all ranks have to call this: they gather one parameter after another, and the
+    first one writes.
 
     Args:
         optimizer: one of this package's.
@@ -73,9 +76,42 @@ def save_checkpoint(
         groups.append({**options, "format_version": FORMAT_VERSION})
 
     def read(position: int) -> dict[str, Tensor]:
-        return optimizer._store.read(params[position])
+        state = optimizer._store.read(params[position])
+        return {name: full(tensor) for name, tensor in state.items()}
 
-    return write_checkpoint(path, groups, entries, read, metadata or {}, state_bytes)
+    def write(read: Callable[[int], Mapping[str, Tensor]]) -> int:
+        return write_checkpoint(path, groups, entries, read, metadata or {}, state_bytes)
+
+    mesh = mesh_of(params)
+    return write(read) if mesh is None else _write_together(mesh, read, len(params), write)
+
+
+def _write_together(
+    mesh: Any,
+    read: Callable[[int], Mapping[str, Tensor]],
+    count: int,
+    write: Callable[[Callable[[int], Mapping[str, Tensor]]], int],
+) -> int:
+    """Let the first rank ``write`` while all ranks ``read``; return the bytes on each.
+
+    A rank that stopped reading would leave the others waiting: so it reads to the end.
+    """
+    rest = iter(range(count))
+    error: BaseException | None = None
+    size = 0
+    if is_first(mesh):
+        try:
+            size = write(lambda position: read(next(rest)))
+        except Exception as caught:
+            error = caught
+    for position in rest:
+        read(position)
+    (size,) = sum_over(mesh, [-1 if error else size])
+    if error:
+        raise error
+    if size < 0:
+        raise OSError("save_checkpoint: the first rank could not write; see its error")
+    return size
 
 
 def check_optimizer(optimizer: object, function: str) -> None:

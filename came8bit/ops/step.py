@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import listed
 from ..reference.rungs import RUNGS, rung_of
 from ..state.layout import Group, find_fault
+from ..state.sharding import local
 from ..state.store import StateStore, StepItem, stream_of
 from ..validation import moved_error, unusable_error, usable
 from . import libraries, schema
@@ -95,7 +96,7 @@ def step_group(
         return
     for item, old, new in zip(items, before, after, strict=True):
         if new > old:
-            fault = find_fault(store.read(item.param)) or _fault_of(item.param)
+            fault = _fault_of(store, item.param)
             raise FloatingPointError(
                 f"the update of parameter {item.position} is not finite although its gradient is"
                 + (f": {fault}. {_FRESH}" if fault else "; lower the loss scale or clip gradients")
@@ -115,7 +116,7 @@ def blame(store: StateStore, groups: Sequence[Group]) -> str:
         ):
             state = store.state.get(param) or {}
             if "skipped" in state and int(state["skipped"]):
-                fault = find_fault(store.read(param)) or _fault_of(param)
+                fault = _fault_of(store, param)
                 if fault:
                     faults.append(f"parameter {position}{name and f' ({name})'}: {fault}")
             position += 1
@@ -124,8 +125,12 @@ def blame(store: StateStore, groups: Sequence[Group]) -> str:
     return "because the gradient was not finite; see skipped_steps() and the option nonfinite"
 
 
-def _fault_of(param: Tensor) -> str | None:
-    return None if bool(param.detach().isfinite().all()) else "its own values are not finite"
+def _fault_of(store: StateStore, param: Tensor) -> str | None:
+    """Say what is wrong with ``param`` and its state; of what is sharded, with the part here."""
+    fault = find_fault({name: local(value) for name, value in store.read(param).items()})
+    if fault is None and not bool(local(param).detach().isfinite().all()):
+        return "its own values are not finite"
+    return fault
 
 
 class SkipWarning:
@@ -225,8 +230,21 @@ def _read(counters: Iterable[Tensor]) -> list[int]:
     return values
 
 
-def _call_operators(group: Group, squares: dict[int, Tensor], members: Sequence[StepItem]) -> None:
-    """Make one operator call per kind of parameter and device."""
+class Call(NamedTuple):
+    """Parameters of one kind on one device, and the arguments of an operator for them, by name.
+
+    ``operator`` is that of a whole step: ``factored_step_`` or ``unfactored_step_``.
+    """
+
+    operator: Any
+    items: Sequence[StepItem]
+    arguments: dict[str, Any]
+    scalars: dict[str, Any]
+    by_reference: bool
+
+
+def calls_of(group: Group, members: Sequence[StepItem], *, sharded: bool = False) -> Iterator[Call]:
+    """Yield one call per kind of parameter and device."""
     buckets: defaultdict[tuple[torch.device, bool, int], list[StepItem]] = defaultdict(list)
     for item in members:
         state = item.state
@@ -245,26 +263,37 @@ def _call_operators(group: Group, squares: dict[int, Tensor], members: Sequence[
         if scalars["lr_tensor"] is not None:
             rate = scalars["lr_tensor"].to(device, torch.float32, non_blocking=True)
             scalars["lr_tensor"] = rate
-        operator: Callable[..., None] = (
-            schema.factored_step_ if factored else schema.unfactored_step_
-        )
-        options = {**group, "optim_bits": bits}
-        if libraries.needs_reference(options, device.type):
-            operator = schema.BY_REFERENCE[operator]
-        params = [item.param for item in items]
-        totals = torch.empty(len(items), dtype=torch.float32, device=device)
-        operator(
-            params=params,
-            grads=[item.grad for item in items],
+        arguments = {
+            "params": [item.param for item in items],
+            "grads": [item.grad for item in items],
             **buffers,
-            param_index=[item.stream for item in items],
+            "param_index": [item.stream for item in items],
+        }
+        options = {**group, "optim_bits": bits, "sharded": sharded}
+        yield Call(
+            schema.factored_step_ if factored else schema.unfactored_step_,
+            items,
+            arguments,
+            dict(scalars),
+            libraries.needs_reference(options, device.type),
+        )
+
+
+def _call_operators(group: Group, squares: dict[int, Tensor], members: Sequence[StepItem]) -> None:
+    """Make one operator call per kind of parameter and device."""
+    for call in calls_of(group, members):
+        operator = schema.BY_REFERENCE[call.operator] if call.by_reference else call.operator
+        items = call.items
+        totals = torch.empty(len(items), dtype=torch.float32, device=items[0].param.device)
+        operator(
+            **call.arguments,
             element_offset=[0] * len(items),
-            **scalars,
+            **call.scalars,
             grad_squares=totals,
         )
         squares[items[0].position] = totals
         # A kernel writes past autograd: a graph that still needs the old values has to notice.
-        torch.autograd.graph.increment_version(params)
+        torch.autograd.graph.increment_version(call.arguments["params"])
 
 
 def _scalars(group: Group) -> dict[str, Any]:

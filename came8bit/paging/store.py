@@ -41,6 +41,8 @@ class PagedStore:
     device: statistics, counters, and parameters too small for a page.
     """
 
+    takes_sharded = False
+
     def __init__(self, placement: Placement) -> None:
         self.state: defaultdict[Any, Any] = defaultdict(dict)
         self.pager = Pager(placement)

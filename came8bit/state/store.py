@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..reference.rungs import momentum_shape
-from .layout import Buffer, Group, Layout, plan_state
+from .layout import Buffer, Group, Layout, plan_state, possible_layouts
+from .sharding import allocate_sharded, copy_sharded, is_sharded, local
 
 
 class Saved(NamedTuple):
@@ -33,7 +34,8 @@ class Saved(NamedTuple):
 class StepItem(NamedTuple):
     """A parameter that has a gradient, its state, and its position in ``state_dict()``.
 
-    ``stream`` numbers its random bits, below 2**32; see :func:`stream_of`.
+    ``stream`` numbers its random bits, below 2**32; see :func:`stream_of`. ``sharded`` is the
+    DTensor that ``param`` is a part of.
     """
 
     param: Tensor
@@ -41,6 +43,7 @@ class StepItem(NamedTuple):
     state: dict[str, Tensor]
     position: int
     stream: int = 0
+    sharded: Tensor | None = None
 
 
 Work = Sequence[tuple[Group, Sequence[StepItem]]]
@@ -59,9 +62,12 @@ class StateStore(Protocol):
     Attributes:
         state: of each parameter the tensors that are at hand without moving anything; an empty or
             missing entry has no state yet. This is what ``optimizer.state`` shows.
+        takes_sharded: whether parameters may be DTensors. Their state is made of DTensors, and a
+            visit hands on what is here of parameter, gradient and state.
     """
 
     state: defaultdict[Any, Any]
+    takes_sharded: bool
 
     def fits(self, param: Tensor) -> bool:
         """Return whether ``param`` still has the shape that its state was made for."""
@@ -130,7 +136,9 @@ class StateStore(Protocol):
 
 
 class DenseStore:
-    """State as ordinary tensors, each on the device of its parameter."""
+    """State as ordinary tensors, or DTensors, each on the device of its parameter."""
+
+    takes_sharded = True
 
     def __init__(self) -> None:
         self.state: defaultdict[Any, Any] = defaultdict(dict)
@@ -161,7 +169,7 @@ class DenseStore:
         """As :meth:`StateStore.prepare`."""
         fresh = fresh_items(work)
         for item, layout in fresh:
-            item.state.update(allocate(layout, item.param.device))
+            item.state.update(allocate_for(item.param, layout))
         if follow_devices(item for _, items in work for item in items) and not self._warned:
             self._warned = True
             warnings.warn(
@@ -175,7 +183,7 @@ class DenseStore:
 
     def visit(self, items: Sequence[StepItem], run: Run) -> None:
         """As :meth:`StateStore.visit`: all at once."""
-        run(items)
+        run([_local_item(item) if is_sharded(item.param) else item for item in items])
 
     def set_prefetch_order(self, params: Iterable[Tensor]) -> None:
         """Do nothing: everything is at hand."""
@@ -189,14 +197,20 @@ class DenseStore:
         return state
 
     def write(self, param: Tensor, state: dict[str, Tensor]) -> None:
-        """As :meth:`StateStore.write`."""
+        """As :meth:`StateStore.write`; of whole tensors a DTensor takes its own part."""
+        if is_sharded(param) and state and not is_sharded(state["exp_avg"]):
+            layout = fit(state, possible_layouts(param.shape))
+            state = copy_sharded(state, layout, param)
         self.state[param] = state
 
     def replace_all(self, saved: Iterable[Saved]) -> None:
         """As :meth:`StateStore.replace_all`."""
         state: defaultdict[Any, Any] = defaultdict(dict)
         for param, layout, tensors in saved:
-            state[param] = copy(tensors, layout, param.device)
+            if is_sharded(param):
+                state[param] = copy_sharded(tensors, layout, param)
+            else:
+                state[param] = copy(tensors, layout, param.device)
         self.state = state
 
     def adopt(self, state: Mapping[Any, Any]) -> None:
@@ -239,7 +253,7 @@ def follow_devices(items: Iterable[StepItem]) -> bool:
     """Move state to the device of its parameter; return whether some was elsewhere."""
     moved = False
     for item in items:
-        if item.state["step"].device != item.param.device:
+        if item.state["step"].device != item.param.device and not is_sharded(item.param):
             moved = True
             for name, tensor in item.state.items():
                 item.state[name] = tensor.to(item.param.device)
@@ -250,17 +264,17 @@ def fresh_items(work: Work) -> list[tuple[StepItem, Layout]]:
     """Return the items in ``work`` that have no state, with the layout that each will get.
 
     Raises:
-        NotImplementedError: a parameter is on the meta device, or sharded.
+        NotImplementedError: a parameter is on the meta device.
     """
     fresh = []
     for group, items in work:
         for item in items:
             if item.state:
                 continue
-            if not is_ordinary(item.param):
+            if item.param.is_meta:
                 raise NotImplementedError(
                     f"parameter {item.position} is a {type(item.param).__name__} on "
-                    f"{item.param.device}; meta and sharded (DTensor) parameters are not supported"
+                    f"{item.param.device}, which has no values; use to_empty() first"
                 )
             fresh.append((item, plan_state(item.param, group)))
     return fresh
@@ -272,18 +286,28 @@ def missing_layouts(
     """Yield the parameters that a step may reach and that have no state yet, with its layout."""
     for group in groups:
         for param in filter(may_train, group["params"]):
-            if not state.get(param) and is_ordinary(param) and param.numel():
+            if not state.get(param) and not param.is_meta and param.numel():
                 yield param, plan_state(param, group)
 
 
-def is_ordinary(param: Tensor) -> bool:
-    """Return whether ``param`` is neither on the meta device nor sharded."""
-    return not (param.is_meta or hasattr(param, "placements"))
+def _local_item(item: StepItem) -> StepItem:
+    """Return ``item`` with what is here of its tensors; a visit writes to them in place."""
+    state = {name: local(tensor) for name, tensor in item.state.items()}
+    return item._replace(
+        param=local(item.param), grad=local(item.grad), state=state, sharded=item.param
+    )
 
 
 def may_train(param: Tensor) -> bool:
     """Return whether a step may reach ``param``."""
     return param.requires_grad or param.grad is not None
+
+
+def allocate_for(param: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Return new state of ``param`` with its initial values."""
+    if is_sharded(param):
+        return allocate_sharded(layout, param)
+    return allocate(layout, param.device)
 
 
 def allocate(layout: Layout, device: torch.device) -> dict[str, Tensor]:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from ..errors import listed, printable
-from ..state.layout import COUNTERS, Group, find_fault
+from ..reference.rungs import RUNGS, rung_of
+from ..state.layout import COUNTERS, Group, Layout, find_fault
+from ..state.sharding import full, local, mesh_of, sum_over
 from ..state.store import Saved
 from .merge import SavedParameter, merge
 from .values import as_count, convert_momentum, names_of
@@ -57,9 +59,7 @@ def read_state_dict(
                 f"got state for parameters {listed(strangers)}, which no saved group lists; "
                 "allow_unused=True leaves it out"
             )
-        found = found.without_faults(
-            {index: find_fault(one.state) for index, one in enumerate(saved)}, allow_missing
-        )
+        found = found.without_faults(_find_faults([one.state for one in saved]), allow_missing)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
@@ -74,7 +74,7 @@ def read_state_dict(
         if "param_names" in saved_groups[partner]:  # wins, as in torch
             group["param_names"] = list(saved_groups[partner]["param_names"])
     loaded = [
-        Saved(pair.param, pair.wanted, convert_momentum(saved[pair.saved].state, pair.wanted))
+        Saved(pair.param, pair.wanted, _converted(saved[pair.saved].state, pair.wanted))
         for pair in found.pairs
         if pair.wanted is not None and pair.saved is not None
     ]
@@ -85,6 +85,26 @@ def read_state_dict(
             printable(f"load_state_dict: {'; '.join(remarks)}"), UserWarning, stacklevel=3
         )
     return found.groups, loaded
+
+
+def _find_faults(states: Sequence[Mapping[str, Any]]) -> dict[int, str | None]:
+    """Return what is wrong with each state; on the ranks that share them, the same."""
+    faults = [find_fault({name: local(x) for name, x in state.items()}) for state in states]
+    mesh = mesh_of(value for state in states for value in state.values())
+    if mesh is not None:
+        counts = sum_over(mesh, [fault is not None for fault in faults])
+        there = "a part on another rank cannot be continued"
+        faults = [fault or (there if n else None) for fault, n in zip(faults, counts, strict=True)]
+    return dict(enumerate(faults))
+
+
+def _converted(state: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:
+    """Return ``state`` with the momentum of ``layout``, of a sharded one whole if it changes."""
+    if rung_of(state["exp_avg"], state.get("absmax", state.get("scales"))) is RUNGS.get(
+        layout.momentum_bits
+    ):
+        return state
+    return convert_momentum({name: full(value) for name, value in state.items()}, layout)
 
 
 def _parameters(
