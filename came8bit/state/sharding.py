@@ -195,7 +195,7 @@ def check_shard(param: Tensor, layout: Layout) -> None:
         )
     if shard.dim is not None and len(shard.shape) < 2 and layout.momentum_bits != 32:
         raise NotImplementedError(
-            "is a vector whose blocks of codes the ranks would cut; give it a group of its own with "
+            "is a vector whose blocks of codes the ranks would cut; put it into a group with "
             "quantize_vectors=False"
         )
     matrices = layout.view[0] // shard.shape[0] if layout.factored and shard.shape[0] else 1

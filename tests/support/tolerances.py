@@ -57,6 +57,15 @@ SMALL_LR_DISPLACEMENT = 0.05
 rounding up has probability q << 1, so the standard error is 1 / sqrt(q * steps * 16384); with
 q = 0.01 and 300 steps 0.5 %, plus 2 % for the first-order effect of the parameters' own spread."""
 
+# --- several ranks --------------------------------------------------------------------------------
+
+STATISTICS_OF_RANKS = 2e-6
+"""Relative, of statistics on several ranks: sums of fp32 in another order, over a few steps."""
+
+TRAVELLED = 1e-5
+"""Distance to one process as a part of the distance travelled, 100 steps of fp32: gradients are
+added up in another order, and CAME divides by their size."""
+
 # --- memory ---------------------------------------------------------------------------------------
 
 LLAMA_BYTES = 1.02
