@@ -45,8 +45,8 @@ class Checker {
     return kFloat32;
   }
 
-  // Pointer to contiguous state of `size` values of T: int8_t, uint8_t, uint16_t for bf16, float or
-  // int64_t.
+  // Pointer to contiguous state of `size` values of T: int8_t, uint8_t, uint16_t for bf16, float,
+  // double or int64_t.
   template <class T>
   T* state(const Tensors& tensors, size_t i, int64_t size, const char* name) const {
     const Tensor& t = tensors[i];
@@ -153,6 +153,37 @@ class Checker {
     }
   }
 
+  // What the passes have besides, with the sizes of came8bit/reference/passes.py.
+  std::vector<SharedArguments> shared(const std::vector<ParamArguments>& all, Pass pass,
+                                      bool factored, bool cautious,
+                                      const std::vector<int64_t>& full_numel,
+                                      const std::vector<int64_t>& full_rows, const Tensors& reduced,
+                                      const Tensors& sums, const Tensors& work) const {
+    length(full_numel, all.size(), "full_numel");
+    length(full_rows, all.size(), "full_rows");
+    length(work, all.size(), "work");
+    const int number = static_cast<int>(pass);
+    if (number > 0) length(reduced, all.size(), "reduced");
+    if (pass != Pass::kApply) length(sums, all.size(), "sums");
+    std::vector<SharedArguments> found(all.size());
+    for (size_t i = 0; i < all.size(); ++i) {
+      const ParamArguments& a = all[i];
+      const bool split = factored && full_rows[i] > 0;
+      const int64_t k = split ? a.k : 0, one = cautious ? 1 : 0;
+      STD_TORCH_CHECK(!split || a.b == 1, "full_rows ", i, ": expected one matrix, got ", a.b);
+      const int64_t sizes[3] = {split ? 3 + k : (factored ? 2 : 1), 1 + 3 * k,
+                                split ? 1 + one : one};
+      SharedArguments& s = found[i];
+      s.full_numel = full_numel[i];
+      s.full_rows = full_rows[i];
+      s.reduced = number > 0 ? state<double>(reduced, i, sizes[number - 1], "reduced") : nullptr;
+      s.sums_size = pass == Pass::kApply ? 0 : sizes[number];
+      s.sums = pass == Pass::kApply ? nullptr : state<double>(sums, i, s.sums_size, "sums");
+      s.work = state<float>(work, i, 4 + (factored ? 5 * a.b * (a.n + a.k) : 0), "work");
+    }
+    return found;
+  }
+
   // Pointer to `size` floats, or null.
   float* optional(const std::optional<Tensor>& t, int64_t size, const char* name) const {
     return t.has_value() ? state<float>({*t}, 0, size, name) : nullptr;
@@ -163,7 +194,8 @@ class Checker {
   static constexpr ScalarType scalar_type_of() {
     if (sizeof(T) == 1) return T(-1) < T(0) ? ScalarType::Char : ScalarType::Byte;
     if (sizeof(T) == 2) return ScalarType::BFloat16;
-    return sizeof(T) == 4 ? ScalarType::Float : ScalarType::Long;
+    if (T(0.5) != T(0)) return sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+    return ScalarType::Long;
   }
 
   static void same_sizes(const Tensor& param, const Tensor& grad, size_t i) {
@@ -218,6 +250,57 @@ void unfactored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors ab
                  StepSettings(check.optional(lr_tensor, 1, "lr_tensor"), lr, beta1, beta2, beta3,
                               eps1, eps2, clip_threshold, weight_decay, stochastic, cautious,
                               propagate, maximize, bias_correction, nesterov, seed));
+}
+
+// The passes of a step; `P` is the device and the pass.
+
+template <class P>
+void factored_pass_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
+                    Tensors exp_avg_sq_row, Tensors exp_avg_sq_col, Tensors exp_avg_res_row,
+                    Tensors exp_avg_res_col, Tensors rms_ratio, Tensors step, Tensors skipped,
+                    std::vector<int64_t> param_index, std::vector<int64_t> element_offset,
+                    std::vector<int64_t> full_numel, std::vector<int64_t> full_rows,
+                    Tensors reduced, Tensors sums, Tensors work, std::optional<Tensor> lr_tensor,
+                    double lr, double beta1, double beta2, double beta3, double eps1, double eps2,
+                    double clip_threshold, double weight_decay, bool stochastic, bool cautious,
+                    bool propagate, bool maximize, bool bias_correction, bool nesterov,
+                    int64_t seed) {
+  [[maybe_unused]] const typename P::On::Environment environment;
+  const Checker check(P::On::device());
+  std::vector<ParamArguments> all = check.common(params, grads, exp_avg, absmax, step, skipped,
+                                                 param_index, element_offset, std::nullopt);
+  check.factored(all, exp_avg_sq_row, exp_avg_sq_col, exp_avg_res_row, exp_avg_res_col, rms_ratio);
+  P::On::factored_pass(
+      P::pass, all,
+      check.shared(all, P::pass, true, cautious, full_numel, full_rows, reduced, sums, work),
+      params, grads,
+      StepSettings(check.optional(lr_tensor, 1, "lr_tensor"), lr, beta1, beta2, beta3, eps1, eps2,
+                   clip_threshold, weight_decay, stochastic, cautious, propagate, maximize,
+                   bias_correction, nesterov, seed));
+}
+
+template <class P>
+void unfactored_pass_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
+                      Tensors exp_avg_sq, Tensors step, Tensors skipped,
+                      std::vector<int64_t> param_index, std::vector<int64_t> element_offset,
+                      std::vector<int64_t> full_numel, std::vector<int64_t> full_rows,
+                      Tensors reduced, Tensors sums, Tensors work, std::optional<Tensor> lr_tensor,
+                      double lr, double beta1, double beta2, double beta3, double eps1, double eps2,
+                      double clip_threshold, double weight_decay, bool stochastic, bool cautious,
+                      bool propagate, bool maximize, bool bias_correction, bool nesterov,
+                      int64_t seed) {
+  [[maybe_unused]] const typename P::On::Environment environment;
+  const Checker check(P::On::device());
+  std::vector<ParamArguments> all = check.common(params, grads, exp_avg, absmax, step, skipped,
+                                                 param_index, element_offset, std::nullopt);
+  check.unfactored(all, exp_avg_sq);
+  P::On::unfactored_pass(
+      P::pass, all,
+      check.shared(all, P::pass, false, cautious, full_numel, full_rows, reduced, sums, work),
+      params, grads,
+      StepSettings(check.optional(lr_tensor, 1, "lr_tensor"), lr, beta1, beta2, beta3, eps1, eps2,
+                   clip_threshold, weight_decay, stochastic, cautious, propagate, maximize,
+                   bias_correction, nesterov, seed));
 }
 
 // --- codec ------------------------------------------------------------------------------------

@@ -26,4 +26,16 @@ struct ParamArguments {
   CAME8BIT_INLINE int64_t numel() const { return b * n * k; }
 };
 
+// The passes of a step, as in came8bit/reference/passes.py.
+enum class Pass { kSecondMoment, kInstability, kConfidence, kApply };
+
+// Beside the parameter, where some of its rows may be elsewhere. What does not apply is null.
+struct SharedArguments {
+  int64_t full_numel, full_rows;  // of the full parameter; no rows where whole matrices are here
+  const double* reduced;
+  double* sums;
+  int64_t sums_size;
+  float* work;
+};
+
 }  // namespace came8bit

@@ -40,14 +40,48 @@ struct Cpu {
 
   static void unfactored(const std::vector<ParamArguments>& all, const Tensors& params,
                          const Tensors& grads, const StepSettings& settings) {
-    std::vector<Parameter> parameters = parameters_of(all, params, grads);
+    unfactored_step(flattened(parameters_of(all, params, grads)), settings);
+  }
+
+  static void factored_pass(Pass pass, const std::vector<ParamArguments>& all,
+                            const std::vector<SharedArguments>& shared, const Tensors& params,
+                            const Tensors& grads, const StepSettings& settings) {
+    came8bit::factored_pass(pass, with(parameters_of(all, params, grads), shared), settings);
+  }
+
+  static void unfactored_pass(Pass pass, const std::vector<ParamArguments>& all,
+                              const std::vector<SharedArguments>& shared, const Tensors& params,
+                              const Tensors& grads, const StepSettings& settings) {
+    came8bit::unfactored_pass(pass, with(flattened(parameters_of(all, params, grads)), shared),
+                              settings);
+  }
+
+ private:
+  static std::vector<Parameter> flattened(std::vector<Parameter> parameters) {
     for (Parameter& p : parameters) {
       p.k = p.numel();  // rows do not matter here
       p.b = p.n = 1;
     }
-    unfactored_step(parameters, settings);
+    return parameters;
+  }
+
+  static std::vector<Shared> with(const std::vector<Parameter>& parameters,
+                                  const std::vector<SharedArguments>& shared) {
+    std::vector<Shared> both;
+    for (size_t i = 0; i < shared.size(); ++i) both.push_back({parameters[i], shared[i]});
+    return both;
   }
 };
+
+template <Pass number>
+struct CpuPass {
+  using On = Cpu;
+  static constexpr Pass pass = number;
+};
+using SecondMoment = CpuPass<Pass::kSecondMoment>;
+using Instability = CpuPass<Pass::kInstability>;
+using Confidence = CpuPass<Pass::kConfidence>;
+using Apply = CpuPass<Pass::kApply>;
 
 std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x) {
   const QuantizeArguments a = quantize_arguments(x);
@@ -70,6 +104,15 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax) {
 STABLE_TORCH_LIBRARY_IMPL(came8bit, CPU, m) {
   m.impl("factored_step_", TORCH_BOX(&came8bit::factored_step_<came8bit::Cpu>));
   m.impl("unfactored_step_", TORCH_BOX(&came8bit::unfactored_step_<came8bit::Cpu>));
+  m.impl("factored_second_moment_", TORCH_BOX(&came8bit::factored_pass_<came8bit::SecondMoment>));
+  m.impl("factored_instability_", TORCH_BOX(&came8bit::factored_pass_<came8bit::Instability>));
+  m.impl("factored_confidence_", TORCH_BOX(&came8bit::factored_pass_<came8bit::Confidence>));
+  m.impl("factored_apply_", TORCH_BOX(&came8bit::factored_pass_<came8bit::Apply>));
+  m.impl("unfactored_second_moment_",
+         TORCH_BOX(&came8bit::unfactored_pass_<came8bit::SecondMoment>));
+  m.impl("unfactored_instability_", TORCH_BOX(&came8bit::unfactored_pass_<came8bit::Instability>));
+  m.impl("unfactored_confidence_", TORCH_BOX(&came8bit::unfactored_pass_<came8bit::Confidence>));
+  m.impl("unfactored_apply_", TORCH_BOX(&came8bit::unfactored_pass_<came8bit::Apply>));
   m.impl("quantize_blockwise", TORCH_BOX(&came8bit::quantize_blockwise));
   m.impl("dequantize_blockwise", TORCH_BOX(&came8bit::dequantize_blockwise));
 }

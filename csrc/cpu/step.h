@@ -27,8 +27,15 @@ inline uint16_t* scales_of(const Parameter& p, int64_t block) {
   return p.scales + block * scales_of_block(p.bits);
 }
 
+// One of which only some rows may be here: a pass writes `sums`, which are added over the ranks,
+// and the next one reads them as `reduced`. `work` stays here.
+struct Shared : Parameter, SharedArguments {};
+
 void factored_step(const std::vector<Parameter>& parameters, const StepSettings& settings);
 void unfactored_step(const std::vector<Parameter>& parameters, const StepSettings& settings);
+void factored_pass(Pass pass, const std::vector<Shared>& parameters, const StepSettings& settings);
+void unfactored_pass(Pass pass, const std::vector<Shared>& parameters,
+                     const StepSettings& settings);
 
 // Codec of contiguous memory: slices x slice_len values.
 void quantize(const float* x, int64_t slices, int64_t slice_len, int8_t* codes, float* absmax);

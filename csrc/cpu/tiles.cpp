@@ -101,7 +101,7 @@ int64_t Workspace::floats(const CpuGrid& g) {
          3 * (whole_lines(rows * g.strips) + whole_lines(cols * g.slabs));
 }
 
-void Workspace::lay_out(const CpuGrid& g) {
+void Workspace::lay_out(const CpuGrid& g, float* kept) {
   const int64_t rows = g.b * g.n, cols = g.b * g.k;
   float* next = scratch();
   const auto take = [&next](int64_t size) {
@@ -109,13 +109,19 @@ void Workspace::lay_out(const CpuGrid& g) {
     next += whole_lines(size);
     return taken;
   };
-  row_factor = take(rows);
-  col_factor = take(cols);
-  row_new = take(rows);
-  col_new = take(cols);
+  const auto keep = [&](int64_t size) {
+    if (kept == nullptr) return take(size);
+    float* taken = kept;
+    kept += size;
+    return taken;
+  };
+  row_factor = keep(rows);
+  col_factor = keep(cols);
+  row_new = keep(rows);
+  col_new = keep(cols);
   for (int s = 0; s < 3; ++s) {
-    row_sum[s] = take(rows);
-    col_sum[s] = take(cols);
+    row_sum[s] = keep(rows);
+    col_sum[s] = keep(cols);
     row_part[s] = take(rows * g.strips);
     col_part[s] = take(cols * g.slabs);
   }

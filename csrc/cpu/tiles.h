@@ -33,7 +33,8 @@ class Workspace {
         new float[floats + kLanes]);  // not zeroed: every part is written before it is read
     floats_ = floats;
   }
-  void lay_out(const CpuGrid& grid);
+  // With `kept`, all but the parts begin there and stay when the call is over.
+  void lay_out(const CpuGrid& grid, float* kept = nullptr);
   // The beginning, on a cache line: vectors that straddle two lines cost twice.
   float* scratch() {
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.get());

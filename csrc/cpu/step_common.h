@@ -1,0 +1,94 @@
+// What the steps of both kinds of parameter share: step.cpp and unfactored.cpp.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "blocks.h"
+#include "parallel.h"
+#include "tiles.h"
+
+namespace came8bit {
+namespace {
+
+// Parameters up to this size are stepped by one thread each, larger ones by all threads together.
+constexpr int64_t kSerialElements = 1 << 16;
+constexpr int64_t kChunksPerTask = 16;
+
+StepConstants constants_of(const Parameter& p, const StepSettings& s, int64_t step, float kappa) {
+  StepConstants c = {
+      s,       gain(kappa, s.one_minus_beta1), s.correction(1, step), 0.0f, s.spent(step),
+      p.index, static_cast<uint32_t>(step)};
+  const StepSettings::Rate rate = s.rate();
+  c.lr = rate.lr;
+  c.shrink = rate.shrink;
+  c.scale = rate.lr / s.direction_correction(step);
+  return c;
+}
+
+// Keeps the sum of squares of the gradient for whoever wants it.
+void give_out(const Parameter& p, float total_g2) {
+  if (p.grad_square != nullptr) *p.grad_square = total_g2;
+}
+
+// Whether the step has to be left out because a sum is not finite; counts it.
+bool skip(const Parameter& p, const StepSettings& s, float sum) {
+  if (s.propagate || is_finite(sum)) return false;
+  ++*p.skipped;
+  return true;
+}
+
+// How many elements the cautious mask keeps: a sweep of its own, because m_t depends on kappa.
+float agreeing_elements(const Parameter& p, const StepConstants& c, const Factors& factors,
+                        int64_t workers) {
+  std::atomic<int64_t> agreeing{0};
+  for_each_task(Blocks(p).tasks(), workers,
+                [&](int64_t task, int64_t) { agreeing += count_agreeing(p, c, factors, task); });
+  return static_cast<float>(agreeing.load());
+}
+
+void apply_all(const Parameter& p, const StepConstants& c, const Factors& factors,
+               int64_t workers) {
+  for_each_task(Blocks(p).tasks(), workers,
+                [&](int64_t task, int64_t) { apply_blocks(p, c, factors, task); });
+}
+
+// Values that stay here between the passes, at the beginning of `work`.
+enum Kept { kLeft, kKappa0, kPredictedRms, kKappa, kKept };
+
+// Whether the parameter is left out of the step because a sum is not finite; notes it.
+bool leave(const Shared& p, const StepSettings& s, float sum) {
+  const bool left = skip(p, s, sum);
+  p.work[kLeft] = left ? 1.0f : 0.0f;
+  if (left && p.sums != nullptr) std::fill(p.sums, p.sums + p.sums_size, 0.0);
+  return left;
+}
+
+// --- lists ------------------------------------------------------------------------------------
+
+// Runs step(parameter, workspace, workers): large parameters one after another with all threads,
+// so that a gradient is still cached for the next sweep; then small ones, a thread each.
+template <class P, class Floats, class Step>
+void step_list(const std::vector<P>& parameters, const Floats& floats, const Step& step) {
+  std::vector<const P*> small;
+  const int64_t workers = thread_count();
+  std::vector<Workspace> workspaces(workers);
+  for (const P& p : parameters) {
+    if (p.numel() <= kSerialElements) {
+      small.push_back(&p);
+      for (Workspace& w : workspaces) w.reserve(floats(p));
+    }
+  }
+  for (const P& p : parameters) {
+    if (p.numel() <= kSerialElements) continue;
+    workspaces[0].reserve(floats(p));
+    step(p, workspaces[0], workers);
+  }
+  for_each_task(static_cast<int64_t>(small.size()), workers, [&](int64_t task, int64_t worker) {
+    step(*small[task], workspaces[worker], int64_t{1});
+  });
+}
+
+}  // namespace
+}  // namespace came8bit
