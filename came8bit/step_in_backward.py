@@ -37,7 +37,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import REFUSALS, explain
 from .optim import CAME
-from .validation import check_options
+from .validation import check_alone, check_options
 
 _PAGE = "docs/step_in_backward.md"
 SECOND = (
@@ -164,7 +164,7 @@ def step_in_backward(optimizer: Optimizer) -> GradientRelease:
             "this optimizer steps in backward already; use the handle of the first call, or "
             "remove() it first"
         )
-    _check_alone(inner)
+    check_alone(inner.param_groups)
     inner._release = release = GradientRelease(inner)
     return release
 
@@ -306,7 +306,7 @@ class GradientRelease:
 
     def _begin_step(self, optimizer: CAME) -> None:
         """Note places, once per step and where groups have changed."""
-        _check_alone(optimizer)
+        check_alone(optimizer.param_groups)
         if self._groups is not optimizer.param_groups:  # the first time, or after loading
             self._forget_step()
         self.attach(optimizer)
@@ -385,22 +385,3 @@ def _drop_gradients(optimizer: CAME, kind: type[Tensor] = Tensor) -> None:
         for param in group["params"]:
             if isinstance(param.grad, kind):
                 param.grad = None
-
-
-def _check_alone(optimizer: CAME) -> None:
-    """Refuse to run where gradients of several processes would have to be averaged first."""
-    if any(hasattr(p, "placements") for group in optimizer.param_groups for p in group["params"]):
-        raise RuntimeError(
-            "step_in_backward waits for gradients that autograd accumulates, and fully_shard sets "
-            "those of its parameters itself. Use ordinary steps: each rank has only its part of a "
-            "gradient"
-        )
-    distributed = torch.distributed
-    together = distributed.is_available() and distributed.is_initialized()
-    size = distributed.get_world_size() if together else 1
-    if size > 1:
-        raise RuntimeError(
-            f"step_in_backward updates a parameter before the gradients of the {size} processes "
-            "have been averaged, so their models would drift apart. Use ordinary steps with "
-            "DistributedDataParallel, or one process"
-        )

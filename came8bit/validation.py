@@ -369,3 +369,21 @@ def check_finite(work: Iterable[StepItem]) -> None:
             f"the gradient of parameter {listed} is not finite; "
             'nonfinite="skip" would leave such parameters out of the step'
         )
+
+
+def check_alone(groups: Iterable[Group]) -> None:
+    """Refuse a step in backward where gradients come together only after autograd has made them."""
+    if any(is_sharded(param) for group in groups for param in group["params"]):
+        raise RuntimeError(
+            "step_in_backward waits for gradients that autograd accumulates, and fully_shard sets "
+            "those of its parameters itself. Use ordinary steps"
+        )
+    distributed = torch.distributed
+    together = distributed.is_available() and distributed.is_initialized()
+    size = distributed.get_world_size() if together else 1
+    if size > 1:
+        raise RuntimeError(
+            f"step_in_backward updates a parameter before the gradients of the {size} processes "
+            "have been averaged, so their models would drift apart. Use ordinary steps with "
+            "DistributedDataParallel, or one process"
+        )

@@ -17,17 +17,16 @@ import torch
 from torch import Tensor
 
 from .reduction import CPU_TREE, Tree
-from .rounding import fp32, random_bits, round_stochastic, square_root
-from .rungs import Momentum
+from .rounding import fp32, square_root
 from .update import (
+    SCALARS,
     Hyper,
+    Step,
     agrees,
-    cautious_scale,
     clip_scale,
     column_factor,
     ema,
     gain,
-    look_ahead,
     mean_instability,
     mean_square,
     momentum,
@@ -35,13 +34,10 @@ from .update import (
     predicted_square,
     root_mean,
     row_factor,
-    spend,
 )
 
 PASSES = ("second_moment", "instability", "confidence", "apply")
 """In this order; after each but the last, ``sums`` are added over the ranks."""
-
-_SCALARS = 4
 
 
 def sums_sizes(columns: int, cautious: bool) -> tuple[int, int, int]:
@@ -59,114 +55,10 @@ def sums_sizes(columns: int, cautious: bool) -> tuple[int, int, int]:
 
 def work_size(b: int, n: int, k: int) -> int:
     """Return how many fp32 values stay on a rank between the passes of ``b`` matrices."""
-    return _SCALARS + 5 * b * (n + k)
+    return SCALARS + 5 * b * (n + k)
 
 
-class _Step:
-    """What both kinds of step share. ``scalars`` are left, kappa_0, predicted RMS and kappa."""
-
-    def __init__(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        absmax: Tensor | None,
-        step: Tensor,
-        skipped: Tensor,
-        index: int,
-        offset: int,
-        numel: int,
-        hyper: Hyper,
-        tree: Tree,
-        work: Tensor,
-    ) -> None:
-        self.param, self.grad = param.detach(), grad.detach()
-        self.held = Momentum(exp_avg, absmax, param.shape)
-        self.step, self.skipped = step, skipped
-        self.index, self.offset, self.numel = index, offset, numel
-        self.hyper, self.tree = hyper, tree
-        self.scalars = work[:_SCALARS]
-
-    @property
-    def left(self) -> bool:
-        """Whether the parameter is left out of the step."""
-        return bool(self.scalars[0])
-
-    def _leave_if_not_finite(self, total: Tensor) -> bool:
-        """Leave the parameter out, and count that, if ``total`` is not finite."""
-        left = not (self.hyper.propagate or bool(total.isfinite()))
-        self.scalars[0] = float(left)
-        if left:
-            self.skipped += 1
-        return left
-
-    def _clip(self, total_u2: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the RMS of ``u`` and note kappa, which is returned as well."""
-        rms = root_mean(total_u2, self.numel)
-        kappa = clip_scale(rms, self.hyper.clip_threshold)
-        self.scalars[3] = kappa
-        return rms, kappa
-
-    def _finish(
-        self,
-        m_t: Tensor,
-        w: Tensor,
-        idle: Tensor,
-        agreeing: Tensor | None,
-        row_mean: tuple[Tensor, Tensor] | None = None,
-        col: Tensor | None = None,
-    ) -> None:
-        """Scale the direction by learning rate, bias correction, confidence and mask; apply it.
-
-        Args:
-            m_t: the new momentum.
-            w: its new part.
-            idle: where the update is exactly zero.
-            agreeing: how many elements the cautious mask keeps.
-            row_mean, col: instability of the rows with its mean, and the factor of the columns.
-        """
-        hyper, t = self.hyper, int(self.step)
-        coded, remembered = self.held.encode(m_t, idle)
-        lr, shrink = hyper.lr_and_shrink()
-        scale: Tensor = torch.tensor(lr) / torch.tensor(hyper.direction_correction(t))
-        scale = scale.to(m_t.device)
-        if agreeing is not None:
-            scale = scale * cautious_scale(agreeing, self.numel)
-        direction = look_ahead(m_t, w, hyper.beta1) if hyper.nesterov else m_t
-        if remembered is not None:
-            direction = spend(direction, m_t, remembered.view(m_t.shape), hyper.spent(t))
-        if row_mean is None or col is None:
-            update = direction * scale
-        else:
-            row = row_factor(*row_mean, 1.0)
-            update = (direction * (row * scale).unsqueeze(-1)) * col.unsqueeze(-2)
-        if agreeing is not None:
-            update = torch.where(agrees(m_t, w), update, 0.0)
-        self._apply(update.reshape(-1), shrink, t)
-        self.held.store(coded)
-
-    def _apply(self, update: Tensor, shrink: float, step: int) -> None:
-        """Do ``p <- round((p - p*shrink) - update)``: fp32 inside, one rounding to the dtype of p.
-
-        Not ``p*(1 - shrink)``: 1 - 1e-6 in fp32 is off by 3 % of the 1e-6, in the same direction at
-        every step.
-        """
-        p = self.param.reshape(-1).to(torch.float32)
-        value = (p - p * shrink) - update
-        if self.hyper.stochastic and self.param.dtype != torch.float32:
-            bits = random_bits(
-                value.numel(),
-                seed=self.hyper.seed,
-                index=self.index,
-                step=step,
-                offset=self.offset,
-                device=value.device,
-            )
-            value = round_stochastic(value, self.param.dtype, bits)
-        self.param.copy_(value.view(self.param.shape))
-
-
-class FactoredStep(_Step):
+class FactoredStep(Step):
     """A step of ``b`` matrices of ``n`` rows and ``k`` columns.
 
     Args, beside those of :func:`factored_step_`:
@@ -205,7 +97,7 @@ class FactoredStep(_Step):
         (self.b, n), self.k = exp_avg_sq_row.shape, exp_avg_sq_col.shape[1]
         self.shape = (self.b, n, self.k)
         self.rows = rows or n
-        of_rows, of_cols = work[_SCALARS:].split([5 * self.b * n, 5 * self.b * self.k])
+        of_rows, of_cols = work[SCALARS:].split([5 * self.b * n, 5 * self.b * self.k])
         self.r, self.row_factor, *self.row_sums = of_rows.view(5, self.b, n)
         self.c, self.col_factor, *self.col_sums = of_cols.view(5, self.b, self.k)
 
@@ -307,7 +199,7 @@ class FactoredStep(_Step):
         )
 
 
-class UnfactoredStep(_Step):
+class UnfactoredStep(Step):
     """A step with a full second moment; the arguments of :class:`FactoredStep`."""
 
     def __init__(
