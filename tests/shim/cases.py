@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from problems import Problem, assert_same_bits, make_problem, random_grad, run_ops
@@ -43,6 +44,8 @@ class ListCase:
 
     ``misaligned``: in turn the parameter, its gradient, its momentum, or all of them lie one
     element further than a vector would have to.
+    ``zeros``: share of exact zeros in the gradients. With 0.1 every block of the 8-bit code decays
+    somewhere, which takes the slow path of the encoder.
     ``bad``: in the second step the gradient of parameter ``i`` has the value ``bad[i]`` somewhere.
     """
 
@@ -56,6 +59,7 @@ class ListCase:
     layout: str = "contiguous"
     grad_layout: str = "contiguous"
     misaligned: bool = False
+    zeros: float = 0.1
     bad: dict[int, float] = field(default_factory=dict)
     steps: int = 2
     options: dict[str, object] = field(default_factory=dict)
@@ -89,9 +93,10 @@ class ListCase:
         dtypes = self.grad_dtypes or self.dtypes
         generator = torch.Generator().manual_seed(1000 + step)
         grads = [
-            laid_out(random_grad(shape, dtypes[i % len(dtypes)], generator), self.grad_layout)
+            random_grad(shape, dtypes[i % len(dtypes)], generator, self.zeros)
             for i, shape in enumerate(self.shapes)
         ]
+        grads = [laid_out(grad, self.grad_layout) for grad in grads]
         for i, value in self.bad.items() if step == 1 else ():
             grads[i].view(-1)[grads[i].numel() // 2] = value
         if self.misaligned:
@@ -169,9 +174,27 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 FAST: list[Shape] = [(9, 264), (40, 256), (60, 512), (3, 8)]
 SLOW: list[Shape] = [(9, 261), (67, 33), (1, 1), (0, 5), (5, 300)]
 FLAT: list[Shape] = [(1,), (8,), (300,), (0,), (2056,)]
+# A row takes 2, 4, 8 and 16 lanes of a warp.
+NARROW: list[Shape] = [(70, 16), (70, 24), (67, 64), (35, 128)]
+
+# No zeros, so that blocks take the encoder's fast path, and a decay that shows in bf16.
+DENSE: dict[str, Any] = {"zeros": 0.0, "options": {"lr": 0.1, "weight_decay": 0.5}}
 
 CASES = [
     ListCase("fast", FAST, dtypes=(FP32, BF16), steps=3),
+    ListCase("dense", FAST, dtypes=(BF16, FP32), steps=3, **DENSE),
+    ListCase("dense, slow", SLOW, dtypes=(BF16, FP16), **DENSE),
+    ListCase("dense, fp16", FAST[:2], dtypes=(FP16,), **DENSE),
+    ListCase("dense, narrow", NARROW, dtypes=(BF16,), **DENSE),
+    ListCase("dense, batched", [(2, 3, 264), (9, 4, 256)], batched=True, dtypes=(BF16,), **DENSE),
+    ListCase(
+        "dense, mixed dtypes",
+        [(9, 264)] * 4,
+        dtypes=(BF16, FP32, FP16, BF16),
+        grad_dtypes=(FP32, BF16, FP32, FP16),
+        **DENSE,
+    ),
+    ListCase("dense, flat, 8 bits", FLAT, factored=False, dtypes=(BF16, FP16, FP32), **DENSE),
     ListCase("long", [(1030, 9), (1030, 16)]),
     ListCase("fast, cautious", FAST, dtypes=(BF16, FP32), options={"cautious": True}),
     ListCase("fast, looking ahead", FAST, dtypes=(BF16, FP32), options={"nesterov": True}),
@@ -183,15 +206,34 @@ CASES = [
         options={"nesterov": True, "cautious": True, "bias_correction": True},
     ),
     ListCase("fp32 momentum", [*FAST[:2], *SLOW[:2]], bits=32, dtypes=(BF16,)),
+    ListCase(
+        "fp32 momentum, cautious",
+        [(9, 264), (3, 8), (5, 16), (4, 8), (9, 261)],
+        bits=32,
+        dtypes=(BF16, FP32, FP16, BF16),
+        grad_dtypes=(BF16, FP32, FP16, FP32),
+        options={"cautious": True},
+    ),
     ListCase("batched", [(2, 3, 264), (3, 5, 33)], batched=True, dtypes=(BF16,)),
+    ListCase("batched, cautious", [(2, 3, 264)], batched=True, options={"cautious": True}),
     ListCase("reversed", [(33, 20)], layout="reversed", grad_layout="reversed"),
+    # More of them than fit into small arguments.
+    ListCase("many", [(3, 5)] * 20, layout="sliced", grad_layout="sliced", steps=1),
     ListCase("misaligned", [(6, 256)] * 4, misaligned=True, dtypes=(BF16,)),
     ListCase("corrected", [(40, 256)], options={"bias_correction": True, "maximize": True}),
     ListCase("rate in a tensor", [(5, 256)], options={"lr_tensor": torch.tensor(0.01)}),
     ListCase("to nearest", [(9, 264), (9, 261)], dtypes=(BF16,), options={"stochastic": False}),
     ListCase("not finite", [(5, 256)] * 3, bad={0: math.nan, 2: math.inf}, dtypes=(BF16,)),
     ListCase("flat", FLAT, factored=False, bits=32, dtypes=(FP32, BF16), steps=3),
-    ListCase("flat, 8 bits", FLAT, factored=False, dtypes=(BF16,), options={"nesterov": True}),
+    ListCase("flat, 8 bits", FLAT, factored=False, options={"nesterov": True, "cautious": True}),
+    ListCase(
+        "flat, strided",
+        [(2100,)],
+        factored=False,
+        bits=32,
+        grad_layout="sliced",
+        options={"cautious": True},
+    ),
     # More than one tile, in which sums pass from thread to thread.
     ListCase("flat, long", [(16400,)], factored=False, bits=32, options={"cautious": True}),
     ListCase("flat, not finite", FLAT, factored=False, bad={2: math.nan}, bits=32),
