@@ -126,6 +126,14 @@ def test_control_characters_are_escaped(text, shown):
     assert printable(text) == shown
 
 
+@pytest.mark.parametrize("command", ["", "info", "estimate", "inspect", "convert", "tradeoff"])
+def test_help_fits_a_terminal(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*filter(None, [command]), "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_errors_of_arguments_escape_them(capsys):
     with pytest.raises(SystemExit):
         main(["info", "\x1b[2J"])

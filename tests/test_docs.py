@@ -49,7 +49,7 @@ def commands(path: Path) -> list[str]:
     fenced = [block.text for block in blocks(path) if block.language in ("bash", "console")]
     lines = [line for block in fenced for line in block.splitlines()]
     lines += re.findall(r"^    (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
-    lines = [re.sub(r"\s+# .*", "", line).removeprefix("$ ") for line in lines]
+    lines = [re.sub(r"\s+# .*|^(\$ |[A-Z0-9_]+=\S+ )+", "", line) for line in lines]
     return [line for line in lines if re.match(r"(make|came8bit|python|pytest)\b", line)]
 
 
@@ -106,6 +106,16 @@ def test_output_of_a_command(
     monkeypatch.setenv("COLUMNS", "80")
     assert main(shlex.split(command)[1:]) == 0
     assert output in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_shell_can_parse_the_commands_of_a_page(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "bash":
+            done = subprocess.run(
+                ["bash", "-n"], input=block.text, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
 
 
 def test_options_of_benchmarks_exist() -> None:

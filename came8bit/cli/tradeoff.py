@@ -54,8 +54,8 @@ _HELP = {
     "--fresh": "start over, whatever --out holds",
     "--tasks": f"from: {', '.join(TASKS)}",
     "--text": "train on these files",
-    "--corpus": "without --text; stdlib, the default, is the source code of Python's standard "
-    "library, the others come from `make data`",
+    "--corpus": f"without --text, from: {', '.join(CORPORA)}; stdlib, the default, is the source "
+    "code of Python's standard library, the others come from `make data`",
     "--data-dir": "where `make data` put them",
     "--seeds": "number of seeds",
     "--slow-seeds": "for what is slow on a CPU",
@@ -105,7 +105,7 @@ def add_parser(subparsers: Any) -> None:
     group = parser.add_argument_group("data (the preset decides on tasks that are not given)")
     add("--tasks", metavar="NAME,...", type=_names(TASKS))
     add("--text", metavar="FILE", type=Path, nargs="+")
-    add("--corpus", choices=CORPORA, default="stdlib")
+    add("--corpus", metavar="NAME", choices=CORPORA, default="stdlib")
     add("--data-dir", metavar="DIR", type=Path, default=Path("data"))
 
     group = parser.add_argument_group("training (the preset decides what is not given)")
