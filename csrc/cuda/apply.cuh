@@ -113,7 +113,7 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const StepSettings
   const int64_t grad_pitch = pitch * item_bytes<G>(grad_tensor);
   char* param = bytes_at<P>(param_tensor, e);
   const int64_t param_pitch = pitch * item_bytes<P>(param_tensor);
-  char* exp_avg = static_cast<char*>(p.exp_avg) + e * static_cast<int64_t>(sizeof(M));
+  char* exp_avg = p.exp_avg.as<char>() + e * static_cast<int64_t>(sizeof(M));
   const int64_t exp_avg_pitch = pitch * static_cast<int64_t>(sizeof(M));
   float* scale = is8bit ? p.absmax + row * p.grid.strips + tile.strip : nullptr;
   const float* gain = p.row_gain + row;
@@ -193,7 +193,7 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const StepSettings
 template <class M>
 __device__ __forceinline__ void load_block(const Parameter& p, const BlockPlace& place, float beta1,
                                            float* m) {
-  const M* stored = static_cast<const M*>(p.exp_avg) + place.first;
+  const M* stored = p.exp_avg.as<const M>() + place.first;
   float scale = 0.0f;
   if constexpr (sizeof(M) == 1) {
     if (place.count > 0) scale = p.absmax[place.block] * beta1;
@@ -218,12 +218,12 @@ __device__ __forceinline__ void store_block(const Parameter& p, const BlockPlace
     uint2 codes;
     const float absmax = encode_vector(m, decaying, place.count > 0, kWarp, &codes);
     if (place.block < 0) return;
-    store_codes(codes, place, static_cast<int8_t*>(p.exp_avg));
+    store_codes(codes, place, p.exp_avg.as<int8_t>());
     if (threadIdx.x % kWarp == 0) p.absmax[place.block] = absmax;
   } else {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      if (i < place.count) static_cast<float*>(p.exp_avg)[place.first + i] = m[i];
+      if (i < place.count) p.exp_avg.as<float>()[place.first + i] = m[i];
     }
   }
 }
@@ -286,8 +286,7 @@ __device__ __forceinline__ int apply_vector_blocks(const Parameter& p, const Ste
     const float4* factors = reinterpret_cast<const float4*>(p.col_factor + first_column);
     unpack_floats(factors[0], factors[1], column_factor);
     unpack(p.grad, load_pack<G>(p.grad, e), g);
-    const uint2 codes =
-        __ldcg(reinterpret_cast<const uint2*>(static_cast<const int8_t*>(p.exp_avg) + e));
+    const uint2 codes = __ldcg(reinterpret_cast<const uint2*>(p.exp_avg.as<const int8_t>() + e));
     decode_vector(codes, __ldcg(p.absmax + place.block) * s.beta1, p.byte_pattern, decayed);
     new_momentum(g, decayed, p.row_gain[row], column_factor, w, m);
   }
@@ -311,7 +310,7 @@ __device__ __forceinline__ int apply_vector_blocks(const Parameter& p, const Ste
   uint2 codes;
   const float absmax = encode_vector(m, w, there, kWarp, &codes);
   __syncwarp();  // all lanes have read the old absmax before one writes the new
-  if (there) *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.exp_avg) + e) = codes;
+  if (there) *reinterpret_cast<uint2*>(p.exp_avg.as<int8_t>() + e) = codes;
   if (place.block >= 0 && threadIdx.x % kWarp == 0) p.absmax[place.block] = absmax;
   return 0;
 }

@@ -21,8 +21,7 @@ struct MomentumRows<int8_t, true, loads> {
   uint32_t byte_pattern;
 
   __device__ __forceinline__ MomentumRows(const Parameter& p, const Tile& tile)
-      : next(static_cast<const int8_t*>(p.exp_avg) + (tile.first_row + tile.stream) * p.k +
-             tile.column),
+      : next(p.exp_avg.as<const int8_t>() + (tile.first_row + tile.stream) * p.k + tile.column),
         pitch(int64_t{tile.streams} * p.k),
         scale(p.absmax + (tile.first_row + tile.stream) * p.grid.strips + tile.strip),
         scale_pitch(p.whole_blocks ? int64_t{tile.streams} * p.grid.strips : 0),
@@ -32,7 +31,7 @@ struct MomentumRows<int8_t, true, loads> {
     for (int q = 0; q < loads; ++q) {
       const bool there = row + q * tile.streams < tile.rows && tile.columns > 0;
       if (scale_pitch == 0) {
-        const int64_t e = next - static_cast<const int8_t*>(p.exp_avg);
+        const int64_t e = next - p.exp_avg.as<const int8_t>();
         scale = p.absmax + (tile.slice_block + (e - tile.slice_first) / kBlockSize);
       }
       codes[q] = there ? __ldcg(reinterpret_cast<const uint2*>(next)) : make_uint2(0, 0);
@@ -53,8 +52,7 @@ struct MomentumRows<float, true, loads> {
   int64_t pitch;
 
   __device__ __forceinline__ MomentumRows(const Parameter& p, const Tile& tile)
-      : next(static_cast<const float*>(p.exp_avg) + (tile.first_row + tile.stream) * p.k +
-             tile.column),
+      : next(p.exp_avg.as<const float>() + (tile.first_row + tile.stream) * p.k + tile.column),
         pitch(int64_t{tile.streams} * p.k) {}
   __device__ __forceinline__ void load(const Parameter&, const Tile& tile, int row) {
 #pragma unroll
@@ -81,8 +79,7 @@ __device__ __forceinline__ void load_momenta(const Parameter& p, int64_t e, int 
   for (int i = 0; i < kVector; ++i) {
     m[i] = 0.0f;
     if (i >= count) continue;
-    m[i] = decode_one(static_cast<const int8_t*>(p.exp_avg)[e + i],
-                      p.absmax[first_block + at / kBlockSize]);
+    m[i] = decode_one(p.exp_avg.as<const int8_t>()[e + i], p.absmax[first_block + at / kBlockSize]);
     if (++at == p.slice_len) {
       at = 0;
       first_block += p.blocks_per_slice;
@@ -93,7 +90,7 @@ __device__ __forceinline__ void load_momenta(const Parameter& p, int64_t e, int 
                                              float*) {
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    m[i] = i < count ? static_cast<const float*>(p.exp_avg)[e + i] : 0.0f;
+    m[i] = i < count ? p.exp_avg.as<const float>()[e + i] : 0.0f;
   }
 }
 
@@ -123,7 +120,10 @@ __device__ __forceinline__ void instability_tile(const Parameter& p, const StepS
   }
   __syncthreads();
   const int64_t rows = p.b * p.n;
-  float* row_part = p.row_part + tile.part * rows + tile.first_row;
+  // Of fp16 gradients a generic pointer: ptxas spills for sm_120 with the other.
+  float* row_part = p.row_part.pointer;
+  if constexpr (!std::is_same<G, Half>::value) row_part = p.row_part;
+  row_part += tile.part * rows + tile.first_row;
   const int64_t row_parts = p.grid.parts * rows;
   const int64_t first_strip = tile.strip, end = end_of_part(p, tile);
   for (int64_t strip = first_strip; strip < end; ++strip) {

@@ -8,11 +8,12 @@ namespace came8bit {
 
 // A block's own copy of its parameter, so that its fields are read from shared memory.
 __device__ __forceinline__ void copy_parameter(const Parameter& from, Parameter* to) {
-  static_assert(sizeof(Parameter) % sizeof(uint64_t) == 0, "copied in words of eight bytes");
   const uint64_t* in = reinterpret_cast<const uint64_t*>(&from);
   uint64_t* out = reinterpret_cast<uint64_t*>(to);
-  constexpr int words = static_cast<int>(sizeof(Parameter) / sizeof(uint64_t));
-  for (int i = static_cast<int>(threadIdx.x); i < words; i += kThreads) out[i] = in[i];
+  constexpr unsigned words = sizeof(Parameter) / sizeof(uint64_t);
+  static_assert(words * sizeof(uint64_t) == sizeof(Parameter) && words <= kThreads,
+                "a word of eight bytes by each thread");
+  if (threadIdx.x < words) out[threadIdx.x] = in[threadIdx.x];
   __syncthreads();
 }
 
@@ -34,32 +35,32 @@ __device__ __forceinline__ int64_t find_task(const Parameter* parameters, int co
 // --- before the first sweep -------------------------------------------------------------------
 
 // Kernel arguments are copied when a launch is queued or captured, so they carry the parameters.
-#if defined(CAME8BIT_SHIM) || CUDART_VERSION < 12010
-constexpr int kBatchBytes = 3800;  // of 4 KB
+constexpr int kSmallBatchBytes = 3800;  // of 4 KB
+#if defined(CAME8BIT_SHIM) || CUDART_VERSION >= 12010
+constexpr int kLargeBatchBytes = 32000;  // of 32 KB: DeviceProperties::large_arguments
 #else
-constexpr int kBatchBytes = 32000;  // of 32 KB
+constexpr int kLargeBatchBytes = kSmallBatchBytes;
 #endif
-constexpr int kBatch = kBatchBytes / static_cast<int>(sizeof(Parameter));
-constexpr int kStridesBatch = kBatchBytes / static_cast<int>(sizeof(Strides));
 
-struct ParameterBatch {
-  Parameter parameters[kBatch];
-};
-struct StridesBatch {
-  Strides strides[kStridesBatch];
+template <class Item, int bytes>
+struct Batch {
+  static constexpr int kSize = bytes / static_cast<int>(sizeof(Item));
+  Item items[kSize];
 };
 
 // Writes strides to the workspace.
+template <class StridesBatch>
 __global__ void __launch_bounds__(kThreads)
     describe_strides(StridesBatch batch, int count, Strides* out) {
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) out[i] = batch.strides[i];
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) out[i] = batch.items[i];
 }
 
 // Writes parameters to the workspace, and the scalars of this step that do not depend on gradients.
+template <class ParameterBatch>
 __global__ void __launch_bounds__(kThreads)
     describe(ParameterBatch batch, int count, StepSettings s, Parameter* out) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-    const Parameter& p = batch.parameters[i];
+    const Parameter& p = batch.items[i];
     out[i] = p;
     const int64_t step = *p.step + 1;
     const StepSettings::Rate rate = s.rate();
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, fast ? 2 : 1)
   instability_tile<G, M, fast>(p, s, task, buffer, row_factors);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)  // or else ptxas spills to save registers
     instability_combine_kernel(const Parameter* parameters, int count, StepSettings s) {
   __shared__ Parameter p;
   __shared__ float buffer[kThreads];
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (state.done) apply_flat_blocks<M, fast, false>(p, s, state, task);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     small_flat_kernel(const Parameter* parameters, StepSettings s) {
   using M = float;
   constexpr bool fast = true;

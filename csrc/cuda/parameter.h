@@ -40,10 +40,31 @@ enum Access : int {
   kTiles,     // as vectors; sweep C by tiles: a row has whole blocks of its own
 };
 
+// A pointer to memory of the device. Kernels read it from shared memory, where the compiler would
+// not know that it points to no shared or local memory.
+template <class T>
+struct Global {
+  T* pointer;
+
+  Global() = default;
+  CAME8BIT_INLINE Global(T* to) : pointer(to) {}
+  CAME8BIT_INLINE operator T*() const {
+#if defined(__CUDA_ARCH__)
+    __builtin_assume(__isGlobal(pointer));
+#endif
+    return pointer;
+  }
+  CAME8BIT_INLINE T* operator->() const { return *this; }
+  template <class U>
+  CAME8BIT_INLINE U* as() const {
+    return static_cast<U*>(static_cast<T*>(*this));
+  }
+};
+
 // Parameter or gradient; `strides` is null where it is contiguous.
 struct Strided {
-  void* data;
-  const Strides* strides;
+  Global<void> data;
+  Global<const Strides> strides;
   Dtype dtype;
 };
 
@@ -95,11 +116,11 @@ struct Scalars {
 // take.
 struct Parameter {
   Strided param, grad;
-  void* exp_avg;  // int8 codes with `absmax`, or fp32
-  float* absmax;
-  float *sq_row, *sq_col, *res_row, *res_col, *rms_ratio;
-  float* exp_avg_sq;  // full second moment instead of the five above
-  int64_t *step, *skipped;
+  Global<void> exp_avg;  // int8 codes with `absmax`, or fp32
+  Global<float> absmax;
+  Global<float> sq_row, sq_col, res_row, res_col, rms_ratio;
+  Global<float> exp_avg_sq;  // full second moment instead of the five above
+  Global<int64_t> step, skipped;
   int64_t b, n, k;
   int64_t slices, slice_len, blocks_per_slice;
   uint64_t offset;  // row-major index of the first element in the full parameter
@@ -110,17 +131,17 @@ struct Parameter {
   Grid grid;
 
   // Workspace.
-  Scalars* scalars;
-  float *row_part, *col_part;            // [3][parts][b][n], [3][b][slabs][k]
-  float* tile_sum;                       // [b][slabs][strips]: sums of u*u; flat: also, before, g*g
-  float *row_new, *col_new;              // r, c until they are known to be kept
-  float *row_gain, *col_factor;          // factors of w
-  float *update_row, *update_col;        // factors of the update
-  float *row_chunk, *col_chunk;          // [3][b][row_chunks], [b][col_chunks]
-  float *root_mean, *total, *predicted;  // [b]
-  int* agreeing;                         // [apply tiles]
+  Global<Scalars> scalars;
+  Global<float> row_part, col_part;           // [3][parts][b][n], [3][b][slabs][k]
+  Global<float> tile_sum;                     // [b][slabs][strips]: u*u; flat: also, before, g*g
+  Global<float> row_new, col_new;             // r, c until they are known to be kept
+  Global<float> row_gain, col_factor;         // factors of w
+  Global<float> update_row, update_col;       // factors of the update
+  Global<float> row_chunk, col_chunk;         // [3][b][row_chunks], [b][col_chunks]
+  Global<float> root_mean, total, predicted;  // [b]
+  Global<int> agreeing;                       // [apply tiles]
 
-  float* grad_square;  // null, or where the sum of squares of the gradient is wanted
+  Global<float> grad_square;  // null, or where the sum of squares of the gradient is wanted
 
   // First block of this parameter in the launch of each phase (kernels.cuh).
   int64_t first[kPhases];

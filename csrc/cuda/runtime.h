@@ -36,6 +36,7 @@ namespace came8bit {
 struct DeviceProperties {
   int64_t l2_bytes;
   double bytes_per_second;  // of the memory; 0: the driver does not say
+  bool large_arguments;     // whether kernels may take 32 KB of them, not 4: drivers from R530 on
 };
 
 // Throws with the text of a CUDA error. `what` was being done; `cure` says what to try.
@@ -68,7 +69,7 @@ inline cudaStream_t current_stream(const torch::stable::Tensor&) {
 }
 
 inline DeviceProperties device_properties(const torch::stable::Tensor&) {
-  return {came8bit_shim::l2_bytes(), 0.0};
+  return {came8bit_shim::l2_bytes(), 0.0, came8bit_shim::large_arguments()};
 }
 
 // Runs the grid, and returns when it is done. The arguments are converted to the kernel's types.
@@ -111,15 +112,16 @@ inline DeviceProperties device_properties(const torch::stable::Tensor& t) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(device);
   if (found != known.end()) return found->second;
-  int l2_bytes = 0, kilohertz = 0, bits = 0;
+  int l2_bytes = 0, kilohertz = 0, bits = 0, driver = 0;
   check_cuda(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device),
              "cache size of the device");
+  check_cuda(cudaDriverGetVersion(&driver), "version of the driver");
   if (cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device) != cudaSuccess) {
     static_cast<void>(cudaGetLastError());
     kilohertz = 0;
   }
-  return known[device] = {l2_bytes, 2.0 * 1000.0 * kilohertz * bits / 8};
+  return known[device] = {l2_bytes, 2.0 * 1000.0 * kilohertz * bits / 8, driver >= 12010};
 }
 
 // <<<blocks, threads, 0, stream>>> with the error checked. The arguments are converted to the

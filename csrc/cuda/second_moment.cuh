@@ -92,7 +92,7 @@ __device__ __forceinline__ void second_moment_scalars(const Parameter& p, const 
   const float total = warp_sum(p.total, p.b);
   const float predicted = warp_sum(p.predicted, p.b);
   if (threadIdx.x != 0) return;
-  if (p.grad_square != nullptr) *p.grad_square = total;
+  if (p.grad_square.pointer != nullptr) *p.grad_square = total;
   Scalars& scalars = *p.scalars;
   scalars.alive = s.propagate || is_finite(total) ? 1 : 0;
   scalars.predicted_rms = root_mean(predicted, static_cast<float>(p.numel()));

@@ -22,8 +22,14 @@ struct Type {
   using type = T;
 };
 
-// Calls call(Type<T>()) with the type that `type` names.
-template <class Call>
+#if defined(CAME8BIT_FEW_TYPES)
+constexpr bool kFewTypes = true;  // fp16 has no kernels of its own
+#else
+constexpr bool kFewTypes = false;
+#endif
+
+// Calls call(Type<T>()) with the type that `type` names; without `any` there is always one.
+template <bool any, class Call>
 void with_type(int type, const Call& call) {
   switch (type) {
     case kFloat32:
@@ -35,7 +41,7 @@ void with_type(int type, const Call& call) {
       return call(Type<Half>());
 #endif
     default:
-      return call(Type<Any>());
+      if constexpr (any || kFewTypes) call(Type<Any>());
   }
 }
 
@@ -65,7 +71,7 @@ void run_factored(const Kind& kind, const Launches& l, const StepSettings& s) {
   // Types are known in the fast kernels only.
   const auto with_grad = [&](const auto& call) {
     if constexpr (fast) {
-      with_type(kind.grad_type, call);
+      with_type<false>(kind.grad_type, call);
     } else {
       call(Type<Any>());
     }
@@ -84,7 +90,7 @@ void run_factored(const Kind& kind, const Launches& l, const StepSettings& s) {
   if (s.cautious) l.run(agreeing_kernel<M, access>, l.blocks[kSweepC], l.count, s);
   l.run(update_rows_kernel, l.blocks[kRows], l.count, s, access);
   if constexpr (access == kTiles) {
-    with_type(kind.param_type, [&](auto t) {
+    with_type<true>(kind.param_type, [&](auto t) {
       using T = typename decltype(t)::type;
       l.run(apply_kernel<T, T, M, access>, l.blocks[kSweepC], l.count, s);
     });
@@ -132,14 +138,23 @@ void count_blocks(Parameter& p, bool factored, Access access, int64_t* blocks) {
   }
 }
 
-// Copies `items`, `batch` at a time, to the device as arguments of a kernel.
-template <class Batch, int batch_size, class Item, class Run>
-void upload(const std::vector<Item>& items, const Run& run) {
-  for (size_t i = 0; i < items.size(); i += batch_size) {
-    Batch batch = {};
-    const size_t count = std::min<size_t>(batch_size, items.size() - i);
-    std::copy_n(items.begin() + static_cast<int64_t>(i), count, reinterpret_cast<Item*>(&batch));
-    run(batch, static_cast<int>(count), i);
+// Copies the items from `first` on to the device as arguments of a kernel; returns how many.
+template <int bytes, class Item, class Run>
+size_t upload_batch(const std::vector<Item>& items, size_t first, const Run& run) {
+  Batch<Item, bytes> batch = {};
+  const size_t count = std::min<size_t>(batch.kSize, items.size() - first);
+  std::copy_n(items.begin() + static_cast<int64_t>(first), count, batch.items);
+  run(batch, static_cast<int>(count), first);
+  return count;
+}
+
+// All of them; few need no large arguments.
+template <class Item, class Run>
+void upload(const std::vector<Item>& items, bool large_arguments, const Run& run) {
+  for (size_t i = 0; i < items.size();) {
+    const bool many = items.size() - i > Batch<Item, kSmallBatchBytes>::kSize;
+    i += many && large_arguments ? upload_batch<kLargeBatchBytes>(items, i, run)
+                                 : upload_batch<kSmallBatchBytes>(items, i, run);
   }
 }
 
@@ -201,14 +216,15 @@ void step(std::vector<HostParameter>& parameters, const StepSettings& s, const T
     }
     launches.push_back(l);
   }
-  upload<StridesBatch, kStridesBatch>(
-      strides, [&, out = strides_on_device](const StridesBatch& batch, int size, size_t first) {
-        launch(describe_strides, 1, kThreads, stream, batch, size, out + first);
-      });
-  upload<ParameterBatch, kBatch>(
-      described, [&, out = on_device](const ParameterBatch& batch, int size, size_t first) {
-        launch(describe, 1, kThreads, stream, batch, size, s, out + first);
-      });
+  const bool large = device_properties(any).large_arguments;
+  upload(strides, large, [&, out = strides_on_device](const auto& batch, int size, size_t first) {
+    launch(describe_strides<std::decay_t<decltype(batch)>>, 1, kThreads, stream, batch, size,
+           out + first);
+  });
+  upload(described, large, [&, out = on_device](const auto& batch, int size, size_t first) {
+    launch(describe<std::decay_t<decltype(batch)>>, 1, kThreads, stream, batch, size, s,
+           out + first);
+  });
   for (size_t i = 0; i < groups.size(); ++i) {
     factored ? run_factored(groups[i].kind, launches[i], s)
              : run_flat(groups[i].kind, launches[i], s);

@@ -167,8 +167,9 @@ struct Chunk {
   // Sum `which` of the thread's row or column.
   __device__ __forceinline__ float sum(const Parameter& p, int which) const {
     if (i >= size) return 0.0f;
-    const float* parts = is_row ? p.row_part + (which * p.grid.parts * p.b + matrix) * p.n
-                                : p.col_part + (which * p.b + matrix) * p.grid.slabs * p.k;
+    const Global<const float> parts =
+        is_row ? p.row_part + (which * p.grid.parts * p.b + matrix) * p.n
+               : p.col_part + (which * p.b + matrix) * p.grid.slabs * p.k;
     return sum_parts(parts + i, is_row ? p.grid.parts : p.grid.slabs, is_row ? p.b * p.n : p.k);
   }
 };

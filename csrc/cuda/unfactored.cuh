@@ -18,7 +18,7 @@ __device__ __forceinline__ int load_flat(const Parameter& p, const StepSettings&
   if (fast && count == kVector) {
     unpack(p.grad, load_pack<Any>(p.grad, e), g);
   } else {
-    load_some(p.grad, e, count, g);
+    load_some<fast>(p.grad, e, count, g);
   }
   if (!second_moments) return count;
 #pragma unroll
@@ -57,7 +57,7 @@ __device__ __forceinline__ void flat_sum_tile(const Parameter& p, const StepSett
 __device__ __forceinline__ bool flat_alive(const Parameter& p, const StepSettings& s, float* buffer,
                                            bool gives_out) {
   const float total = block_sum(p.tile_sum, flat_tiles(p), buffer);
-  if (gives_out && threadIdx.x == 0 && p.grad_square != nullptr) *p.grad_square = total;
+  if (gives_out && threadIdx.x == 0 && p.grad_square.pointer != nullptr) *p.grad_square = total;
   return is_finite(total) || s.propagate;
 }
 
@@ -96,13 +96,13 @@ __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const StepS
   if (whole) {
     unpack(p.grad, load_pack<Any>(p.grad, place.first), g);
   } else {
-    load_some(p.grad, place.first, place.count, g);
+    load_some<fast>(p.grad, place.first, place.count, g);
   }
   if (!count_only) {
     if (whole) {
       unpack(p.param, load_pack<Any>(p.param, place.first), x);
     } else {
-      load_some(p.param, place.first, place.count, x);
+      load_some<fast>(p.param, place.first, place.count, x);
     }
   }
   load_block<M>(p, place, s.beta1, m);
@@ -131,7 +131,7 @@ __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const StepS
   if (whole) {
     store_pack(Tag<Any>(), p.param, bytes_at<Any>(p.param, place.first), x, random, stochastic);
   } else {
-    store_some(p.param, place.first, place.count, x, random, stochastic);
+    store_some<fast>(p.param, place.first, place.count, x, random, stochastic);
   }
   __syncwarp();                    // all codes are read before the first is written
   store_block<M>(p, place, m, g);  // with a full second moment the gradient itself decides

@@ -35,7 +35,7 @@ __device__ __forceinline__ int item_bytes(const Strided& t) {
 }
 template <class T>
 __device__ __forceinline__ char* bytes_at(const Strided& t, int64_t e) {
-  return static_cast<char*>(t.data) + e * item_bytes<T>(t);
+  return t.data.as<char>() + e * item_bytes<T>(t);
 }
 
 // Loads that stay in the L2 cache: no line is read twice by one multiprocessor.
@@ -212,10 +212,13 @@ static __device__ __noinline__ int64_t offset_of(const Strided& t, int64_t e) {
 }
 
 // Places of elements e, e + 1, ... of the row-major order: where strides allow, without divisions.
+// `contiguous` tensors have no strides.
+template <bool contiguous>
 class Walk {
  public:
   __device__ __forceinline__ Walk(const Strided& t, int64_t e) : t_(t), e_(e) {
-    if (t.strides == nullptr) {
+    if (contiguous) return;
+    if (t.strides.pointer == nullptr) {
       offset_ = e;
       stride_ = 1;
       left_ = INT64_MAX;
@@ -228,6 +231,7 @@ class Walk {
   }
   // The place of the current element, in elements; goes on to the next.
   __device__ __forceinline__ int64_t next() {
+    if (contiguous) return e_++;
     const int64_t here = offset_;
     ++e_;
     offset_ += stride_;
@@ -245,37 +249,39 @@ class Walk {
 };
 
 // `count` elements from `e` on, then zeros.
+template <bool contiguous = false>
 __device__ __forceinline__ void load_some(const Strided& t, int64_t e, int count, float* x) {
-  Walk walk(t, e);
+  Walk<contiguous> walk(t, e);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     x[i] = 0.0f;
     if (i >= count) continue;
     const int64_t at = walk.next();
     if (t.dtype == kFloat32) {
-      x[i] = static_cast<const float*>(t.data)[at];
+      x[i] = t.data.as<const float>()[at];
     } else {
-      const uint16_t pattern = static_cast<const uint16_t*>(t.data)[at];
+      const uint16_t pattern = t.data.as<const uint16_t>()[at];
       x[i] = t.dtype == kBfloat16 ? bits_float(uint32_t{pattern} << 16) : half_to_float({pattern});
     }
   }
 }
 
 // Stores `count` values from `e` on; `random` holds their random bits.
+template <bool contiguous = false>
 __device__ __forceinline__ void store_some(const Strided& t, int64_t e, int count, const float* x,
                                            const uint4& random, bool stochastic) {
-  Walk walk(t, e);
+  Walk<contiguous> walk(t, e);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     if (i >= count) continue;
     const int64_t at = walk.next();
     const uint32_t bits = word_of(random, i / 2) >> (16 * (i % 2)) & 0xffffu;
     if (t.dtype == kFloat32) {
-      static_cast<float*>(t.data)[at] = x[i];
+      t.data.as<float>()[at] = x[i];
     } else {
       const uint32_t two = t.dtype == kBfloat16 ? two_bf16(x[i], 0.0f, bits, stochastic)
                                                 : two_half(x[i], 0.0f, bits, stochastic);
-      static_cast<uint16_t*>(t.data)[at] = static_cast<uint16_t>(two);
+      t.data.as<uint16_t>()[at] = static_cast<uint16_t>(two);
     }
   }
 }

@@ -8,15 +8,19 @@ launchers believe in is small, so that few elements make several groups and many
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import DENSE, case_of
 from problems import (
     Problem,
     arguments_of,
@@ -27,7 +31,7 @@ from problems import (
     run_ops,
 )
 from shim import large
-from shim.build import ADDRESS, HERE, THREAD, Build, run_python
+from shim.build import ADDRESS, HERE, PLAIN, REPOSITORY, THREAD, Build, run_python
 from shim.cases import (
     CASES,
     ListCase,
@@ -106,6 +110,54 @@ def test_table(shim: Control, path: str, case: ListCase, order: str) -> None:
     assert most > 1 or path == "small"
 
 
+def kernels_of(library: Path) -> dict[int, str]:
+    """Every kernel in a build of the shim, by its offset."""
+    declared = re.compile(r"__global__[^;{]*?(\w+)\((?!kThreads)")
+    texts = [path.read_text() for path in (REPOSITORY / "csrc" / "cuda").iterdir()]
+    names = "|".join({name for text in texts for name in declared.findall(text)})
+    done = subprocess.run(["nm", "-C", library], capture_output=True, text=True, check=True)
+    symbol = rf"(\w+) . .*came8bit::(?:\(anonymous namespace\)::)?((?:{names})(?:<.*>)?)\(.*\)$"
+    found = re.findall(symbol, done.stdout, re.MULTILINE)
+    return {int(offset, 16): name for offset, name in found}
+
+
+def test_the_table_reaches_every_kernel(shim: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no case launches is not tested, or is compiled for nothing."""
+    compiled = kernels_of(PLAIN.library("_C_shim"))
+    assert len(compiled) > 40
+    reached = set()
+    for path in PATHS:
+        use_path(monkeypatch, path)
+        for case in CASES:
+            shim.launches()
+            case.check(steps=1)
+            reached |= {launch.kernel for launch in shim.launches()}
+    check_codec((3, 8))
+    reached |= {launch.kernel for launch in shim.launches()}
+    assert {name for offset, name in compiled.items() if offset not in reached} == set()
+    assert reached <= set(compiled)
+
+
+@pytest.mark.parametrize(("large", "more"), [(1, 0), (0, 5 + 1)])
+def test_arguments_of_kernels_are_as_large_as_the_driver_allows(
+    shim: Control, large: int, more: int
+) -> None:
+    """50 parameters and strides are described by one launch each, or by 6 and 2 smaller ones."""
+    shim.configure(large_arguments=large)
+    problems = [make_problem((3, 40), index=i, generator=generator(i)) for i in range(50)]
+    expected = [problem.copy() for problem in problems]
+    grads = [random_grad((3, 40), torch.float32, generator(i)) for i in range(50)]
+    grads = [laid_out(grad, "sliced") for grad in grads]
+    step(problems[:4], grads[:4])
+    few = len(shim.launches())
+    step(problems[4:] + problems[:4], grads[4:] + grads[:4])
+    assert len(shim.launches()) - few == more
+    for i, (mine, other) in enumerate(zip(problems, expected, strict=True)):
+        for _ in range(2 if i < 4 else 1):
+            run_shim_reference(other, grads[i])
+        assert_same_bits(mine.tensors(), other.tensors(), f"parameter {i}")
+
+
 @settings(max_examples=80)
 @given(
     cases(elements=3_000),
@@ -121,15 +173,6 @@ def test_bits_of_the_reference(
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_path(monkeypatch, path)
         check(case, steps)
-
-
-def case_of(shape: tuple[int, ...], **changes: object) -> Case:
-    values: dict[str, object] = dict(
-        shape=shape, factored=True, batched=False, bits=8, dtype=torch.float32,
-        grad_dtype=torch.float32, layout="contiguous", grad_layout="contiguous", index=3,
-        offset=0, scale=1.0, zeros=0.1, seed=0,
-    )  # fmt: skip
-    return Case(**{**values, **changes})  # type: ignore[arg-type]
 
 
 # Where something else begins: lanes of a row, strips of 256 columns, slabs of 64 rows and more,
@@ -167,6 +210,7 @@ def test_edges(
 ) -> None:
     check(case_of(shape, **changes), 2)
     check(case_of(shape, **changes, options={"cautious": True, "bias_correction": True}), 2)
+    check(case_of(shape, **changes, **DENSE), 2)
 
 
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
@@ -177,9 +221,9 @@ def test_every_pair_of_dtypes(
 ) -> None:
     for shape in [(9, 264), (3, 300), (7, 31)]:
         for factored in (True, False):
-            for options in ({}, {"stochastic": False}):
-                changes = {"factored": factored, "bits": bits, "options": options}
-                check(case_of(shape, dtype=dtype, grad_dtype=grad_dtype, **changes), 1)
+            for changes in ({}, {"options": {"stochastic": False}}, DENSE):
+                case = case_of(shape, factored=factored, bits=bits, **changes)
+                check(replace(case, dtype=dtype, grad_dtype=grad_dtype), 1)
 
 
 @pytest.mark.parametrize("shape", [(4, 256), (4, 300), (2, 4, 300), (300,)], ids=str)

@@ -15,7 +15,8 @@ class Settings:
 
     ``workers`` blocks run at a time. Threads of a block take turns in ``order``. ``garbage`` is the
     byte that shared memory is full of at first. Of a grid with more than ``whole`` blocks only the
-    first ``head`` and the last ``tail`` are run.
+    first ``head`` and the last ``tail`` are run. Kernels take up to 32 KB of
+    ``large_arguments``, or else 4 KB, as with older drivers.
     """
 
     l2_bytes: int = 1 << 20
@@ -26,6 +27,7 @@ class Settings:
     head: int = 0
     tail: int = ALL
     whole: int = 0
+    large_arguments: int = 1
 
 
 @dataclass(frozen=True)

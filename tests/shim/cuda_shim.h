@@ -61,6 +61,7 @@ void after_atomic(void* address);
 
 int lane();
 int64_t l2_bytes();
+bool large_arguments();
 
 // Calls body(closure) once for each thread of the grid; throws std::runtime_error for a launch that
 // a GPU would refuse and for threads that wait for each other in vain. `kernel` is only recorded.

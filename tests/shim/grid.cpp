@@ -19,10 +19,11 @@ struct Settings {
   int64_t workers = 2;  // blocks at a time
   int64_t order = kForward;
   int64_t seed = 0;
-  int64_t garbage = 0xff;    // byte that shared memory is full of when a block starts
-  int64_t head = 0;          // blocks from the beginning of each grid that are run,
-  int64_t tail = INT64_MAX;  // and from its end,
-  int64_t whole = 0;         // but grids of up to so many blocks are run as a whole
+  int64_t garbage = 0xff;       // byte that shared memory is full of when a block starts
+  int64_t head = 0;             // blocks from the beginning of each grid that are run,
+  int64_t tail = INT64_MAX;     // and from its end,
+  int64_t whole = 0;            // but grids of up to so many blocks are run as a whole
+  int64_t large_arguments = 1;  // whether kernels may take more than 4 KB of them
 };
 Settings settings;
 
@@ -138,6 +139,9 @@ void work(Grid& grid, std::unique_ptr<Block>& slot) {
 int64_t l2_bytes() {
   return settings.l2_bytes;
 }
+bool large_arguments() {
+  return settings.large_arguments != 0;
+}
 
 void run(const void* kernel, unsigned blocks, unsigned threads, void (*body)(void*),
          void* closure) {
@@ -188,14 +192,14 @@ void run(const void* kernel, unsigned blocks, unsigned threads, void (*body)(voi
 // changed.
 CAME8BIT_EXPORT int came8bit_shim_configure(const int64_t* values, int count) {
   using namespace came8bit_shim;
-  constexpr int kSettings = 8;
+  constexpr int kSettings = 9;
   static_assert(sizeof(Settings) == kSettings * sizeof(int64_t), "all of them");
   Settings fresh;
   if (count != kSettings) return -1;
   memcpy(static_cast<void*>(&fresh), values, sizeof fresh);
   if (fresh.l2_bytes < 1 || fresh.workers < 1 || fresh.workers > 64 || fresh.order < kForward ||
       fresh.order > kRandom || fresh.garbage < 0 || fresh.garbage > 255 || fresh.head < 0 ||
-      fresh.tail < 0 || fresh.whole < 0) {
+      fresh.tail < 0 || fresh.whole < 0 || (fresh.large_arguments & ~1) != 0) {
     return -1;
   }
   const std::lock_guard<std::mutex> lock(one_grid_at_a_time);

@@ -59,12 +59,16 @@ MUTANTS = [
     ),
     Mutant(
         "no barrier behind the copy of the parameter", "kernels.cuh",
-        f"out[i] = in[i];\n  {BARRIER}", "out[i] = in[i];",
+        f"out[threadIdx.x] = in[threadIdx.x];\n  {BARRIER}", "out[threadIdx.x] = in[threadIdx.x];",
     ),
     Mutant(
         "no barrier behind the sums of a small flat parameter", "kernels.cuh",
         f"flat_sum_tile<fast, false>(p, s, task, buffer);\n  {BARRIER}",
         "flat_sum_tile<fast, false>(p, s, task, buffer);",
+    ),
+    Mutant(
+        "no barrier behind the sums of each matrix", "second_moment.cuh",
+        f"{BARRIER}\n  if (threadIdx.x >= kWarp) return;", "if (threadIdx.x >= kWarp) return;",
     ),
     Mutant(
         "no __syncwarp before absmax is written", "apply.cuh",
@@ -98,6 +102,41 @@ MUTANTS = [
     Mutant(
         "a rough root is trusted too far", "codec.cuh",
         "0.5f - kRoughRootError", "0.5f",
+    ),
+    # The fast path of the encoder.
+    Mutant(
+        "the largest of a block lacks its last exchange", "codec.cuh",
+        "largest_of_lanes(largest_magnitude(m), lanes)",
+        "largest_of_lanes(largest_magnitude(m), lanes == kWarp ? kWarp / 2 : lanes)",
+    ),
+    Mutant(
+        "the signs of momenta get lost", "codec.cuh",
+        "float_bits(root) | (float_bits(m[i]) & 0x80000000u)", "float_bits(root)",
+    ),
+    Mutant(
+        "levels are a little too large", "codec.cuh",
+        "level_scale_of_usual(absmax);", "level_scale_of_usual(absmax) * 1.0001f;",
+    ),
+    Mutant(
+        "two neighbours exchange their random bits", "vector_access.cuh",
+        "float_bits(x[2 * i]) + (word & 0xffffu)", "float_bits(x[2 * i]) + (word >> 16)",
+    ),
+    Mutant(
+        "decay is added", "apply.cuh",
+        "decay_and_apply(p[i], shrink,", "decay_and_apply(p[i], -shrink,",
+    ),
+    # Narrow rows and mixed types.
+    Mutant(
+        "rows that share a warp lack an exchange", "reduce.cuh",
+        "return sum_lanes(sum, lanes / rows);", "return sum_lanes(sum, lanes / (2 * rows));",
+    ),
+    Mutant(
+        "rows of two lanes are those of one", "tile.cuh",
+        "sum_lanes(sums[q], tile.lanes)", "sum_lanes(sums[q], tile.lanes / 2)",
+    ),
+    Mutant(
+        "parameters are taken to have the gradient's type", "groups.h",
+        "if (p.param.dtype == p.grad.dtype) kind", "kind",
     ),
     Mutant(
         "a parameter begins one block late", "kernels.cuh",
