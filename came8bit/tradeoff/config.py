@@ -322,7 +322,10 @@ PRESETS = {
         seeds=3,
         slow_seeds=2,
         tune=False,
-        optimizers=("adamw", "adamw8bit", "came-pytorch", "came", "came8bit", "came4bit"),
+        optimizers=(
+            *("adamw", "adamw8bit", "came-pytorch"),
+            *("came", "came8bit", "came4bit", "came2bit"),
+        ),
     ),
     "standard": Preset(
         about="hours on 2 cores: text and vision, more steps and seeds, a learning-rate search",
