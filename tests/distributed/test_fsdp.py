@@ -233,6 +233,14 @@ def test_several_matrices_a_slice_are_shared_evenly_or_refused(ranks):
     assert ranks.run(runs.construct, (2,), (4, 2, 64, 64)) == ["", ""]
 
 
+def test_vectors_in_codes_are_refused(ranks):
+    """Their blocks do not end where a rank's part ends; matrices keep to rows."""
+    construct = partial(runs.construct, optim_bits=8, quantize_vectors=True)
+    for got in ranks.run(construct, (2,), (8192,)):
+        assert re.search("blocks of codes the ranks would cut.*quantize_vectors=False", got), got
+    assert ranks.run(construct, (2,), (64, 128)) == ["", ""]
+
+
 # --- the page -------------------------------------------------------------------------------------
 
 

@@ -138,10 +138,10 @@ def error_of(mesh: Any, case: str) -> tuple[str, bool]:
     return message, same and not any(counts)
 
 
-def construct(mesh: Any, shape: tuple[int, ...]) -> str:
+def construct(mesh: Any, shape: tuple[int, ...], **options: Any) -> str:
     """Return the error of an optimizer for a sharded parameter of ``shape``."""
     try:
-        CAME([nn.Parameter(sharded(torch.zeros(shape), mesh))])
+        CAME([nn.Parameter(sharded(torch.zeros(shape), mesh))], **options)
     except NotImplementedError as error:
         return str(error)
     return ""
