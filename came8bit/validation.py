@@ -106,7 +106,7 @@ def check_foreign(options: Mapping[str, object]) -> None:
     for name, value in options.items():
         if name not in _FOREIGN:
             raise TypeError(f"got an unexpected keyword argument {name!r}")
-        if value not in _FOREIGN[name]:
+        if isinstance(value, Tensor) or value not in _FOREIGN[name]:
             raise TypeError(
                 f"got {name}={value!r}, which CAME does not have; leave it out or pass "
                 f"{name}={_FOREIGN[name][0]!r}"
@@ -147,7 +147,7 @@ def check_options(group: Mapping[str, Any]) -> None:
         raise ValueError(f"got weight_decay {decay!r}, expected a finite number >= 0")
     for name, allowed in CHOICES.items():
         value = group[name]
-        if value not in allowed or isinstance(value, (bool, float)):
+        if isinstance(value, (bool, float, Tensor)) or value not in allowed:
             raise ValueError(f"got {name} {value!r}, expected one of {allowed}")
     for name in _FLAGS:
         if not isinstance(group[name], bool):

@@ -71,6 +71,7 @@ BAD_OPTIONS = [
     ({"betas": 0.9}, "expected three numbers in \\[0, 1\\)"),
     ({"eps": (1e-30, 0.0)}, "expected two finite positive numbers"),
     ({"eps": (1e-50, 1e-16)}, "not 0 in float32"),
+    ({"rounding": torch.ones(3)}, "got rounding tensor"),
     ({"eps": (1e-43, 1e-16)}, "not 0 in float32 when multiplied by 1 - beta2 and 1 - beta3"),
     ({"eps": (1e-30, 1e-42)}, "not 0 in float32 when multiplied by 1 - beta2 and 1 - beta3"),
     ({"eps": (1e-30, math.nan)}, "expected two finite positive numbers"),
