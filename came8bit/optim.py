@@ -178,7 +178,7 @@ class CAME(StoredOptimizer):
         """Return an option that the class may have settled already."""
         if fixed is None:
             return default if got is None else got
-        if got is not None and got != fixed:
+        if got is not None and (isinstance(got, Tensor) or got != fixed):
             raise ValueError(
                 f"{type(self).__name__}: got {name}={got!r}, expected {fixed!r}; "
                 "use CAME, which takes any optim_bits and is_paged"

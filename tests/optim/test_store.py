@@ -58,6 +58,8 @@ def test_a_class_that_settles_an_option_takes_the_same_value_only(name):
     message = f"PagedCAME8bit: got {name}={other}, expected {fixed}; use CAME"
     with pytest.raises(ValueError, match=message):
         PagedCAME8bit([parameter(3)], **{name: other})
+    with pytest.raises(ValueError, match=f"got {name}=tensor"):
+        PagedCAME8bit([parameter(3)], **{name: torch.ones(3)})
 
 
 def test_state_is_what_the_store_shows():
