@@ -98,8 +98,8 @@ CAME8BIT_INLINE float level_scale(float absmax, float largest_square = kLargestS
   return largest_square / (absmax < kTinyAbsmax ? absmax * kTinyFactor : absmax);
 }
 // The same of a block that is not tiny; of one of zeros any number will do.
-CAME8BIT_INLINE float level_scale_of_usual(float absmax) {
-  return kLargestSquare / ::fmaxf(absmax, kTinyAbsmax);
+CAME8BIT_INLINE float level_scale_of_usual(float absmax, float largest_square) {
+  return largest_square / ::fmaxf(absmax, kTinyAbsmax);
 }
 
 // Square of the level that x would have on a continuous scale; the code is the largest whole level

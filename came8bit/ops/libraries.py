@@ -36,7 +36,7 @@ CPU_ISAS = ("baseline", "avx2", "avx512")
 #: Options that a device's kernels do not have yet, with the value: the reference runs instead.
 REFERENCE_ONLY: dict[str, tuple[tuple[str, object], ...]] = {
     "cpu": (),
-    "cuda": (("optim_bits", 4), ("optim_bits", 2), ("sharded", True)),
+    "cuda": (("sharded", True),),
 }
 
 #: The stable ABI that the libraries are built for.

@@ -1,4 +1,4 @@
-// Sweep C of a factored parameter: momentum, update, rounding, and the 8-bit code.
+// Sweep C of a factored parameter: momentum, update, rounding, and the codes.
 #pragma once
 
 #include "instability.cuh"
@@ -16,8 +16,13 @@ __device__ __forceinline__ void new_momentum(const float* g, const float* decaye
   }
 }
 
-__device__ __forceinline__ float direction(float m, float w, const StepSettings& s) {
-  return s.nesterov ? look_ahead(m, w, s.beta1) : m;
+// `held` is what the code remembers of m: the rest acts now. Only coarse codes have it.
+template <class M>
+__device__ __forceinline__ float direction(float m, float w, const StepSettings& s, float held,
+                                           float spent) {
+  const float ahead = look_ahead(m, w, s.beta1);  // a branch would take more registers
+  const float of_rule = s.nesterov ? ahead : m;
+  return kCoarse<M> ? spend(of_rule, m, held, spent) : of_rule;
 }
 
 __device__ __forceinline__ float updated(float p, float m, float w, float update, float shrink,
@@ -26,14 +31,15 @@ __device__ __forceinline__ float updated(float p, float m, float w, float update
   return decay_and_apply(p, shrink, update);
 }
 // The same for eight neighbours, `p` changed in place; one branch for all of them.
-__device__ __forceinline__ void update_vector(float* p, const float* m, const float* w, float row,
+template <class M>
+__device__ __forceinline__ void update_vector(float* p, const float* m, const float* w,
+                                              const float* held, float spent, float row,
                                               const float* column, float shrink,
                                               const StepSettings& s) {
   float update[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    const float ahead = look_ahead(m[i], w[i], s.beta1);  // a branch would take more registers
-    update[i] = precondition(s.nesterov ? ahead : m[i], row, column[i]);
+    update[i] = precondition(direction<M>(m[i], w[i], s, held[i], spent), row, column[i]);
   }
   if (s.cautious) {
 #pragma unroll
@@ -46,7 +52,7 @@ __device__ __forceinline__ void update_vector(float* p, const float* m, const fl
 CAME8BIT_INLINE int64_t apply_tasks(const Parameter& p, Access access) {
   if (access == kTiles) return p.b * ((p.n + p.apply_rows() - 1) / p.apply_rows()) * p.grid.strips;
   const int64_t blocks = p.slices * p.blocks_per_slice;
-  return (blocks + kWarps - 1) / kWarps;
+  return (blocks + p.blocks_at_once() - 1) / p.blocks_at_once();
 }
 
 // The stored momentum of eight elements, on its way. `scale` is null for fp32 momentum.
@@ -76,7 +82,21 @@ struct MomentumVector32 {
   }
 };
 template <class M>
+struct MomentumVectorCoarse {
+  M stored;
+  __device__ __forceinline__ void load(const char* exp_avg, const uint16_t* scales) {
+    load_vector(exp_avg, scales, &stored);
+  }
+  __device__ __forceinline__ void decayed(float beta1, uint32_t, float* m) const {
+    decode_vector(stored, beta1, m);
+  }
+};
+template <class M>
 struct MomentumVectorOf {
+  using type = MomentumVectorCoarse<M>;
+};
+template <>
+struct MomentumVectorOf<float> {
   using type = MomentumVector32;
 };
 template <>
@@ -84,7 +104,7 @@ struct MomentumVectorOf<int8_t> {
   using type = MomentumVector8;
 };
 
-// A tile of rows whose blocks of the 8-bit code end where the rows do. With `count_only` the tile
+// A tile of rows whose blocks of the code end where the rows do. With `count_only` the tile
 // only counts the elements that the cautious mask keeps.
 template <class P, class G, class M, bool count_only>
 __device__ __forceinline__ int apply_tile(const Parameter& p, const StepSettings& s, int64_t task) {
@@ -94,7 +114,7 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const StepSettings
   // In registers: the compiler cannot know that the stores below leave `p` alone.
   const Strided grad_tensor = p.grad, param_tensor = p.param;
   const uint32_t index = p.index, step = p.scalars->step, byte_pattern = p.byte_pattern;
-  const float shrink = p.scalars->shrink;
+  const float shrink = p.scalars->shrink, spent = kCoarse<M> ? p.scalars->spent : 0.0f;
   const bool stochastic = s.stochastic;
   const bool draws = stochastic && param_tensor.dtype != kFloat32;
   const bool inside = tile.columns > 0;
@@ -108,14 +128,17 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const StepSettings
   // Where the next row is, stepping down by `streams` rows.
   const int64_t row = tile.first_row + tile.stream, e = row * p.k + tile.column;
   const int64_t pitch = int64_t{tile.streams} * p.k;
-  const int64_t scale_pitch = is8bit ? int64_t{tile.streams} * p.grid.strips : 0;
+  const int64_t row_pitch = kCoarse<M> ? row_scales<M>(p) : is8bit ? p.grid.strips : 0;
+  const int64_t scale_pitch = tile.streams * row_pitch;
   const char* grad = bytes_at<G>(grad_tensor, e);
   const int64_t grad_pitch = pitch * item_bytes<G>(grad_tensor);
   char* param = bytes_at<P>(param_tensor, e);
   const int64_t param_pitch = pitch * item_bytes<P>(param_tensor);
-  char* exp_avg = p.exp_avg.as<char>() + e * static_cast<int64_t>(sizeof(M));
-  const int64_t exp_avg_pitch = pitch * static_cast<int64_t>(sizeof(M));
-  float* scale = is8bit ? p.absmax + row * p.grid.strips + tile.strip : nullptr;
+  char* exp_avg = p.exp_avg.as<char>() + e * kBits<M> / 8;
+  const int64_t exp_avg_pitch = pitch * kBits<M> / 8;
+  auto* scale = scales_of<M>(p, 0);
+  if (kBits<M> <= 8) scale += row * row_pitch;
+  if (kBits<M> <= 8) scale += kCoarse<M> ? column_scales<M>(tile.column) : tile.strip;
   const float* gain = p.row_gain + row;
   const float* update = p.update_row + row;
   uint64_t element = p.offset + static_cast<uint64_t>(e);
@@ -147,7 +170,7 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const StepSettings
     const Row now = next;
     const bool there = next_there;
     char *const param_now = param, *const exp_avg_now = exp_avg;
-    float* const scale_now = scale;
+    auto* const scale_now = scale;
     grad += grad_pitch;
     param += param_pitch;
     exp_avg += exp_avg_pitch;
@@ -166,8 +189,22 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const StepSettings
       continue;
     }
     float x[kVector];
+    float held[kVector] = {};
+    if constexpr (kCoarse<M>) {
+      const int64_t left = p.k - tile.column / kCoarseBlock * kCoarseBlock;
+      keep(m, w, held);
+      const M stored = encode_block(
+          held, there ? kVector : 0, static_cast<int>(left < kCoarseBlock ? left : kCoarseBlock),
+          tile.lanes < kCoarseLanes ? tile.lanes : kCoarseLanes, static_cast<M*>(nullptr));
+      decode_vector(stored, 1.0f, held);
+      __syncwarp();  // all lanes have read the old scales before one writes the new
+      if (there) {
+        __stcg(reinterpret_cast<decltype(stored.codes)*>(exp_avg_now), stored.codes);
+        if (tile.lane % kCoarseLanes == 0) store_scales(stored, scale_now);
+      }
+    }
     unpack(param_tensor, now.param, x);
-    update_vector(x, m, w, now.update, update_column, shrink, s);
+    update_vector<M>(x, m, w, held, spent, now.update, update_column, shrink, s);
     const uint4 random =
         draws ? random_words(element / 8, index, step, s.seed) : make_uint4(0, 0, 0, 0);
     element += static_cast<uint64_t>(pitch);
@@ -180,7 +217,7 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const StepSettings
         __stcg(reinterpret_cast<uint2*>(exp_avg_now), codes);
         if (tile.lane == 0) __stcg(scale_now, absmax);
       }
-    } else if (there) {
+    } else if (!kCoarse<M> && there) {
       float4* out = reinterpret_cast<float4*>(exp_avg_now);
       __stcg(out, make_float4(m[0], m[1], m[2], m[3]));
       __stcg(out + 1, make_float4(m[4], m[5], m[6], m[7]));
@@ -191,8 +228,8 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const StepSettings
 
 // The momentum of a warp's block, times beta1; zeros behind its end.
 template <class M>
-__device__ __forceinline__ void load_block(const Parameter& p, const BlockPlace& place, float beta1,
-                                           float* m) {
+__device__ __forceinline__ void load_block(const Parameter& p, const BlockPlace<kBlockSize>& place,
+                                           float beta1, float* m) {
   const M* stored = p.exp_avg.as<const M>() + place.first;
   float scale = 0.0f;
   if constexpr (sizeof(M) == 1) {
@@ -212,7 +249,7 @@ __device__ __forceinline__ void load_block(const Parameter& p, const BlockPlace&
 
 // Stores the new momentum of a warp's block.
 template <class M>
-__device__ __forceinline__ void store_block(const Parameter& p, const BlockPlace& place,
+__device__ __forceinline__ void store_block(const Parameter& p, const BlockPlace<kBlockSize>& place,
                                             const float* m, const float* decaying) {
   if constexpr (sizeof(M) == 1) {
     uint2 codes;
@@ -228,46 +265,61 @@ __device__ __forceinline__ void store_block(const Parameter& p, const BlockPlace
   }
 }
 
-// The same for any layout: eight blocks, a warp each.
+// The same for any layout: eight blocks, a warp each, or sixteen of coarse codes.
 template <class M, bool count_only>
 __device__ __forceinline__ int apply_blocks(const Parameter& p, const StepSettings& s,
                                             int64_t task) {
-  const BlockPlace place(p.slices, p.slice_len, task);
+  const BlockPlace<kBlock<M>> place(p.slices, p.slice_len, task);
   const bool stochastic = s.stochastic, cautious = s.cautious;
-  float g[kVector], m[kVector], w[kVector] = {}, x[kVector] = {};
+  const float spent = kCoarse<M> ? p.scalars->spent : 0.0f;
+  float g[kVector], m[kVector], w[kVector] = {}, x[kVector] = {}, held[kVector] = {};
   int agreeing = 0;
   load_some(p.grad, place.first, place.count, g);
   load_block<M>(p, place, s.beta1, m);
   if (!count_only) load_some(p.param, place.first, place.count, x);
-  int64_t row = place.first / p.k, column = place.first - row * p.k, matrix = row / p.n;
+  const auto for_elements = [&](const auto& visit) {
+    int64_t row = place.first / p.k, column = place.first - row * p.k, matrix = row / p.n;
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    if (i >= place.count) continue;
-    const int64_t in_columns = matrix * p.k + column;
+    for (int i = 0; i < kVector; ++i) {
+      if (i >= place.count) continue;
+      visit(i, row, matrix * p.k + column);
+      if (++column == p.k) {
+        column = 0;
+        ++row;
+        matrix = row / p.n;
+      }
+    }
+  };
+  const auto update_one = [&](int i, int64_t row, int64_t in_columns) {
+    const float update = precondition(direction<M>(m[i], w[i], s, held[i], spent),
+                                      p.update_row[row], p.update_col[in_columns]);
+    x[i] = updated(x[i], m[i], w[i], update, p.scalars->shrink, cautious);
+  };
+  for_elements([&](int i, int64_t row, int64_t in_columns) {
     w[i] = precondition(g[i], p.row_gain[row], p.col_factor[in_columns]);
     m[i] = momentum(m[i], w[i]);
     if (count_only) {
       agreeing += agrees(m[i], w[i]) ? 1 : 0;
-    } else {
-      const float update =
-          precondition(direction(m[i], w[i], s), p.update_row[row], p.update_col[in_columns]);
-      x[i] = updated(x[i], m[i], w[i], update, p.scalars->shrink, cautious);
+    } else if constexpr (!kCoarse<M>) {
+      update_one(i, row, in_columns);
     }
-    if (++column == p.k) {
-      column = 0;
-      ++row;
-      matrix = row / p.n;
-    }
-  }
+  });
   if (count_only) return agreeing;
+  if constexpr (kCoarse<M>) {
+    keep(m, w, held);
+    store_block<M>(p, place, held);
+    for_elements(update_one);
+  }
   uint4 random = make_uint4(0, 0, 0, 0);
   if (stochastic && p.param.dtype != kFloat32) {
     random = random_words_at(p.offset + static_cast<uint64_t>(place.first), p.index,
                              p.scalars->step, s.seed);
   }
   store_some(p.param, place.first, place.count, x, random, stochastic);
-  __syncwarp();  // all codes are read before the first is written
-  store_block<M>(p, place, m, w);
+  if constexpr (!kCoarse<M>) {
+    __syncwarp();  // all codes are read before the first is written
+    store_block<M>(p, place, m, w);
+  }
   return 0;
 }
 
@@ -275,7 +327,7 @@ __device__ __forceinline__ int apply_blocks(const Parameter& p, const StepSettin
 template <class P, class G, bool count_only>
 __device__ __forceinline__ int apply_vector_blocks(const Parameter& p, const StepSettings& s,
                                                    int64_t task) {
-  const BlockPlace place(p.slices, p.slice_len, task);
+  const BlockPlace<kBlockSize> place(p.slices, p.slice_len, task);
   const bool there = place.count > 0;  // all eight, then
   const int64_t e = place.first, row = e / p.k;
   const int64_t first_column = row / p.n * p.k + (e - row * p.k);
@@ -300,7 +352,7 @@ __device__ __forceinline__ int apply_vector_blocks(const Parameter& p, const Ste
     const float4* factors = reinterpret_cast<const float4*>(p.update_col + first_column);
     unpack_floats(factors[0], factors[1], update_column);
     unpack(p.param, load_pack<P>(p.param, e), x);
-    update_vector(x, m, w, p.update_row[row], update_column, p.scalars->shrink, s);
+    update_vector<int8_t>(x, m, w, m, 0.0f, p.update_row[row], update_column, p.scalars->shrink, s);
     const uint4 random = s.stochastic && p.param.dtype != kFloat32
                              ? random_words((p.offset + static_cast<uint64_t>(e)) / 8, p.index,
                                             p.scalars->step, s.seed)

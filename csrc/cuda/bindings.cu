@@ -38,14 +38,15 @@ std::vector<HostParameter> parameters_of(const std::vector<ParamArguments>& all,
                     "parameter ", i, ": expected all parameters and gradients on one device");
     h.param_strides = strides_of(param, "parameter", i);
     h.grad_strides = strides_of(grad, "gradient", i);
-    h.is8bit = all[i].absmax != nullptr;
+    h.bits = all[i].bits;
     Parameter& p = h.parameter;
     const ParamArguments& a = all[i];
     p = {};
     p.param = {param.data_ptr(), nullptr, a.param_dtype};
     p.grad = {grad.data_ptr(), nullptr, a.grad_dtype};
     p.exp_avg = a.exp_avg;
-    p.absmax = a.absmax;
+    p.absmax = a.scales == nullptr ? a.absmax : reinterpret_cast<float*>(a.scales);
+    p.bits = a.bits;
     p.sq_row = a.sq_row;
     p.sq_col = a.sq_col;
     p.res_row = a.res_row;
@@ -71,7 +72,7 @@ std::vector<HostParameter> parameters_of(const std::vector<ParamArguments>& all,
 struct Cuda {
   struct Environment {};
 
-  static Device device() { return {kDeviceName, is_device_tensor, false}; }
+  static Device device() { return {kDeviceName, is_device_tensor, true}; }
 
   static void factored(const std::vector<ParamArguments>& all, const Tensors& params,
                        const Tensors& grads, const StepSettings& settings) {

@@ -9,7 +9,7 @@ namespace {
 __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const float* x, int64_t slices, int64_t slice_len, int8_t* codes,
                     float* absmax) {
-  const BlockPlace place(slices, slice_len, blockIdx.x);
+  const BlockPlace<kBlockSize> place(slices, slice_len, blockIdx.x);
   float m[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) m[i] = i < place.count ? x[place.first + i] : 0.0f;
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const int8_t* codes, const float* absmax, int64_t slices, int64_t slice_len,
                       float* x) {
-  const BlockPlace place(slices, slice_len, blockIdx.x);
+  const BlockPlace<kBlockSize> place(slices, slice_len, blockIdx.x);
   if (place.block < 0) return;
   const float scale = absmax[place.block];
 #pragma unroll

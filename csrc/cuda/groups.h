@@ -59,13 +59,14 @@ inline void lay_out_flat(Parameter& p, Access, bool cautious, Arena& arena) {
 
 // Parameters of one kind run the same kernels.
 struct Kind {
-  bool small, is8bit;
+  bool small;
+  int bits;
   Access access;
   int param_type, grad_type;  // kAnyType where kernels find out when running
 
   bool operator<(const Kind& other) const {
-    return std::tie(small, access, is8bit, param_type, grad_type) <
-           std::tie(other.small, other.access, other.is8bit, other.param_type, other.grad_type);
+    return std::tie(small, access, bits, param_type, grad_type) <
+           std::tie(other.small, other.access, other.bits, other.param_type, other.grad_type);
   }
 };
 
@@ -84,22 +85,25 @@ inline bool aligned(const void* p, size_t bytes) {
 inline Access access_of(const HostParameter& h, bool factored) {
   const Parameter& p = h.parameter;
   if (h.param_strides.dims != 0 || h.grad_strides.dims != 0) return kOneByOne;
-  if (!aligned(p.param.data, 16) || !aligned(p.grad.data, 16) || !aligned(p.exp_avg, 16)) {
+  if (!aligned(p.param.data, 16) || !aligned(p.grad.data, 16) || !aligned(p.exp_avg, 16) ||
+      !aligned(p.absmax, 4)) {
     return kOneByOne;
   }
   if (p.offset % kVector != 0) return kOneByOne;
-  if (!factored) return !h.is8bit || p.slice_len % kVector == 0 ? kTiles : kOneByOne;
+  const bool vectors = h.bits == 32 || (h.bits == 8 && p.slice_len % kVector == 0);
+  if (!factored) return vectors ? kTiles : kOneByOne;
   if (p.k % kVector != 0) return kOneByOne;
-  return !h.is8bit || p.whole_blocks ? kTiles : kBlocks;
+  if (h.bits == 32 || p.whole_blocks) return kTiles;
+  return h.bits == 8 ? kBlocks : kOneByOne;
 }
 
 inline Kind kind_of(const HostParameter& h, bool factored, const Tuning& tuning) {
   const Parameter& p = h.parameter;
   Kind kind = {};
   kind.access = access_of(h, factored);
-  kind.is8bit = h.is8bit;
+  kind.bits = h.bits;
   kind.small =
-      kind.access == kTiles && (factored || !h.is8bit) && p.numel() <= tuning.small_elements;
+      kind.access == kTiles && (factored || h.bits == 32) && p.numel() <= tuning.small_elements;
   kind.param_type = kind.grad_type = kAnyType;
   if (kind.access != kOneByOne && !kind.small && factored) {
     kind.grad_type = p.grad.dtype;
@@ -113,7 +117,7 @@ inline Kind kind_of(const HostParameter& h, bool factored, const Tuning& tuning)
 
 inline int64_t swept_bytes(const HostParameter& h) {
   const Parameter& p = h.parameter;
-  return p.numel() * ((p.grad.dtype == kFloat32 ? 4 : 2) + (h.is8bit ? 1 : 4));
+  return p.numel() * ((p.grad.dtype == kFloat32 ? 32 : 16) + h.bits) / 8;
 }
 
 // Rows that a thread handles in a tile of sweep C. A block has to find its parameter and its

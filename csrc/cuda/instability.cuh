@@ -1,7 +1,7 @@
 // Sweep B: row and column sums of d*d, u*d, u*u; then kappa, R, C and the factors of sweep C.
 #pragma once
 
-#include "codec.cuh"
+#include "coarse.cuh"
 #include "tile.cuh"
 
 namespace came8bit {
@@ -42,6 +42,37 @@ struct MomentumRows<int8_t, true, loads> {
   }
   __device__ __forceinline__ void get(const Parameter&, const Tile&, int, int q, float* m) const {
     decode_vector(codes[q], absmax[q], byte_pattern, m);
+  }
+};
+
+// Coarse codes, whose rows have blocks of their own.
+template <class M, int loads>
+struct MomentumRows<M, true, loads> {
+  M stored[loads];
+  const char* next;
+  int64_t pitch;
+  const uint16_t* scales;  // of the next row
+  int64_t scale_pitch;
+
+  __device__ __forceinline__ MomentumRows(const Parameter& p, const Tile& tile)
+      : pitch(tile.streams * (p.k * kBits<M> / 8)), scale_pitch(tile.streams * row_scales<M>(p)) {
+    const int64_t row = tile.first_row + tile.stream;
+    next = p.exp_avg.as<const char>() + (row * p.k + tile.column) * kBits<M> / 8;
+    scales = scales_of<M>(p, 0) + row * row_scales<M>(p) + column_scales<M>(tile.column);
+  }
+  __device__ __forceinline__ void load(const Parameter&, const Tile& tile, int row) {
+#pragma unroll
+    for (int q = 0; q < loads; ++q) {
+      stored[q] = {};
+      if (row + q * tile.streams < tile.rows && tile.columns > 0) {
+        load_vector(next, scales, &stored[q]);
+      }
+      next += pitch;
+      scales += scale_pitch;
+    }
+  }
+  __device__ __forceinline__ void get(const Parameter&, const Tile&, int, int q, float* m) const {
+    decode_vector(stored[q], 1.0f, m);
   }
 };
 
@@ -91,6 +122,26 @@ __device__ __forceinline__ void load_momenta(const Parameter& p, int64_t e, int 
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     m[i] = i < count ? p.exp_avg.as<const float>()[e + i] : 0.0f;
+  }
+}
+
+template <class M>
+__device__ __forceinline__ void load_momenta(const Parameter& p, int64_t e, int count, float* m,
+                                             M*) {
+  constexpr int kPerByte = 8 / kBits<M>;
+  int64_t slice = e / p.slice_len, at = e - slice * p.slice_len;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    m[i] = 0.0f;
+    if (i >= count) continue;
+    M stored = {};
+    load_scales(scales_of<M>(p, slice * p.blocks_per_slice + at / kCoarseBlock), &stored);
+    const uint32_t codes = *packed_codes<M>(p, slice, at);
+    m[i] = decode_one(codes >> (at % kPerByte * kBits<M>)&((1u << kBits<M>)-1), stored, 1.0f);
+    if (++at == p.slice_len) {
+      at = 0;
+      ++slice;
+    }
   }
 }
 

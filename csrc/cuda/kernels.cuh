@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kThreads)
     scalars.step = static_cast<uint32_t>(step);
     scalars.lr_scale = rate.lr / s.direction_correction(step);
     scalars.shrink = rate.shrink;
+    scalars.spent = s.spent(step);
     scalars.correction2 = s.correction(1, step);
     scalars.correction3 = s.correction(2, step);
     *p.scalars = scalars;

@@ -10,7 +10,8 @@ namespace came8bit {
 constexpr int kThreads = 256;  // of every block
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kVector = 8;  // elements a thread handles at once
+constexpr int kVector = 8;                            // elements a thread handles at once
+constexpr int kCoarseLanes = kCoarseBlock / kVector;  // threads of a block of 4 or 2 bits
 constexpr int kRoundVectors = kThreads * kVector;
 constexpr int kMaxSlabRows = 2048;
 constexpr int kMaxSpan = 16;
@@ -104,7 +105,7 @@ struct Grid {
 // Scalars of one parameter during a step. `describe` fills the first part, later kernels the rest.
 struct Scalars {
   uint32_t step;  // of this update, 1 for the first
-  float lr_scale, shrink, correction2, correction3;
+  float lr_scale, shrink, spent, correction2, correction3;
   float predicted_rms, kappa_0;
   float rms, kappa;
   int alive;     // whether this step is still to be made: the gradient is finite
@@ -116,8 +117,8 @@ struct Scalars {
 // take.
 struct Parameter {
   Strided param, grad;
-  Global<void> exp_avg;  // int8 codes with `absmax`, or fp32
-  Global<float> absmax;
+  Global<void> exp_avg;  // int8 codes with `absmax`, fp32, or packed codes
+  Global<float> absmax;  // or, of packed codes, the bf16 scales
   Global<float> sq_row, sq_col, res_row, res_col, rms_ratio;
   Global<float> exp_avg_sq;  // full second moment instead of the five above
   Global<int64_t> step, skipped;
@@ -126,7 +127,7 @@ struct Parameter {
   uint64_t offset;  // row-major index of the first element in the full parameter
   uint32_t index;
   uint32_t byte_pattern;  // see decode_vector
-  int whole_blocks;       // whether every row has blocks of the 8-bit code of its own
+  int whole_blocks;       // whether every row has blocks of the code of its own
   int apply_rounds;       // rows a thread handles in a tile of sweep C; no result depends on it
   Grid grid;
 
@@ -142,6 +143,7 @@ struct Parameter {
   Global<int> agreeing;                       // [apply tiles]
 
   Global<float> grad_square;  // null, or where the sum of squares of the gradient is wanted
+  int64_t bits;               // of the momentum
 
   // First block of this parameter in the launch of each phase (kernels.cuh).
   int64_t first[kPhases];
@@ -155,6 +157,8 @@ struct Parameter {
   CAME8BIT_INLINE int64_t combine_tasks() const {
     return (b * (row_chunks() + col_chunks()) + kWarps - 1) / kWarps;
   }
+  // Blocks of the code that 256 threads have in hand.
+  CAME8BIT_INLINE int64_t blocks_at_once() const { return bits < 8 ? 2 * kWarps : kWarps; }
   CAME8BIT_INLINE int64_t apply_rows() const { return int64_t{grid.streams} * apply_rounds; }
 };
 

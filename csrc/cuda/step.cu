@@ -28,26 +28,32 @@ constexpr bool kFewTypes = true;  // fp16 has no kernels of its own
 constexpr bool kFewTypes = false;
 #endif
 
-// Calls call(Type<T>()) with the type that `type` names; without `any` there is always one.
-template <bool any, class Call>
+// Calls call(Type<T>()) with the type that `type` names; without `any` there is always one. Coarse
+// momentum has kernels for bf16, and others for any type.
+template <bool any, bool coarse = false, class Call>
 void with_type(int type, const Call& call) {
-  switch (type) {
-    case kFloat32:
-      return call(Type<float>());
-    case kBfloat16:
-      return call(Type<Bf16>());
-#if !defined(CAME8BIT_FEW_TYPES)
-    case kFloat16:
-      return call(Type<Half>());
-#endif
-    default:
-      if constexpr (any || kFewTypes) call(Type<Any>());
+  if (type == kBfloat16) return call(Type<Bf16>());
+  if constexpr (!coarse) {
+    if (type == kFloat32) return call(Type<float>());
   }
+  if constexpr (!coarse && !kFewTypes) {
+    if (type == kFloat16) return call(Type<Half>());
+  }
+  if constexpr (any || coarse || kFewTypes) call(Type<Any>());
 }
 
 template <class Call>
-void with_momentum(bool is8bit, const Call& call) {
-  is8bit ? call(Type<int8_t>()) : call(Type<float>());
+void with_momentum(int bits, const Call& call) {
+  switch (bits) {
+    case 2:
+      return call(Type<Bits2>());
+    case 4:
+      return call(Type<Bits4>());
+    case 8:
+      return call(Type<int8_t>());
+    default:
+      return call(Type<float>());
+  }
 }
 
 // One group on the device: where its parameters are, how many blocks each phase has.
@@ -69,20 +75,20 @@ template <class M, Access access>
 void run_factored(const Kind& kind, const Launches& l, const StepSettings& s) {
   constexpr bool fast = access != kOneByOne;
   // Types are known in the fast kernels only.
-  const auto with_grad = [&](const auto& call) {
+  const auto with_grad = [&](auto coarse, const auto& call) {
     if constexpr (fast) {
-      with_type<false>(kind.grad_type, call);
+      with_type<false, decltype(coarse)::value>(kind.grad_type, call);
     } else {
       call(Type<Any>());
     }
   };
-  with_grad([&](auto g) {
+  with_grad(std::false_type(), [&](auto g) {
     using G = typename decltype(g)::type;
     l.run(second_moment_kernel<G, fast>, l.blocks[kSweepA], l.count);
   });
   l.run(second_moment_combine_kernel, l.blocks[kCombine], l.count, s);
   l.run(second_moment_scalars_kernel, l.count, s);
-  with_grad([&](auto g) {
+  with_grad(std::bool_constant<kCoarse<M>>(), [&](auto g) {
     using G = typename decltype(g)::type;
     l.run(instability_kernel<G, M, fast>, l.blocks[kSweepA], l.count, s);
   });
@@ -90,7 +96,7 @@ void run_factored(const Kind& kind, const Launches& l, const StepSettings& s) {
   if (s.cautious) l.run(agreeing_kernel<M, access>, l.blocks[kSweepC], l.count, s);
   l.run(update_rows_kernel, l.blocks[kRows], l.count, s, access);
   if constexpr (access == kTiles) {
-    with_type<true>(kind.param_type, [&](auto t) {
+    with_type<true, kCoarse<M>>(kind.param_type, [&](auto t) {
       using T = typename decltype(t)::type;
       l.run(apply_kernel<T, T, M, access>, l.blocks[kSweepC], l.count, s);
     });
@@ -100,7 +106,7 @@ void run_factored(const Kind& kind, const Launches& l, const StepSettings& s) {
 }
 
 void run_factored(const Kind& kind, const Launches& l, const StepSettings& s) {
-  with_momentum(kind.is8bit, [&](auto m) {
+  with_momentum(kind.bits, [&](auto m) {
     using M = typename decltype(m)::type;
     if (kind.small) return l.run(small_factored_kernel<M>, l.count, s);
     if (kind.access == kTiles) return run_factored<M, kTiles>(kind, l, s);
@@ -119,9 +125,12 @@ void run_flat(const Launches& l, const StepSettings& s) {
 
 void run_flat(const Kind& kind, const Launches& l, const StepSettings& s) {
   if (kind.small) return l.run(small_flat_kernel, l.count, s);
-  with_momentum(kind.is8bit, [&](auto m) {
+  with_momentum(kind.bits, [&](auto m) {
     using M = typename decltype(m)::type;
-    kind.access == kTiles ? run_flat<M, true>(l, s) : run_flat<M, false>(l, s);
+    if constexpr (!kCoarse<M>) {
+      if (kind.access == kTiles) return run_flat<M, true>(l, s);
+    }
+    run_flat<M, false>(l, s);
   });
 }
 
@@ -268,7 +277,8 @@ void factored_step(std::vector<HostParameter>& parameters, const StepSettings& s
     Parameter& p = h.parameter;
     p.grid = Grid::of(p.b, p.n, p.k);
     p.apply_rounds = kFewestRounds;
-    p.whole_blocks = p.slice_len == p.k || p.k % kBlockSize == 0 ? 1 : 0;
+    const int64_t block_size = h.bits < 8 ? kCoarseBlock : kBlockSize;
+    p.whole_blocks = p.slice_len == p.k || p.k % block_size == 0 ? 1 : 0;
   }
   step(parameters, settings, any, true, lay_out_factored);
 }
@@ -276,7 +286,7 @@ void factored_step(std::vector<HostParameter>& parameters, const StepSettings& s
 void unfactored_step(std::vector<HostParameter>& parameters, const StepSettings& settings,
                      const Tensor& any) {
   for (HostParameter& h : parameters) {
-    if (h.is8bit) continue;  // without codes any cut into blocks will do
+    if (h.bits < 32) continue;  // without codes any cut into blocks will do
     h.parameter.slices = 1;
     h.parameter.slice_len = h.parameter.numel();
     h.parameter.blocks_per_slice = (h.parameter.slice_len + kBlockSize - 1) / kBlockSize;

@@ -13,7 +13,7 @@ namespace came8bit {
 struct HostParameter {
   Parameter parameter;
   Strides param_strides, grad_strides;  // dims == 0: contiguous
-  bool is8bit;
+  int bits;                             // of the momentum
 };
 
 // How the work is cut up. Results do not depend on it.

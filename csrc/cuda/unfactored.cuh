@@ -88,10 +88,10 @@ __device__ __forceinline__ FlatState flat_state(const Parameter& p, const StepSe
 template <class M, bool fast, bool count_only>
 __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const StepSettings& s,
                                                  const FlatState& state, int64_t task) {
-  const BlockPlace place(p.slices, p.slice_len, task);
+  const BlockPlace<kBlock<M>> place(p.slices, p.slice_len, task);
   const bool stochastic = s.stochastic, cautious = s.cautious;
-  const float sign = s.sign();
-  float g[kVector], v[kVector], x[kVector], w[kVector], m[kVector];
+  const float sign = s.sign(), spent = kCoarse<M> ? p.scalars->spent : 0.0f;
+  float g[kVector], v[kVector], x[kVector], w[kVector] = {}, m[kVector], held[kVector] = {};
   const bool whole = fast && place.count == kVector;
   if (whole) {
     unpack(p.grad, load_pack<Any>(p.grad, place.first), g);
@@ -106,6 +106,10 @@ __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const StepS
     }
   }
   load_block<M>(p, place, s.beta1, m);
+  const auto update_one = [&](int i) {
+    const float update = direction<M>(m[i], w[i], s, held[i], spent) * state.scale;
+    x[i] = updated(x[i], m[i], w[i], update, p.scalars->shrink, cautious);
+  };
   int agreeing = 0;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
@@ -119,10 +123,17 @@ __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const StepS
       continue;
     }
     p.exp_avg_sq[e] = v[i];
-    const float update = direction(m[i], w[i], s) * state.scale;
-    x[i] = updated(x[i], m[i], w[i], update, p.scalars->shrink, cautious);
+    if constexpr (!kCoarse<M>) update_one(i);
   }
   if (count_only) return agreeing;
+  if constexpr (kCoarse<M>) {
+    keep(m, g, held);  // with a full second moment the gradient itself decides
+    store_block<M>(p, place, held);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i < place.count) update_one(i);
+    }
+  }
   uint4 random = make_uint4(0, 0, 0, 0);
   if (stochastic && p.param.dtype != kFloat32) {
     random = random_words_at(p.offset + static_cast<uint64_t>(place.first), p.index,
@@ -133,13 +144,15 @@ __device__ __forceinline__ int apply_flat_blocks(const Parameter& p, const StepS
   } else {
     store_some<fast>(p.param, place.first, place.count, x, random, stochastic);
   }
-  __syncwarp();                    // all codes are read before the first is written
-  store_block<M>(p, place, m, g);  // with a full second moment the gradient itself decides
+  if constexpr (!kCoarse<M>) {
+    __syncwarp();                    // all codes are read before the first is written
+    store_block<M>(p, place, m, g);  // with a full second moment the gradient itself decides
+  }
   return 0;
 }
 
 CAME8BIT_INLINE int64_t flat_apply_tasks(const Parameter& p) {
-  return (p.slices * p.blocks_per_slice + kWarps - 1) / kWarps;
+  return (p.slices * p.blocks_per_slice + p.blocks_at_once() - 1) / p.blocks_at_once();
 }
 
 __device__ __forceinline__ void close_books(const Parameter& p, bool done) {

@@ -176,8 +176,7 @@ def test_named_classes_are_their_rungs():
             optimizer = cls([torch.nn.Parameter(torch.zeros(3))])
             assert optimizer.param_groups[0]["optim_bits"] == bits
             assert issubclass(cls, CAME)
-    expected = {"optim_bits=4 on CUDA", "optim_bits=2 on CUDA"}
-    assert expected <= set(came8bit.kernel_status().reference_only)
+    assert "optim_bits" not in " ".join(came8bit.kernel_status().reference_only)
 
 
 LLAMA_7B = [

@@ -180,6 +180,42 @@ NARROW: list[Shape] = [(70, 16), (70, 24), (67, 64), (35, 128)]
 # No zeros, so that blocks take the encoder's fast path, and a decay that shows in bf16.
 DENSE: dict[str, Any] = {"zeros": 0.0, "options": {"lr": 0.1, "weight_decay": 0.5}}
 
+
+def coarse_cases(bits: int) -> list[ListCase]:
+    """What the codes of 4 and 2 bits have of their own: blocks of 128 values, half a warp."""
+    case = partial(ListCase, bits=bits)
+    fast = [(9, 264), (20, 136), (5, 384), (3, 8)]
+    looking_ahead = {"nesterov": True, "cautious": True, "bias_correction": True}
+    return [
+        case(f"{bits} bits", fast, dtypes=(BF16, FP32), steps=3),
+        case(f"{bits} bits, dense", fast, dtypes=(BF16, FP16, FP32), **DENSE),
+        case(f"{bits} bits, narrow", NARROW, dtypes=(BF16,), **DENSE),
+        case(
+            f"{bits} bits, looking ahead",
+            [*fast[:2], *SLOW],
+            dtypes=(BF16, FP32, FP16),
+            options=looking_ahead,
+        ),
+        # Blocks that end where rows do, and others.
+        case(f"{bits} bits, batched", [(5, 2, 128), (2, 3, 264), (3, 5, 33)], batched=True),
+        case(f"{bits} bits, misaligned", [(3, 256)] * 4, misaligned=True, dtypes=(BF16,)),
+        case(
+            f"{bits} bits, not finite",
+            fast,
+            bad={0: math.nan, 2: math.inf},
+            options={"propagate": True, "stochastic": False},
+        ),
+        case(f"{bits} bits, flat", [*FLAT[:3], (7, 300)], factored=False, dtypes=(BF16, FP32)),
+        case(
+            f"{bits} bits, flat, looking ahead",
+            FLAT,
+            factored=False,
+            bad={2: math.inf},
+            options={**looking_ahead, "propagate": True},
+        ),
+    ]
+
+
 CASES = [
     ListCase("fast", FAST, dtypes=(FP32, BF16), steps=3),
     ListCase("dense", FAST, dtypes=(BF16, FP32), steps=3, **DENSE),
@@ -237,4 +273,5 @@ CASES = [
     # More than one tile, in which sums pass from thread to thread.
     ListCase("flat, long", [(16400,)], factored=False, bits=32, options={"cautious": True}),
     ListCase("flat, not finite", FLAT, factored=False, bad={2: math.nan}, bits=32),
+    *(case for bits in (4, 2) for case in coarse_cases(bits)),
 ]

@@ -46,7 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("library")
     parser.add_argument("--large", action="store_true", help="more than 2**32 elements instead")
-    parser.add_argument("--case", action="append", help="only cases of these names")
+    parser.add_argument("--case", nargs="+", help="only cases of these names")
     parser.add_argument("--workers", type=int, default=2, help="blocks at a time")
     parser.add_argument("--order", nargs="+", default=["forward"])
     parser.add_argument("--small", nargs="+", type=int, default=[0, 1 << 16])

@@ -42,6 +42,7 @@ class Mutant:
 
 BARRIER = "__syncthreads();"
 LARGE = ("--large",)
+COARSE = ("--case", "2 bits", "2 bits, looking ahead", "4 bits")
 
 MUTANTS = [
     # Barriers.
@@ -106,8 +107,8 @@ MUTANTS = [
     # The fast path of the encoder.
     Mutant(
         "the largest of a block lacks its last exchange", "codec.cuh",
-        "largest_of_lanes(largest_magnitude(m), lanes)",
-        "largest_of_lanes(largest_magnitude(m), lanes == kWarp ? kWarp / 2 : lanes)",
+        "largest_of_lanes<bits>(largest_magnitude(m), lanes)",
+        "largest_of_lanes<bits>(largest_magnitude(m), lanes == kWarp ? kWarp / 2 : lanes)",
     ),
     Mutant(
         "the signs of momenta get lost", "codec.cuh",
@@ -115,7 +116,8 @@ MUTANTS = [
     ),
     Mutant(
         "levels are a little too large", "codec.cuh",
-        "level_scale_of_usual(absmax);", "level_scale_of_usual(absmax) * 1.0001f;",
+        "level_scale_of_usual(absmax, kSquare);",
+        "level_scale_of_usual(absmax, kSquare) * 1.0001f;",
     ),
     Mutant(
         "two neighbours exchange their random bits", "vector_access.cuh",
@@ -124,6 +126,43 @@ MUTANTS = [
     Mutant(
         "decay is added", "apply.cuh",
         "decay_and_apply(p[i], shrink,", "decay_and_apply(p[i], -shrink,",
+    ),
+    # Coarse codes.
+    Mutant(
+        "what a coarse code forgets is lost", "apply.cuh",
+        "kCoarse<M> ? spend(of_rule, m, held, spent) : of_rule", "of_rule", COARSE,
+    ),
+    Mutant(
+        "a coarse code remembers where the update was zero", "coarse.cuh",
+        "idle[i] == 0.0f ? 0.0f : m[i]", "m[i]", COARSE,
+    ),
+    Mutant(
+        "coarse blocks are as wide as a warp", "apply.cuh",
+        "tile.lanes < kCoarseLanes ? tile.lanes : kCoarseLanes", "tile.lanes", COARSE,
+    ),
+    Mutant(
+        "scales of coarse blocks are those of the first in a strip", "instability.cuh",
+        "column_scales<M>(tile.column);", "column_scales<M>(tile.column & ~255);", COARSE,
+    ),
+    Mutant(
+        "a zero counts in the block before", "coarse.cuh",
+        ">> first_lane & of_block", "& of_block", COARSE,
+    ),
+    Mutant(
+        "values at the mean are above it", "coarse.cuh",
+        "static_cast<uint32_t>(size) > total", "static_cast<uint32_t>(size) >= total", COARSE,
+    ),
+    Mutant(
+        "blocks of 2 bits are full", "coarse.cuh",
+        "BlockPlace<kCoarseBlock>& place, float* held) {\n  const M stored =\n"
+        "      encode_block(held, place.count, place.size,",
+        "BlockPlace<kCoarseBlock>& place, float* held) {\n  const M stored =\n"
+        "      encode_block(held, place.count, kCoarseBlock,", COARSE,
+    ),
+    Mutant(
+        "no __syncwarp before scales are written", "apply.cuh",
+        "__syncwarp();  // all lanes have read the old scales before one writes the new", "",
+        ("--case", "2 bits", "--steps", "1", "--workers", "3", "--small", "0"), "thread",
     ),
     # Narrow rows and mixed types.
     Mutant(
@@ -178,6 +217,11 @@ MUTANTS = [
         "32-bit index of a block of the code", "codec.cuh",
         "first = slice * slice_len + at;", "first = static_cast<int>(slice * slice_len + at);",
         LARGE,
+    ),
+    Mutant(
+        "32-bit index of a byte of codes", "coarse.cuh",
+        "slice * bytes_of_slice(p.slice_len, kBits<M>) +",
+        "static_cast<int>(slice * bytes_of_slice(p.slice_len, kBits<M>)) +", LARGE,
     ),
     Mutant(
         "32-bit offset of a strided element", "vector_access.cuh",
