@@ -44,6 +44,8 @@ PEERS = {
     OURS: Peer("came8bit", "CAME8bit"),
     "CAME8bit nearest": Peer("came8bit", "CAME8bit", {"rounding": "nearest"}),
     "CAME32bit": Peer("came8bit", "CAME32bit"),
+    "CAME4bit": Peer("came8bit", "CAME4bit"),
+    "CAME2bit": Peer("came8bit", "CAME2bit"),
     "came-pytorch": Peer("came_pytorch", "CAME"),
     BITSANDBYTES: Peer("bitsandbytes.optim", "AdamW8bit"),
     # Its path for CAME; the values are those of its own preset.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,19 @@ ODD: list[Shape] = [(67, 260), (67, 259), (33, 7), (1, 1), (2, 1030)]
 STACKED: list[Shape] = [(3, 40, 264), (2, 70, 8), (5, 3, 520), (2, 9, 512)]
 # More than one tile, and more than one block steps by itself.
 FLAT: list[Shape] = [(70_001,), (5000,), (2056,), (3,), ()]
+
+
+def coarse_cases(bits: int) -> list[ListCase]:
+    """Return what reaches the kernels of coarse codes."""
+    case = partial(ListCase, bits=bits)
+    return [
+        case(f"rows, {bits} bits", ROWS, dtypes=TYPES),
+        case(f"odd, {bits} bits", ODD, dtypes=TYPES, grad_dtypes=(BF16, FP32)),
+        case(f"stacked, {bits} bits", STACKED, batched=True, dtypes=TYPES),
+        case(f"misaligned, {bits} bits", [(40, 256)] * 4, misaligned=True, dtypes=(BF16,)),
+        case(f"flat, {bits} bits", [*FLAT, (19, 300)], factored=False, dtypes=TYPES),
+    ]
+
 
 CASES = [
     ListCase("rows, 8 bits", ROWS, dtypes=TYPES),
@@ -61,6 +75,7 @@ CASES = [
     ListCase(
         "flat, strided", [(70_001,), (9, 40)], factored=False, layout="sliced", grad_layout="sliced"
     ),
+    *(case for bits in (4, 2) for case in coarse_cases(bits)),
     ListCase("not finite", [(40, 256)] * 2, bad={0: float("nan")}),
     ListCase("not finite, flat", [(5000,)] * 2, bad={0: float("inf")}, factored=False, bits=32),
 ]

@@ -11,7 +11,10 @@ from benchmarks.peers import ADAMW, BITSANDBYTES, OURS, PEERS
 
 MAIN = (OURS, ADAMW, BITSANDBYTES)
 """Measured on all cases, in turns; the others with CAME8bit alone, on some, when all else is."""
-OTHERS = ("CAME32bit", "came-pytorch", "adafactor8bit CAME", "torchao AdamW8bit")
+OTHERS = (
+    *("CAME4bit", "CAME2bit", "CAME32bit"),
+    *("came-pytorch", "adafactor8bit CAME", "torchao AdamW8bit"),
+)
 """torchao compiles its step anew for each shape, within the first step, where no clock can stop it:
 so it comes last."""
 ONLY_ON = {"torchao AdamW8bit": ("8192x8192", "tiny-matrix")}

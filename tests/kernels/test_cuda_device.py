@@ -17,7 +17,7 @@ from on_gpu import check_kernels, check_step, needs_gpu, needs_real_gpu, to_gpu
 from problems import Problem, assert_same_bits, make_problem, random_grad, run_ops
 from shim.cases import run_reference
 
-from came8bit import CAME8bit, CAME32bit
+from came8bit import CAME, CAME8bit
 from came8bit.reference import quant
 from came8bit.reference.reduction import CUDA_TREE
 
@@ -96,10 +96,10 @@ def test_the_current_stream_is_used() -> None:
         assert_same_bits(found, other.tensors(), f"{tuple(other.param.shape)}")
 
 
-@pytest.mark.parametrize("optimizer", [CAME8bit, CAME32bit])
-def test_a_step_does_not_wait(optimizer: type[CAME8bit]) -> None:
+@pytest.mark.parametrize("bits", [32, 8, 4, 2])
+def test_a_step_does_not_wait(bits: int) -> None:
     """Neither by torch's account nor by the clock: the device is busy for longer than the step."""
-    made = optimizer(parameters(), lr=torch.tensor(1e-3, device="cuda"))
+    made = CAME(parameters(), lr=torch.tensor(1e-3, device="cuda"), optim_bits=bits)
     # State is made, and kernels are loaded at their first launch, which may wait.
     made.step()
     made.step()
@@ -116,7 +116,8 @@ def test_a_step_does_not_wait(optimizer: type[CAME8bit]) -> None:
     assert seconds < 0.5
 
 
-def test_steps_in_a_graph() -> None:
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_steps_in_a_graph(bits: int) -> None:
     """Captured once and replayed, with gradients and lr that change in between."""
     shapes_of = [(p.shape, p.dtype) for p in parameters()]
     rates = [1e-3, 3e-4, 2e-3]
@@ -129,7 +130,7 @@ def test_steps_in_a_graph() -> None:
     for captured in (False, True):
         params = parameters()
         lr = torch.tensor(1e-3, device="cuda")
-        optimizer = CAME8bit(params, lr=lr, weight_decay=0.1, min_8bit_size=0)
+        optimizer = CAME(params, lr=lr, weight_decay=0.1, min_8bit_size=0, optim_bits=bits)
         optimizer.step()  # makes the state
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -19,6 +19,7 @@ from problems import Problem, make_problem, run_ops
 from torch import Tensor
 
 from came8bit.ops import schema
+from came8bit.reference.rungs import RUNGS
 
 from .cases import assert_same_bits, run_shim_reference
 from .control import Control
@@ -76,11 +77,12 @@ def check_factored(control: Control, bits: int = 8, contiguous: bool = True) -> 
     signs = (torch.rand(ROWS - rows.start, BLOCK) < 0.5).to(torch.bfloat16) * 2 - 1
     grad[rows, columns] = signs
     state = make_problem((1, 1), bits=bits, generator=torch.Generator()).state
-    if bits == 8:
-        state["exp_avg"] = zeros((ROWS, COLUMNS), torch.int8)
-        state["absmax"] = zeros((ROWS, COLUMNS // BLOCK), torch.float32)
+    rung, shape = RUNGS.get(bits), (ROWS, COLUMNS)
+    if rung is None:
+        state["exp_avg"] = zeros(shape, torch.float32)
     else:
-        state["exp_avg"] = zeros((ROWS, COLUMNS), torch.float32)
+        state["exp_avg"] = zeros(rung.codes_shape(shape), rung.code_dtype)
+        state["absmax"] = zeros(rung.scales_shape(shape), rung.scale_dtype)
     for name in ("sq", "res"):
         state[f"exp_avg_{name}_row"] = torch.zeros(1, ROWS)
         state[f"exp_avg_{name}_col"] = torch.zeros(1, COLUMNS)
@@ -97,17 +99,19 @@ def check_factored(control: Control, bits: int = 8, contiguous: bool = True) -> 
     # All elements have the same statistics, so the update is of one size, against the gradient.
     assert torch.equal(moved.sign(), -signs)
     assert float(moved.float().abs().min()) >= 0.9 * float(moved.float().abs().max()) > 0
-    momentum = state["exp_avg"][rows, columns].float()
+    stored, scales = state["exp_avg"][rows], state.get("absmax")
+    if rung is not None:
+        stored = rung.decode(stored, state["absmax"][rows], (len(signs), COLUMNS))
+    momentum = stored[:, columns]
     assert torch.equal(momentum.sign(), signs.float())
     assert int((momentum.abs() == momentum.abs().max()).sum()) == momentum.numel()
-    if bits == 8:
-        assert float(momentum.abs().max()) == 127
-        scales = state["absmax"]
-        assert int((scales[rows, -1] > 0).sum()) == len(signs)
+    if scales is not None:
+        assert bool((scales[rows, -1] > 0).all())
         assert int((scales[: len(signs)] != 0).sum()) == 0
     for x in (param, state["exp_avg"]):  # where indices of 32 bits would lead
         assert int((x[: 2 * len(signs)] != 0).sum()) == 0
-        assert int((x[rows, : COLUMNS - BLOCK] != 0).sum()) == 0
+        before_block = x.shape[1] - x.shape[1] * BLOCK // COLUMNS
+        assert int((x[rows, :before_block] != 0).sum()) == 0
     row, col = state["exp_avg_sq_row"][0], state["exp_avg_sq_col"][0]
     for statistic, large in ((row, row[rows]), (col, col[columns])):
         assert int((statistic > 1e-12).sum()) == len(large)
@@ -181,4 +185,7 @@ CHECKS: dict[str, Callable[[Control], None]] = {
     "factored, 8 bits": check_factored,
     "factored, fp32": lambda control: check_factored(control, bits=32),
     "factored, strided": lambda control: check_factored(control, contiguous=False),
+    "factored, 4 bits": lambda control: check_factored(control, bits=4),
+    "factored, 4 bits, strided": lambda control: check_factored(control, 4, contiguous=False),
+    "factored, 2 bits": lambda control: check_factored(control, bits=2),
 }
