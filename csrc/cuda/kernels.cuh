@@ -101,9 +101,10 @@ __global__ void __launch_bounds__(kThreads)
   second_moment_scalars(p, s);
 }
 
-// Walks backwards: what sweep A read last is still in the cache.
+// Walks backwards: what sweep A read last is still in the cache. With 2-bit momentum ptxas would
+// spill to save registers.
 template <class G, class M, bool fast>
-__global__ void __launch_bounds__(kThreads, fast ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, fast && !std::is_same<M, Bits2>::value ? 2 : 1)
     instability_kernel(const Parameter* parameters, int count, StepSettings s) {
   __shared__ Parameter p;
   __shared__ float buffer[kRoundVectors];
