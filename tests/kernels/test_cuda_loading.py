@@ -200,7 +200,7 @@ def test_the_reference_step_asks_for_the_warning(
     said: list[None] = []
     monkeypatch.setattr(libraries, "warn_once", lambda: said.append(None))
     problem = make_problem((8, 32), factored=factored, generator=torch.Generator().manual_seed(0))
-    step = schema._factored_step if factored else schema._unfactored_step
+    step = schema._KERNELS["factored_step_" if factored else "unfactored_step_"]
     for param, count in ((problem.param, 0), (problem.param.as_subclass(OnGpu), 1)):
         problem.param = param
         step(*arguments_of([problem], [torch.ones(8, 32)]).values())
