@@ -245,9 +245,8 @@ def save(mesh: Any, folder: str, **options: Any) -> dict[str, Tensor]:
     model = llama(mesh)
     optimizer = CAME(model.named_parameters(), **OPTIONS, **options)
     learn(model, optimizer, mesh, 3)
-    group = mesh.get_group()
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=folder, process_group=group)
+    dcp.save(state, checkpoint_id=folder, process_group=mesh.get_group())
     came8bit.save_checkpoint(optimizer, f"{folder}.safetensors")
     return whole_state(model, optimizer)
 
@@ -259,29 +258,23 @@ def load(mesh: Any, folder: str, way: str, **options: Any) -> dict[str, Tensor]:
     if way == "file":
         came8bit.load_checkpoint(optimizer, f"{folder}.safetensors")
         return whole_state(model, optimizer)
-    flat = StateDictOptions(flatten_optimizer_state_dict=way == "flattened")
-    state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=flat)}
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     assert not any(int(one["step"]) for one in optimizer.state.values())
-    group = mesh.get_group()
-    if way == "flattened":
-        dcp.save(state, checkpoint_id=f"{folder}.none", process_group=group)
-    dcp.load(state, checkpoint_id=folder, process_group=group)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=flat)
+    dcp.load(state, checkpoint_id=folder, process_group=mesh.get_group())
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return whole_state(model, optimizer)
 
 
-def full_and_back(mesh: Any, offload: bool, broadcast: bool) -> bool:
-    """Gather the state, on the first rank where it is offloaded, and take it back."""
+def state_and_back(mesh: Any, gather: dict[str, bool], take: dict[str, bool]) -> bool:
+    """Gather the state and take it back; both with options of ``StateDictOptions``."""
     model = llama(mesh)
     optimizer = CAME(model.named_parameters(), **OPTIONS, optim_bits=8)
     learn(model, optimizer, mesh, 2)
     expected = whole_state(model, optimizer)
-    gather = StateDictOptions(full_state_dict=True, cpu_offload=offload)
-    state = get_optimizer_state_dict(model, optimizer, options=gather)
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**gather))
     other_model = llama(mesh)
     other = CAME(other_model.named_parameters(), **OPTIONS, optim_bits=8)
-    take = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
-    set_optimizer_state_dict(other_model, other, state, options=take)
+    set_optimizer_state_dict(other_model, other, state, options=StateDictOptions(**take))
     got = whole_state(other_model, other)
     return got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in got)
 
