@@ -50,18 +50,18 @@ def gpt2_small() -> list[Shape]:
     return [(50257, 768), (1024, 768), *layer * 12, (768,), (768,)]
 
 
-def row(name: str, shapes: list[Shape]) -> str:
-    """One line of the table."""
+def row(name: str, shapes: list[Shape], **options: bool) -> str:
+    """One line of the table; ``options`` are those of the optimizer."""
     numel = sum(map(math.prod, shapes))
     shape, view = "", ""
     if len(shapes) == 1:
-        layout = plan(shapes[0])
+        layout = plan(shapes[0], **options)
         shape = " x ".join(map(str, shapes[0]))
         b, n, k = layout.view
         view = f"{b} of {n} x {k}" if layout.factored else "unfactored"
         view += f", {layout.momentum_bits}-bit"
     per = [
-        state_bytes(shapes, optim_bits=bits, factored_view=option) / numel
+        state_bytes(shapes, optim_bits=bits, factored_view=option, **options) / numel
         for bits, option in [(bits, "smallest") for bits in (32, 8, 4, 2)] + [(8, "last_two")]
     ]
     return f"| {name} | {shape} | {view} | {' | '.join(f'{each:.3f}' for each in per)} |"
@@ -75,6 +75,7 @@ def table() -> list[str]:
         "|---" * 8 + "|",
     ]
     lines += [row(name, [shape]) for name, shape in LAYERS]
+    lines += [row("flat shard, `quantize_vectors`", [(1 << 24,)], quantize_vectors=True)]
     lines += [row("**GPT-2 small**", gpt2_small()), row("**Llama 7B**", llama_7b())]
     return lines
 
