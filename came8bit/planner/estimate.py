@@ -255,11 +255,12 @@ class Way:
 
 
 def ways(model: Model, setup: Setup, *, paged: bool = False) -> list[Way]:
-    """Return ways to train with CAME8bit, from the plainest to the smallest.
+    """Return ways to train with this package, from the plainest to the smallest.
 
     Later ones cost something: stepping in the backward excludes accumulation and clipping by the
-    global norm; checkpointing runs each layer's forward again; paging needs host memory and a bus.
-    Checkpointing is left out where the model does not have it.
+    global norm; checkpointing runs each layer's forward again; momentum of fewer bits is rounded
+    more; paging needs host memory and a bus. Checkpointing is left out where the model does not
+    have it.
 
     Args:
         model: what to train.
@@ -268,7 +269,8 @@ def ways(model: Model, setup: Setup, *, paged: bool = False) -> list[Way]:
     """
     release = [setup.release] if setup.release or setup.accumulation else [False, True]
     found: list[Way] = []
-    for key in ("paged-came8bit",) if paged else ("came8bit", "paged-came8bit"):
+    keys = ("came8bit", "came4bit", "came2bit", "paged-came8bit")
+    for key in keys[-1:] if paged else keys:
         for checkpointing in sorted({setup.checkpointing, True}):
             for releasing in release:
                 chosen = replace(setup, checkpointing=checkpointing, release=releasing)

@@ -44,7 +44,7 @@ class Fit:
     Attributes:
         gpu: its memory in GiB.
         usable: bytes of it that the plan may use.
-        way: the first way of training with CAME8bit that fits, if one does.
+        way: the first way of training that fits, if one does.
         batch: the largest micro-batch that fits with it; ``None`` if that is not known.
     """
 
@@ -64,7 +64,7 @@ class Plan:
         estimates: one per optimizer, as asked.
         released: the same, stepping in the backward; empty where that is excluded, or asked anyway.
         reserve: bytes left free on each GPU.
-        ways: with CAME8bit, in the order of effort.
+        ways: in the order of effort.
         fits: one per GPU.
         chosen: index in ``fits``: the GPU that was asked for, or the smallest that something fits.
     """
@@ -183,7 +183,7 @@ def answer(plan: Plan) -> Table:
         batch = "?" if fit.batch is None else str(fit.batch)
         rows.append([f"{fit.gpu:g} GB", title(fit.way), gib(peak), gib(fit.usable - peak), batch])
     return Table(
-        f"Cheapest CAME8bit setup that fits each GPU, {gib(plan.reserve)} GiB left free:",
+        f"Cheapest setup that fits each GPU, {gib(plan.reserve)} GiB left free:",
         ("GPU", "setup", "peak GiB", "spare", "batch"),
         rows,
         note="batch: the largest micro-batch that fits.",
