@@ -113,6 +113,27 @@ def test_a_reader_who_goes_away_is_no_error(arguments, unbuffered):
     assert running.wait(120) in {141} | overlooked
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [
+        (">/dev/full", 1, "came8bit: error: cannot write: No space left on device\n"),
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+    ],
+)
+def test_an_output_that_cannot_be_written(redirection, code, said, unbuffered):
+    done = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -m came8bit info {redirection}'],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

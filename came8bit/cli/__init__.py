@@ -11,6 +11,8 @@ wrong; 130 interrupted; 141 the reader of the output has gone, as in ``came8bit 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ from ..errors import CliError, printable
 from . import estimate, facts, tradeoff
 
 _COMMANDS = (facts, estimate, tradeoff)
+_CANNOT_WRITE = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,16 +47,26 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's own) and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: came8bit ... >&-
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
         try:
             return _run(words)
         finally:
             # Here, and not when the interpreter ends, where nothing can be caught any more.
             sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        # Files are named; what has no name and cannot be written is the output.
+        if error.filename is not None or error.errno not in _CANNOT_WRITE:
+            raise
         # What is left in the buffer has to go somewhere: the interpreter flushes it once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141
+        with contextlib.suppress(OSError):
+            print(f"came8bit: error: cannot write: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 def _run(words: list[str]) -> int:
