@@ -2,6 +2,7 @@
 // pointers. The bindings of every device use it.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -175,11 +176,11 @@ class Checker {
                                 split ? 1 + one : one};
       SharedArguments& s = found[i];
       s.full_numel = full_numel[i];
-      s.full_rows = full_rows[i];
+      s.full_rows = split ? full_rows[i] : 0;
       s.reduced = number > 0 ? state<double>(reduced, i, sizes[number - 1], "reduced") : nullptr;
       s.sums_size = pass == Pass::kApply ? 0 : sizes[number];
       s.sums = pass == Pass::kApply ? nullptr : state<double>(sums, i, s.sums_size, "sums");
-      s.work = state<float>(work, i, 4 + (factored ? 5 * a.b * (a.n + a.k) : 0), "work");
+      s.work = state<float>(work, i, kKept + (factored ? 5 * a.b * (a.n + a.k) : 0), "work");
     }
     return found;
   }
@@ -301,6 +302,28 @@ void unfactored_pass_(Tensors params, Tensors grads, Tensors exp_avg, Tensors ab
       StepSettings(check.optional(lr_tensor, 1, "lr_tensor"), lr, beta1, beta2, beta3, eps1, eps2,
                    clip_threshold, weight_decay, stochastic, cautious, propagate, maximize,
                    bias_correction, nesterov, seed));
+}
+
+template <class Device, Pass number>
+struct PassOn {
+  using On = Device;
+  static constexpr Pass pass = number;
+};
+
+template <class On, class Library>
+void register_passes(Library& m) {
+  using SecondMoment = PassOn<On, Pass::kSecondMoment>;
+  using Instability = PassOn<On, Pass::kInstability>;
+  using Confidence = PassOn<On, Pass::kConfidence>;
+  using Apply = PassOn<On, Pass::kApply>;
+  m.impl("factored_second_moment_", TORCH_BOX(&factored_pass_<SecondMoment>));
+  m.impl("factored_instability_", TORCH_BOX(&factored_pass_<Instability>));
+  m.impl("factored_confidence_", TORCH_BOX(&factored_pass_<Confidence>));
+  m.impl("factored_apply_", TORCH_BOX(&factored_pass_<Apply>));
+  m.impl("unfactored_second_moment_", TORCH_BOX(&unfactored_pass_<SecondMoment>));
+  m.impl("unfactored_instability_", TORCH_BOX(&unfactored_pass_<Instability>));
+  m.impl("unfactored_confidence_", TORCH_BOX(&unfactored_pass_<Confidence>));
+  m.impl("unfactored_apply_", TORCH_BOX(&unfactored_pass_<Apply>));
 }
 
 // --- codec ------------------------------------------------------------------------------------

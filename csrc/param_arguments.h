@@ -29,6 +29,9 @@ struct ParamArguments {
 // The passes of a step, as in came8bit/reference/passes.py.
 enum class Pass { kSecondMoment, kInstability, kConfidence, kApply };
 
+// Values of a parameter that stay here between its passes, at the beginning of `work`.
+enum Kept { kLeft, kKappa0, kPredictedRms, kKappa, kKept };
+
 // Beside the parameter, where some of its rows may be elsewhere. What does not apply is null.
 struct SharedArguments {
   int64_t full_numel, full_rows;  // of the full parameter; no rows where whole matrices are here

@@ -73,16 +73,6 @@ struct Cpu {
   }
 };
 
-template <Pass number>
-struct CpuPass {
-  using On = Cpu;
-  static constexpr Pass pass = number;
-};
-using SecondMoment = CpuPass<Pass::kSecondMoment>;
-using Instability = CpuPass<Pass::kInstability>;
-using Confidence = CpuPass<Pass::kConfidence>;
-using Apply = CpuPass<Pass::kApply>;
-
 std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x) {
   const QuantizeArguments a = quantize_arguments(x);
   quantize(static_cast<const float*>(a.values.data_ptr()), a.slices, a.slice_len,
@@ -104,15 +94,7 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax) {
 STABLE_TORCH_LIBRARY_IMPL(came8bit, CPU, m) {
   m.impl("factored_step_", TORCH_BOX(&came8bit::factored_step_<came8bit::Cpu>));
   m.impl("unfactored_step_", TORCH_BOX(&came8bit::unfactored_step_<came8bit::Cpu>));
-  m.impl("factored_second_moment_", TORCH_BOX(&came8bit::factored_pass_<came8bit::SecondMoment>));
-  m.impl("factored_instability_", TORCH_BOX(&came8bit::factored_pass_<came8bit::Instability>));
-  m.impl("factored_confidence_", TORCH_BOX(&came8bit::factored_pass_<came8bit::Confidence>));
-  m.impl("factored_apply_", TORCH_BOX(&came8bit::factored_pass_<came8bit::Apply>));
-  m.impl("unfactored_second_moment_",
-         TORCH_BOX(&came8bit::unfactored_pass_<came8bit::SecondMoment>));
-  m.impl("unfactored_instability_", TORCH_BOX(&came8bit::unfactored_pass_<came8bit::Instability>));
-  m.impl("unfactored_confidence_", TORCH_BOX(&came8bit::unfactored_pass_<came8bit::Confidence>));
-  m.impl("unfactored_apply_", TORCH_BOX(&came8bit::unfactored_pass_<came8bit::Apply>));
+  came8bit::register_passes<came8bit::Cpu>(m);
   m.impl("quantize_blockwise", TORCH_BOX(&came8bit::quantize_blockwise));
   m.impl("dequantize_blockwise", TORCH_BOX(&came8bit::dequantize_blockwise));
 }

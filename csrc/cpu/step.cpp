@@ -130,8 +130,8 @@ void step_factored(const Parameter& p, const StepSettings& s, Workspace& w, int6
   float scale = c.scale;
   if (s.cautious) {
     const Factors factors = {w.row_factor, w.col_factor, nullptr, nullptr};
-    scale = scale * cautious_scale(agreeing_elements(p, c, factors, workers),
-                                   static_cast<float>(p.numel()));
+    const int64_t agreeing = agreeing_elements(p, c, factors, workers);
+    scale = scale * cautious_scale(static_cast<float>(agreeing), static_cast<float>(p.numel()));
   }
   apply(p, c, w, workers, scale, p.n, nullptr);
 }
@@ -194,7 +194,7 @@ void pass_factored(Pass pass, const Shared& p, const StepSettings& s, Workspace&
     if (split) p.sums[0] = kernels().lane_sum(p.res_row, p.n);
     if (s.cautious) {
       const Factors factors = {w.row_factor, w.col_factor, nullptr, nullptr};
-      p.sums[split ? 1 : 0] = agreeing_elements(p, c, factors, workers);
+      p.sums[split ? 1 : 0] = static_cast<double>(agreeing_elements(p, c, factors, workers));
     }
     return;
   }

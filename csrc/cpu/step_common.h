@@ -40,12 +40,12 @@ bool skip(const Parameter& p, const StepSettings& s, float sum) {
 }
 
 // How many elements the cautious mask keeps: a sweep of its own, because m_t depends on kappa.
-float agreeing_elements(const Parameter& p, const StepConstants& c, const Factors& factors,
-                        int64_t workers) {
+int64_t agreeing_elements(const Parameter& p, const StepConstants& c, const Factors& factors,
+                          int64_t workers) {
   std::atomic<int64_t> agreeing{0};
   for_each_task(Blocks(p).tasks(), workers,
                 [&](int64_t task, int64_t) { agreeing += count_agreeing(p, c, factors, task); });
-  return static_cast<float>(agreeing.load());
+  return agreeing.load();
 }
 
 void apply_all(const Parameter& p, const StepConstants& c, const Factors& factors,
@@ -53,9 +53,6 @@ void apply_all(const Parameter& p, const StepConstants& c, const Factors& factor
   for_each_task(Blocks(p).tasks(), workers,
                 [&](int64_t task, int64_t) { apply_blocks(p, c, factors, task); });
 }
-
-// Values that stay here between the passes, at the beginning of `work`.
-enum Kept { kLeft, kKappa0, kPredictedRms, kKappa, kKept };
 
 // Whether the parameter is left out of the step because a sum is not finite; notes it.
 bool leave(const Shared& p, const StepSettings& s, float sum) {

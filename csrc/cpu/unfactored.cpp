@@ -55,8 +55,8 @@ void step_unfactored(const Parameter& p, const StepSettings& s, Workspace& w, in
   if (skip(p, s, total_u2)) return;
   StepConstants c = clip(p, s, total_u2, p.numel());
   if (s.cautious) {
-    c.scale = c.scale *
-              cautious_scale(agreeing_elements(p, c, {}, workers), static_cast<float>(p.numel()));
+    const int64_t agreeing = agreeing_elements(p, c, {}, workers);
+    c.scale = c.scale * cautious_scale(static_cast<float>(agreeing), static_cast<float>(p.numel()));
   }
   apply_all(p, c, {}, workers);
 }
@@ -80,7 +80,7 @@ void pass_unfactored(Pass pass, const Shared& p, const StepSettings& s, Workspac
     if (leave(p, s, total)) return;
     const StepConstants c = clip(p, s, total, p.full_numel);
     p.work[kKappa] = c.gain;
-    if (s.cautious) p.sums[0] = agreeing_elements(p, c, {}, workers);
+    if (s.cautious) p.sums[0] = static_cast<double>(agreeing_elements(p, c, {}, workers));
     return;
   }
   if (p.numel() == 0) return;
