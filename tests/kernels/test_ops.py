@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from passes import CASES, KINDS, Passes, pass_arguments, run_passes
 from problems import (
     Problem,
     arguments_of,
@@ -52,6 +53,26 @@ def test_opcheck_of_the_steps(kind: str, dtype: torch.dtype, tensor_lr: bool) ->
     arguments = arguments_of(problems, grads, lr_tensor=lr)
     torch.library.opcheck(operator_of(problems), (), arguments)
     torch.library.opcheck(operator_of(problems), tuple(arguments.values()))  # the order, too
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
+def test_opcheck_of_the_passes(kind: str, options: dict[str, object]) -> None:
+    """One after another, since each needs what the one before has left."""
+    problems = [
+        make_problem(dtype=torch.bfloat16, index=i, generator=generator(i), **KINDS[kind])
+        for i in range(2)
+    ]
+    grads = [random_grad(p.param.shape, torch.bfloat16, generator(9)) for p in problems]
+    parts = [Passes(p, p, g, None, options) for p, g in zip(problems, grads, strict=True)]
+    reduced: list[Tensor] = []
+    for number, operator in enumerate(schema.PASSES[operator_of(problems)]):
+        arguments = pass_arguments(number, parts, reduced)
+        torch.library.opcheck(operator, (), arguments)
+        order = [argument.name for argument in operator._schema.arguments]
+        torch.library.opcheck(operator, tuple(arguments[name] for name in order))
+        run_passes(number, parts, reduced)
+        reduced = [part.sums[number] for part in parts] if number < 3 else []
+    assert all(int(problem.state["step"]) == 1 for problem in problems)
 
 
 @pytest.mark.parametrize("shape", [(), (300,), (3, 300), (2, 3, 5, 7), (0, 4)], ids=str)
