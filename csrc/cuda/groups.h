@@ -4,8 +4,8 @@
 #include <map>
 #include <tuple>
 
+#include "kernels.cuh"
 #include "step.h"
-#include "unfactored.cuh"
 
 namespace came8bit {
 
@@ -50,7 +50,7 @@ inline void lay_out_factored(Parameter& p, Access access, bool cautious, Arena& 
   p.agreeing = cautious ? arena.take<int>(apply_tasks(p, access)) : nullptr;
 }
 
-inline void lay_out_flat(Parameter& p, Access, bool cautious, Arena& arena) {
+inline void lay_out_flat(Parameter& p, bool cautious, Arena& arena) {
   p.tile_sum = arena.take<float>(2 * flat_tiles(p));
   p.agreeing = cautious ? arena.take<int>(flat_apply_tasks(p)) : nullptr;
 }
@@ -140,18 +140,18 @@ inline int rounds_of(const std::vector<HostParameter>& parameters, const Group& 
 }
 
 // Fills groups in order: of one kind, within `tuning.group_bytes` and `limit` bytes of workspace,
-// or of a single parameter.
-template <class LayOut>
-std::vector<Group> group(std::vector<HostParameter>& parameters, bool factored, bool cautious,
-                         const Tuning& tuning, int64_t limit, const LayOut& lay_out) {
+// or of a single parameter. `call` is of step.cu.
+template <class Call>
+std::vector<Group> group(std::vector<HostParameter>& parameters, const Call& call,
+                         const Tuning& tuning, int64_t limit) {
   std::map<Kind, Group> open;
   std::vector<Group> groups;
   for (size_t i = 0; i < parameters.size(); ++i) {
     HostParameter& h = parameters[i];
     if (h.parameter.numel() == 0) continue;
-    const Kind kind = kind_of(h, factored, tuning);
+    const Kind kind = kind_of(h, call.factored, tuning);
     Arena measure(nullptr);
-    lay_out(h.parameter, kind.access, cautious, measure);
+    call.lay_out(h, kind.access, measure);
     const int64_t swept = swept_bytes(h);
     Group& g = open[kind];
     if (!g.members.empty() && ((!kind.small && g.swept + swept > tuning.group_bytes) ||

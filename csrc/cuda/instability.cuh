@@ -248,28 +248,25 @@ __device__ __forceinline__ bool find_kappa(const Parameter& p, const StepSetting
   return finite;
 }
 
-// Tasks as of second_moment_combine: R, C, and the factors of w; r and c are kept from here on.
-__device__ __forceinline__ void instability_combine(const Parameter& p, const StepSettings& s,
-                                                    int64_t task, float kappa) {
-  const Chunk chunk(p, task);
-  if (!chunk.there) return;
+// From the sums over a row or column of `count` elements R or C, and the factors of w, of which
+// factor(i) is that of row i of u; r and c are kept from here on.
+template <class Factor>
+__device__ __forceinline__ void instability_chunk(const Parameter& p, const StepSettings& s,
+                                                  const Chunk& chunk, float d2, float ud, float u2,
+                                                  float count, float kappa, const Factor& factor) {
   const bool is_row = chunk.is_row;
-  const float d2 = chunk.sum(p, 0), ud = chunk.sum(p, 1), u2 = chunk.sum(p, 2);
   float average = 0.0f;
   if (chunk.i < chunk.size) {
     const int64_t at = chunk.matrix * chunk.size + chunk.i;
     const float delta = kappa - p.scalars->kappa_0;
     const float mean =
-        mean_instability(d2, ud, u2, delta * 2.0f, delta * delta,
-                         static_cast<float>(is_row ? p.k : p.n), s.beta1_squared, s.eps2);
+        mean_instability(d2, ud, u2, delta * 2.0f, delta * delta, count, s.beta1_squared, s.eps2);
     float* averages = is_row ? p.res_row : p.res_col;
     average = ema(averages[at], s.beta3, mean, s.one_minus_beta3);
     averages[at] = average;
     if (is_row) {
-      const float r = p.row_new[at];
-      p.sq_row[at] = r;
-      const float factor = row_factor(r, p.root_mean[chunk.matrix], s.sign());
-      p.row_gain[at] = factor * gain(kappa, s.one_minus_beta1);
+      p.sq_row[at] = p.row_new[at];
+      p.row_gain[at] = factor(at) * gain(kappa, s.one_minus_beta1);
     } else {
       p.sq_col[at] = p.col_new[at];
       p.update_col[at] = column_factor(average, p.scalars->correction3);
@@ -278,6 +275,18 @@ __device__ __forceinline__ void instability_combine(const Parameter& p, const St
   if (!is_row) return;
   const float chunk_sum = sum_lanes(average);
   if (threadIdx.x % kWarp == 0) p.row_chunk[chunk.index] = chunk_sum;
+}
+
+// Tasks as of second_moment_combine.
+__device__ __forceinline__ void instability_combine(const Parameter& p, const StepSettings& s,
+                                                    int64_t task, float kappa) {
+  const Chunk chunk(p, task);
+  if (!chunk.there) return;
+  const float d2 = chunk.sum(p, 0), ud = chunk.sum(p, 1), u2 = chunk.sum(p, 2);
+  const float count = static_cast<float>(chunk.is_row ? p.k : p.n);
+  instability_chunk(p, s, chunk, d2, ud, u2, count, kappa, [&](int64_t at) {
+    return row_factor(p.row_new[at], p.root_mean[chunk.matrix], s.sign());
+  });
 }
 
 // Tasks: 256 rows of a matrix. Writes the row factors of the update; task 0 also closes the books.

@@ -55,23 +55,27 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) out[i] = batch.items[i];
 }
 
-// Writes parameters to the workspace, and the scalars of this step that do not depend on gradients.
+// What does not depend on gradients.
+__device__ __forceinline__ Scalars scalars_of_step(const StepSettings& s, int64_t step) {
+  const StepSettings::Rate rate = s.rate();
+  Scalars scalars = {};
+  scalars.step = static_cast<uint32_t>(step);
+  scalars.lr_scale = rate.lr / s.direction_correction(step);
+  scalars.shrink = rate.shrink;
+  scalars.spent = s.spent(step);
+  scalars.correction2 = s.correction(1, step);
+  scalars.correction3 = s.correction(2, step);
+  return scalars;
+}
+
+// Writes parameters to the workspace, and the scalars of this step.
 template <class ParameterBatch>
 __global__ void __launch_bounds__(kThreads)
     describe(ParameterBatch batch, int count, StepSettings s, Parameter* out) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
     const Parameter& p = batch.items[i];
     out[i] = p;
-    const int64_t step = *p.step + 1;
-    const StepSettings::Rate rate = s.rate();
-    Scalars scalars = {};
-    scalars.step = static_cast<uint32_t>(step);
-    scalars.lr_scale = rate.lr / s.direction_correction(step);
-    scalars.shrink = rate.shrink;
-    scalars.spent = s.spent(step);
-    scalars.correction2 = s.correction(1, step);
-    scalars.correction3 = s.correction(2, step);
-    *p.scalars = scalars;
+    *p.scalars = scalars_of_step(s, *p.step + 1);
   }
 }
 

@@ -39,18 +39,15 @@ __device__ __forceinline__ void second_moment_tile(const Parameter& p, int64_t t
   }
 }
 
-// Adds the parts, and writes r, c, the column factors of u, and the sums over each chunk that
-// `second_moment_scalars` needs.
-__device__ __forceinline__ void second_moment_combine(const Parameter& p, const StepSettings& s,
-                                                      int64_t task) {
-  const Chunk chunk(p, task);
-  if (!chunk.there) return;
+// From the `sum` over a row or column of `count` elements r or c, the column factor of u, and what
+// the chunk adds to the sums that `predict` needs.
+__device__ __forceinline__ void second_moment_chunk(const Parameter& p, const StepSettings& s,
+                                                    const Chunk& chunk, float sum, float count) {
   const bool is_row = chunk.is_row, leads = threadIdx.x % kWarp == 0;
-  const float sum = chunk.sum(p, 0);
   float fresh = 0.0f, ratio = 0.0f;
   if (chunk.i < chunk.size) {
     const int64_t at = chunk.matrix * chunk.size + chunk.i;
-    const float mean = mean_square(sum, static_cast<float>(is_row ? p.k : p.n), s.eps1);
+    const float mean = mean_square(sum, count, s.eps1);
     fresh = ema((is_row ? p.sq_row : p.sq_col)[at], s.beta2, mean, s.one_minus_beta2);
     (is_row ? p.row_new : p.col_new)[at] = fresh;
     if (!is_row) p.col_factor[at] = column_factor(fresh, p.scalars->correction2);
@@ -70,9 +67,42 @@ __device__ __forceinline__ void second_moment_combine(const Parameter& p, const 
   }
 }
 
-// One block: sqrt(mean(r)) of each matrix, the RMS that u is expected to have, whether the gradient
-// is finite.
-__device__ __forceinline__ void second_moment_scalars(const Parameter& p, const StepSettings& s) {
+// Adds the parts of rows and columns.
+__device__ __forceinline__ void second_moment_combine(const Parameter& p, const StepSettings& s,
+                                                      int64_t task) {
+  const Chunk chunk(p, task);
+  if (!chunk.there) return;
+  const float count = static_cast<float>(chunk.is_row ? p.k : p.n);
+  second_moment_chunk(p, s, chunk, chunk.sum(p, 0), count);
+}
+
+// Sums over a matrix: of g*g, of r, and of the row and column sums over r and c.
+struct MatrixSums {
+  float total, fresh, row_ratio, col_ratio;
+};
+
+// sqrt(mean(r)) of a matrix of `rows` rows; returns the sum of u*u that is expected of it.
+__device__ __forceinline__ float predict(const Parameter& p, int64_t matrix, float rows,
+                                         const MatrixSums& sums) {
+  const float mean = sums.fresh / rows;
+  p.root_mean[matrix] = sqrt(mean);
+  return predicted_square(sums.row_ratio, sums.col_ratio, mean, p.scalars->correction2, sums.total);
+}
+
+// From the sum of u*u that is expected, kappa_0; `numel` of the full parameter.
+__device__ __forceinline__ void expect(const Parameter& p, const StepSettings& s, float predicted,
+                                       float numel) {
+  Scalars& scalars = *p.scalars;
+  scalars.predicted_rms = root_mean(predicted, numel);
+  scalars.kappa_0 = clip_scale(*p.rms_ratio * scalars.predicted_rms, s.clip_threshold);
+}
+
+// One block: sqrt(mean(r)) of each matrix; thread 0 gets the sum of g*g and that of u*u that is
+// expected.
+struct Totals {
+  float total, predicted;
+};
+__device__ __forceinline__ Totals sum_matrices(const Parameter& p) {
   const int64_t row_chunks = p.row_chunks(), col_chunks = p.col_chunks();
   for (int64_t i = threadIdx.x / kWarp; i < p.b; i += kWarps) {
     const float* rows = p.row_chunk + i * row_chunks;
@@ -81,22 +111,22 @@ __device__ __forceinline__ void second_moment_scalars(const Parameter& p, const 
     const float row_ratio = warp_sum(rows + 2 * p.b * row_chunks, row_chunks);
     const float col_ratio = warp_sum(p.col_chunk + i * col_chunks, col_chunks);
     if (threadIdx.x % kWarp == 0) {
-      const float mean = fresh / static_cast<float>(p.n);
-      p.root_mean[i] = sqrt(mean);
       p.total[i] = total;
-      p.predicted[i] = predicted_square(row_ratio, col_ratio, mean, p.scalars->correction2, total);
+      p.predicted[i] = predict(p, i, static_cast<float>(p.n), {total, fresh, row_ratio, col_ratio});
     }
   }
   __syncthreads();
-  if (threadIdx.x >= kWarp) return;
-  const float total = warp_sum(p.total, p.b);
-  const float predicted = warp_sum(p.predicted, p.b);
+  if (threadIdx.x >= kWarp) return {};
+  return {warp_sum(p.total, p.b), warp_sum(p.predicted, p.b)};
+}
+
+// One block: the RMS that u is expected to have, whether the gradient is finite.
+__device__ __forceinline__ void second_moment_scalars(const Parameter& p, const StepSettings& s) {
+  const Totals totals = sum_matrices(p);
   if (threadIdx.x != 0) return;
-  if (p.grad_square.pointer != nullptr) *p.grad_square = total;
-  Scalars& scalars = *p.scalars;
-  scalars.alive = s.propagate || is_finite(total) ? 1 : 0;
-  scalars.predicted_rms = root_mean(predicted, static_cast<float>(p.numel()));
-  scalars.kappa_0 = clip_scale(*p.rms_ratio * scalars.predicted_rms, s.clip_threshold);
+  if (p.grad_square.pointer != nullptr) *p.grad_square = totals.total;
+  p.scalars->alive = s.propagate || is_finite(totals.total) ? 1 : 0;
+  expect(p, s, totals.predicted, static_cast<float>(p.numel()));
 }
 
 }  // namespace came8bit

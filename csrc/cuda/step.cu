@@ -6,133 +6,13 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "groups.h"
-#include "kernels.cuh"
+#include "launches.h"
 
 namespace came8bit {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// --- launches ---------------------------------------------------------------------------------
-
-template <class T>
-struct Type {
-  using type = T;
-};
-
-#if defined(CAME8BIT_FEW_TYPES)
-constexpr bool kFewTypes = true;  // fp16 has no kernels of its own
-#else
-constexpr bool kFewTypes = false;
-#endif
-
-// Calls call(Type<T>()) with the type that `type` names; without `any` there is always one. Coarse
-// momentum has kernels for bf16, and others for any type.
-template <bool any, bool coarse = false, class Call>
-void with_type(int type, const Call& call) {
-  if (type == kBfloat16) return call(Type<Bf16>());
-  if constexpr (!coarse) {
-    if (type == kFloat32) return call(Type<float>());
-  }
-  if constexpr (!coarse && !kFewTypes) {
-    if (type == kFloat16) return call(Type<Half>());
-  }
-  if constexpr (any || coarse || kFewTypes) call(Type<Any>());
-}
-
-template <class Call>
-void with_momentum(int bits, const Call& call) {
-  switch (bits) {
-    case 2:
-      return call(Type<Bits2>());
-    case 4:
-      return call(Type<Bits4>());
-    case 8:
-      return call(Type<int8_t>());
-    default:
-      return call(Type<float>());
-  }
-}
-
-// One group on the device: where its parameters are, how many blocks each phase has.
-struct Launches {
-  const Parameter* parameters;
-  int count;
-  int64_t blocks[kPhases];
-  cudaStream_t stream;
-
-  template <class Kernel, class... Arguments>
-  void run(Kernel kernel, int64_t blocks, Arguments... arguments) const {
-    STD_TORCH_CHECK(blocks <= INT32_MAX, "a group of parameters needs ", blocks,
-                    " blocks, the device allows ", INT32_MAX, "; step fewer parameters at once");
-    launch(kernel, static_cast<unsigned>(blocks), kThreads, stream, parameters, arguments...);
-  }
-};
-
-template <class M, Access access>
-void run_factored(const Kind& kind, const Launches& l, const StepSettings& s) {
-  constexpr bool fast = access != kOneByOne;
-  // Types are known in the fast kernels only.
-  const auto with_grad = [&](auto coarse, const auto& call) {
-    if constexpr (fast) {
-      with_type<false, decltype(coarse)::value>(kind.grad_type, call);
-    } else {
-      call(Type<Any>());
-    }
-  };
-  with_grad(std::false_type(), [&](auto g) {
-    using G = typename decltype(g)::type;
-    l.run(second_moment_kernel<G, fast>, l.blocks[kSweepA], l.count);
-  });
-  l.run(second_moment_combine_kernel, l.blocks[kCombine], l.count, s);
-  l.run(second_moment_scalars_kernel, l.count, s);
-  with_grad(std::bool_constant<kCoarse<M>>(), [&](auto g) {
-    using G = typename decltype(g)::type;
-    l.run(instability_kernel<G, M, fast>, l.blocks[kSweepA], l.count, s);
-  });
-  l.run(instability_combine_kernel, l.blocks[kCombine], l.count, s);
-  if (s.cautious) l.run(agreeing_kernel<M, access>, l.blocks[kSweepC], l.count, s);
-  l.run(update_rows_kernel, l.blocks[kRows], l.count, s, access);
-  if constexpr (access == kTiles) {
-    with_type<true, kCoarse<M>>(kind.param_type, [&](auto t) {
-      using T = typename decltype(t)::type;
-      l.run(apply_kernel<T, T, M, access>, l.blocks[kSweepC], l.count, s);
-    });
-  } else {
-    l.run(apply_kernel<Any, Any, M, access>, l.blocks[kSweepC], l.count, s);
-  }
-}
-
-void run_factored(const Kind& kind, const Launches& l, const StepSettings& s) {
-  with_momentum(kind.bits, [&](auto m) {
-    using M = typename decltype(m)::type;
-    if (kind.small) return l.run(small_factored_kernel<M>, l.count, s);
-    if (kind.access == kTiles) return run_factored<M, kTiles>(kind, l, s);
-    if (kind.access == kOneByOne) return run_factored<M, kOneByOne>(kind, l, s);
-    if constexpr (sizeof(M) == 1) run_factored<M, kBlocks>(kind, l, s);
-  });
-}
-
-template <class M, bool fast>
-void run_flat(const Launches& l, const StepSettings& s) {
-  l.run(flat_sum_kernel<fast, false>, l.blocks[kSweepA], l.count, s);
-  l.run(flat_sum_kernel<fast, true>, l.blocks[kSweepA], l.count, s);
-  if (s.cautious) l.run(flat_agreeing_kernel<M, fast>, l.blocks[kSweepC], l.count, s);
-  l.run(flat_apply_kernel<M, fast>, l.blocks[kSweepC], l.count, s);
-}
-
-void run_flat(const Kind& kind, const Launches& l, const StepSettings& s) {
-  if (kind.small) return l.run(small_flat_kernel, l.count, s);
-  with_momentum(kind.bits, [&](auto m) {
-    using M = typename decltype(m)::type;
-    if constexpr (!kCoarse<M>) {
-      if (kind.access == kTiles) return run_flat<M, true>(l, s);
-    }
-    run_flat<M, false>(l, s);
-  });
-}
 
 void count_blocks(Parameter& p, bool factored, Access access, int64_t* blocks) {
   for (int phase = 0; phase < kPhases; ++phase) p.first[phase] = blocks[phase];
@@ -167,17 +47,41 @@ void upload(const std::vector<Item>& items, bool large_arguments, const Run& run
   }
 }
 
-template <class LayOut>
-void step(std::vector<HostParameter>& parameters, const StepSettings& s, const Tensor& any,
-          bool factored, const LayOut& lay_out) {
+// Whether matrices or parameters with a full second moment, and their settings.
+struct Step {
+  bool factored;
+  const StepSettings& s;
+};
+
+// What a whole step has the device do, as `queue` asks for it.
+struct WholeStep : Step {
+  using Item = Parameter;
+
+  static Item item(const HostParameter& h) { return h.parameter; }
+  void lay_out(HostParameter& h, Access access, Arena& arena) const {
+    factored ? lay_out_factored(h.parameter, access, s.cautious, arena)
+             : lay_out_flat(h.parameter, s.cautious, arena);
+  }
+  template <class ItemBatch>
+  void describe(const ItemBatch& batch, int size, Parameter* out, cudaStream_t stream) const {
+    launch(came8bit::describe<ItemBatch>, 1, kThreads, stream, batch, size, s, out);
+  }
+  void run(const Kind& kind, const Launches& launches) const {
+    run_step(factored, kind, launches, s);
+  }
+};
+
+template <class Call>
+void queue(std::vector<HostParameter>& parameters, const Call& call, const Tuning& tuning,
+           const Tensor& any) {
+  const bool factored = call.factored;
   int64_t param_bytes = 0;
   for (const HostParameter& h : parameters) {
     param_bytes += h.parameter.numel() * (h.parameter.param.dtype == kFloat32 ? 4 : 2);
   }
   // Of the promise "0.5 % of the parameters and 8 MB" (parameters themselves are described in it).
   const int64_t limit = (int64_t{6} << 20) + param_bytes / 250;
-  const Tuning tuning = tuning_of(any);
-  const std::vector<Group> groups = group(parameters, factored, s.cautious, tuning, limit, lay_out);
+  const std::vector<Group> groups = group(parameters, call, tuning, limit);
   if (groups.empty()) return;
 
   // Descriptions of all parameters in the order of the groups; work arrays of one group at a time.
@@ -205,7 +109,7 @@ void step(std::vector<HostParameter>& parameters, const StepSettings& s, const T
 
   const DeviceGuard guard(any);
   const cudaStream_t stream = current_stream(any);
-  std::vector<Parameter> described;
+  std::vector<typename Call::Item> described;
   std::vector<Launches> launches;
   const Strides* next_strides = strides_on_device;
   for (const Group& g : groups) {
@@ -216,12 +120,12 @@ void step(std::vector<HostParameter>& parameters, const StepSettings& s, const T
       HostParameter& h = parameters[i];
       Parameter& p = h.parameter;
       p.apply_rounds = rounds;
-      lay_out(p, g.kind.access, s.cautious, pieces);
+      call.lay_out(h, g.kind.access, pieces);
       if (h.param_strides.dims != 0) p.param.strides = next_strides++;
       if (h.grad_strides.dims != 0) p.grad.strides = next_strides++;
       p.scalars = scalars + described.size();
       count_blocks(p, factored, g.kind.access, l.blocks);
-      described.push_back(p);
+      described.push_back(Call::item(h));
     }
     launches.push_back(l);
   }
@@ -231,13 +135,9 @@ void step(std::vector<HostParameter>& parameters, const StepSettings& s, const T
            out + first);
   });
   upload(described, large, [&, out = on_device](const auto& batch, int size, size_t first) {
-    launch(describe<std::decay_t<decltype(batch)>>, 1, kThreads, stream, batch, size, s,
-           out + first);
+    call.describe(batch, size, out + first, stream);
   });
-  for (size_t i = 0; i < groups.size(); ++i) {
-    factored ? run_factored(groups[i].kind, launches[i], s)
-             : run_flat(groups[i].kind, launches[i], s);
-  }
+  for (size_t i = 0; i < groups.size(); ++i) call.run(groups[i].kind, launches[i]);
 }
 
 int64_t from_environment(const char* name, int64_t fallback) {
@@ -271,8 +171,9 @@ Tuning tuning_of(const Tensor& any) {
   return tuning;
 }
 
-void factored_step(std::vector<HostParameter>& parameters, const StepSettings& settings,
-                   const Tensor& any) {
+namespace {
+
+void divide_matrices(std::vector<HostParameter>& parameters) {
   for (HostParameter& h : parameters) {
     Parameter& p = h.parameter;
     p.grid = Grid::of(p.b, p.n, p.k);
@@ -280,18 +181,29 @@ void factored_step(std::vector<HostParameter>& parameters, const StepSettings& s
     const int64_t block_size = h.bits < 8 ? kCoarseBlock : kBlockSize;
     p.whole_blocks = p.slice_len == p.k || p.k % block_size == 0 ? 1 : 0;
   }
-  step(parameters, settings, any, true, lay_out_factored);
 }
 
-void unfactored_step(std::vector<HostParameter>& parameters, const StepSettings& settings,
-                     const Tensor& any) {
+void divide_flat(std::vector<HostParameter>& parameters) {
   for (HostParameter& h : parameters) {
     if (h.bits < 32) continue;  // without codes any cut into blocks will do
     h.parameter.slices = 1;
     h.parameter.slice_len = h.parameter.numel();
     h.parameter.blocks_per_slice = (h.parameter.slice_len + kBlockSize - 1) / kBlockSize;
   }
-  step(parameters, settings, any, false, lay_out_flat);
+}
+
+}  // namespace
+
+void factored_step(std::vector<HostParameter>& parameters, const StepSettings& settings,
+                   const Tensor& any) {
+  divide_matrices(parameters);
+  queue(parameters, WholeStep{{true, settings}}, tuning_of(any), any);
+}
+
+void unfactored_step(std::vector<HostParameter>& parameters, const StepSettings& settings,
+                     const Tensor& any) {
+  divide_flat(parameters);
+  queue(parameters, WholeStep{{false, settings}}, tuning_of(any), any);
 }
 
 }  // namespace came8bit

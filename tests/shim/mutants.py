@@ -69,7 +69,8 @@ MUTANTS = [
     ),
     Mutant(
         "no barrier behind the sums of each matrix", "second_moment.cuh",
-        f"{BARRIER}\n  if (threadIdx.x >= kWarp) return;", "if (threadIdx.x >= kWarp) return;",
+        f"{BARRIER}\n  if (threadIdx.x >= kWarp) return {{}};",
+        "if (threadIdx.x >= kWarp) return {};",
     ),
     Mutant(
         "no __syncwarp before absmax is written", "apply.cuh",
