@@ -211,4 +211,18 @@ def find_fault(state: Mapping[str, Any]) -> str | None:
                 return f"{name} has " + ("NaN" if math.isnan(low) else "infinite values")
             if low < 0 and name != "exp_avg":
                 return f"{name} has negative values"
+            if name == "exp_avg" and _is_codes(value, max(-low, high)):
+                return (
+                    f"{name} has codes of 8 bits in place of numbers (a distributed checkpoint has "
+                    "to be loaded with the optim_bits that it was saved with)"
+                )
     return None
+
+
+def _is_codes(value: Tensor, largest: float) -> bool:
+    """Return whether fp32 momentum is 8-bit codes that were copied into it as whole numbers.
+
+    ``torch.distributed.checkpoint`` copies into whatever the optimizer has, and every block of
+    codes has one of 127.
+    """
+    return largest == 127.0 and torch.equal(value, value.round())

@@ -19,6 +19,7 @@ from benchmarks.sharded_cost import collective_bytes
 from came8bit import CAME, PagedCAME8bit, step_in_backward
 
 STATISTICS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col")
+MOMENTUM = {32: torch.float32, 8: torch.int8, 4: torch.uint8, 2: torch.uint8}
 MESHES = [(1,), (2,), (3,), (4,), (2, 2)]
 
 
@@ -152,6 +153,30 @@ def test_resharding_keeps_every_bit(ranks, tmp_path, before, after, bits):
             assert got.keys() == expected.keys()
             for name, value in expected.items():
                 assert torch.equal(got[name], value), (way, name)
+
+
+@pytest.mark.parametrize(("old", "new"), [(8, 4), (32, 8), (2, 32)])
+def test_other_bits(ranks, tmp_path, old, new):
+    """Converted by the merge that one process has, to the same bits."""
+    folder = str(tmp_path / "state")
+    ranks.run(partial(runs.save, optim_bits=old), (2,), folder)
+    expected = runs.load_in_other_bits(None, folder, old, new)[0]
+    assert expected["blocks.0.up.weight.exp_avg"].dtype == MOMENTUM[new]
+    for results in ranks.run(runs.load_in_other_bits, (3,), folder, old, new):
+        for got in results:
+            assert got.keys() == expected.keys()
+            for name, value in expected.items():
+                assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize(("old", "new"), [(8, 32), (32, 8), (8, 4)])
+def test_distributed_checkpoints_convert_nothing(ranks, tmp_path, old, new):
+    """They copy into the state that is there: codes into numbers, too, which we have to notice."""
+    folder = str(tmp_path / "state")
+    ranks.run(partial(runs.save, optim_bits=old), (2,), folder)
+    for error in ranks.run(runs.error_of_loading, (2,), folder, new):
+        message = "exp_avg has codes of 8 bits in place of numbers .* the optim_bits that it was"
+        assert re.search(message if new == 32 else "Missing key|Size mismatch", error), error
 
 
 FULL, FLAT = {"full_state_dict": True}, {"flatten_optimizer_state_dict": True}

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -263,6 +264,32 @@ def load(mesh: Any, folder: str, way: str, **options: Any) -> dict[str, Tensor]:
     dcp.load(state, checkpoint_id=folder, process_group=mesh.get_group())
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return whole_state(model, optimizer)
+
+
+def load_in_other_bits(mesh: Any, folder: str, old: int, new: int) -> list[dict[str, Tensor]]:
+    """Load what :func:`save` has saved with ``old`` bits: the file, and by way of an optimizer."""
+    results = []
+    for through in (False, True):
+        model = llama(mesh)
+        optimizer = CAME(model.named_parameters(), **OPTIONS, optim_bits=new)
+        if through:
+            saved = CAME(model.named_parameters(), **OPTIONS, optim_bits=old)
+            came8bit.load_checkpoint(saved, f"{folder}.safetensors")
+            optimizer.load_state_dict(saved.state_dict())
+        else:
+            came8bit.load_checkpoint(optimizer, f"{folder}.safetensors")
+        results.append({name: x.clone() for name, x in whole_state(model, optimizer).items()})
+        learn(model, optimizer, mesh, 1, first=3)
+    return results
+
+
+def error_of_loading(mesh: Any, folder: str, new: int) -> str:
+    """Return the error of loading what :func:`save` saved with DCP into state of ``new`` bits."""
+    try:
+        load(mesh, folder, "sharded", optim_bits=new)
+    except (ValueError, CheckpointException) as error:
+        return str(error)
+    return ""
 
 
 def state_and_back(mesh: Any, gather: dict[str, bool], take: dict[str, bool]) -> bool:
