@@ -36,7 +36,7 @@ CPU_ISAS = ("baseline", "avx2", "avx512")
 #: Options that a device's kernels do not have yet, with the value: the reference runs instead.
 REFERENCE_ONLY: dict[str, tuple[tuple[str, object], ...]] = {
     "cpu": (),
-    "cuda": (("sharded", True),),
+    "cuda": (),
 }
 
 #: The stable ABI that the libraries are built for.

@@ -155,7 +155,7 @@ class _RanksStep:
             by_group.setdefault(id(member.group), []).append(member)
         for found in by_group.values():
             items = [member.item for member in found if member.item is not None]
-            for call in calls_of(found[0].group, items, sharded=True):
+            for call in calls_of(found[0].group, items):
                 places = [number[id(item)] for item in call.items]
                 shards = [self._members[i] for i in places]
                 rows = [one.shard.shape[0] if one.columns > 0 else 0 for one in shards]

@@ -243,7 +243,7 @@ class Call(NamedTuple):
     by_reference: bool
 
 
-def calls_of(group: Group, members: Sequence[StepItem], *, sharded: bool = False) -> Iterator[Call]:
+def calls_of(group: Group, members: Sequence[StepItem]) -> Iterator[Call]:
     """Yield one call per kind of parameter and device."""
     buckets: defaultdict[tuple[torch.device, bool, int], list[StepItem]] = defaultdict(list)
     for item in members:
@@ -269,7 +269,7 @@ def calls_of(group: Group, members: Sequence[StepItem], *, sharded: bool = False
             **buffers,
             "param_index": [item.stream for item in items],
         }
-        options = {**group, "optim_bits": bits, "sharded": sharded}
+        options = {**group, "optim_bits": bits}
         yield Call(
             schema.factored_step_ if factored else schema.unfactored_step_,
             items,

@@ -28,7 +28,8 @@ Strides strides_of(const Tensor& t, const char* what, size_t i) {
 }
 
 std::vector<HostParameter> parameters_of(const std::vector<ParamArguments>& all,
-                                         const Tensors& params, const Tensors& grads) {
+                                         const Tensors& params, const Tensors& grads,
+                                         const std::vector<SharedArguments>& shared = {}) {
   std::vector<HostParameter> parameters(all.size());
   for (size_t i = 0; i < all.size(); ++i) {
     const Tensor &param = params[i], &grad = grads[i];
@@ -39,6 +40,7 @@ std::vector<HostParameter> parameters_of(const std::vector<ParamArguments>& all,
     h.param_strides = strides_of(param, "parameter", i);
     h.grad_strides = strides_of(grad, "gradient", i);
     h.bits = all[i].bits;
+    h.shared = shared.empty() ? SharedArguments{} : shared[i];
     Parameter& p = h.parameter;
     const ParamArguments& a = all[i];
     p = {};
@@ -85,6 +87,20 @@ struct Cuda {
     std::vector<HostParameter> parameters = parameters_of(all, params, grads);
     if (!parameters.empty()) unfactored_step(parameters, settings, params[0]);
   }
+
+  static void factored_pass(Pass pass, const std::vector<ParamArguments>& all,
+                            const std::vector<SharedArguments>& shared, const Tensors& params,
+                            const Tensors& grads, const StepSettings& settings) {
+    std::vector<HostParameter> parameters = parameters_of(all, params, grads, shared);
+    if (!parameters.empty()) came8bit::factored_pass(pass, parameters, settings, params[0]);
+  }
+
+  static void unfactored_pass(Pass pass, const std::vector<ParamArguments>& all,
+                              const std::vector<SharedArguments>& shared, const Tensors& params,
+                              const Tensors& grads, const StepSettings& settings) {
+    std::vector<HostParameter> parameters = parameters_of(all, params, grads, shared);
+    if (!parameters.empty()) came8bit::unfactored_pass(pass, parameters, settings, params[0]);
+  }
 };
 
 std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x) {
@@ -111,6 +127,7 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax) {
 CAME8BIT_LIBRARY_IMPL(m) {
   m.impl("factored_step_", TORCH_BOX(&came8bit::factored_step_<came8bit::Cuda>));
   m.impl("unfactored_step_", TORCH_BOX(&came8bit::unfactored_step_<came8bit::Cuda>));
+  came8bit::register_passes<came8bit::Cuda>(m);
   m.impl("quantize_blockwise", TORCH_BOX(&came8bit::quantize_blockwise));
   m.impl("dequantize_blockwise", TORCH_BOX(&came8bit::dequantize_blockwise));
 }

@@ -4,7 +4,7 @@
 #include <map>
 #include <tuple>
 
-#include "kernels.cuh"
+#include "passes.cuh"
 #include "step.h"
 
 namespace came8bit {
@@ -55,6 +55,46 @@ inline void lay_out_flat(Parameter& p, bool cautious, Arena& arena) {
   p.agreeing = cautious ? arena.take<int>(flat_apply_tasks(p)) : nullptr;
 }
 
+// In a pass what stays is in `work`.
+inline void lay_out_pass(Parameter& p, const SharedArguments& shared, Pass pass, Access access,
+                         bool cautious, Arena& arena) {
+  const int64_t rows = p.b * p.n, cols = p.b * p.k;
+  const KeptArrays kept(p, shared.work);
+  p.row_new = kept.row_new;
+  p.col_new = kept.col_new;
+  p.row_gain = kept.row_gain;
+  p.col_factor = kept.col_factor;
+  p.update_col = kept.col_sum;
+  p.root_mean = kept.root_mean;
+  if (pass == Pass::kSecondMoment || pass == Pass::kInstability) {
+    const int64_t sums = pass == Pass::kSecondMoment ? 1 : 3;
+    p.row_part = arena.take<float>(sums * p.grid.parts * rows);
+    p.col_part = arena.take<float>(sums * p.grid.slabs * cols);
+    p.col_chunk = arena.take<float>(p.b * p.col_chunks());
+  }
+  if (pass == Pass::kSecondMoment) {
+    p.row_chunk = arena.take<float>(3 * p.b * p.row_chunks());
+    p.total = arena.take<float>(p.b);
+    p.predicted = arena.take<float>(p.b);
+  } else if (pass == Pass::kInstability) {
+    p.tile_sum = arena.take<float>(p.tile_sums());
+    p.root_mean = arena.take<float>(p.b);
+  } else if (pass == Pass::kConfidence) {
+    p.row_chunk = arena.take<float>(p.b * p.row_chunks());
+    p.agreeing = cautious ? arena.take<int>(apply_tasks(p, access)) : nullptr;
+  } else {
+    p.update_row = arena.take<float>(rows);
+  }
+}
+
+inline void lay_out_flat_pass(Parameter& p, Pass pass, bool cautious, Arena& arena) {
+  if (pass == Pass::kSecondMoment || pass == Pass::kInstability) {
+    p.tile_sum = arena.take<float>(2 * flat_tiles(p));
+  } else if (pass == Pass::kConfidence && cautious) {
+    p.agreeing = arena.take<int>(flat_apply_tasks(p));
+  }
+}
+
 // --- groups -----------------------------------------------------------------------------------
 
 // Parameters of one kind run the same kernels.
@@ -86,7 +126,7 @@ inline Access access_of(const HostParameter& h, bool factored) {
   const Parameter& p = h.parameter;
   if (h.param_strides.dims != 0 || h.grad_strides.dims != 0) return kOneByOne;
   if (!aligned(p.param.data, 16) || !aligned(p.grad.data, 16) || !aligned(p.exp_avg, 16) ||
-      !aligned(p.absmax, 4)) {
+      !aligned(p.absmax, 4) || !aligned(h.shared.work, 16)) {
     return kOneByOne;
   }
   if (p.offset % kVector != 0) return kOneByOne;
@@ -148,7 +188,7 @@ std::vector<Group> group(std::vector<HostParameter>& parameters, const Call& cal
   std::vector<Group> groups;
   for (size_t i = 0; i < parameters.size(); ++i) {
     HostParameter& h = parameters[i];
-    if (h.parameter.numel() == 0) continue;
+    if (h.parameter.numel() == 0 && !call.empty_too) continue;
     const Kind kind = kind_of(h, call.factored, tuning);
     Arena measure(nullptr);
     call.lay_out(h, kind.access, measure);

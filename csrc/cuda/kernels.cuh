@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, fast ? 4 : 1)
   second_moment_tile<G, fast>(p, task, buffer);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)  // or else ptxas spills to save registers
     second_moment_combine_kernel(const Parameter* parameters, int count, StepSettings s) {
   __shared__ Parameter p;
   const int64_t task = find_task(parameters, count, kCombine, blockIdx.x, &p);

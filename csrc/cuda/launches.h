@@ -1,4 +1,4 @@
-// The launches of a group of parameters.
+// The launches of a group of parameters: of a whole step, and of each of its passes.
 #pragma once
 
 #include "groups.h"
@@ -53,6 +53,7 @@ struct Launches {
 
   template <class Kernel, class... Arguments>
   void run(Kernel kernel, int64_t blocks, Arguments... arguments) const {
+    if (blocks == 0) return;  // no rank but this one has rows
     STD_TORCH_CHECK(blocks <= INT32_MAX, "a group of parameters needs ", blocks,
                     " blocks, the device allows ", INT32_MAX, "; step fewer parameters at once");
     launch(kernel, static_cast<unsigned>(blocks), kThreads, stream, parameters, arguments...);
@@ -117,6 +118,27 @@ struct Sweeps {
     l.run(update_rows_kernel, l.blocks[kRows], l.count, s, access);
     apply();
   }
+
+  void pass(Pass pass) const {
+    switch (pass) {
+      case Pass::kSecondMoment:
+        second_moment();
+        l.run(pass_second_moment_kernel, l.blocks[kCombine], l.count, s);
+        return l.run(pass_matrix_sums_kernel, l.count);
+      case Pass::kInstability:
+        l.run(pass_columns_kernel, l.blocks[kCombine], l.count, s);
+        l.run(pass_prediction_kernel, l.count, s);
+        instability();
+        return l.run(pass_instability_kernel, l.blocks[kCombine], l.count, s);
+      case Pass::kConfidence:
+        l.run(pass_confidence_kernel, l.blocks[kCombine], l.count, s);
+        agreeing();
+        return l.run(pass_confidence_sums_kernel, l.count, s, access);
+      case Pass::kApply:
+        l.run(pass_update_rows_kernel, l.blocks[kRows], l.count);
+        return apply();
+    }
+  }
 };
 
 // Calls call(sweeps) with those of the momentum and access of a group.
@@ -149,6 +171,22 @@ struct FlatSweeps {
     agreeing();
     apply();
   }
+
+  void pass(Pass pass) const {
+    switch (pass) {
+      case Pass::kSecondMoment:
+        sum_g2();
+        return l.run(pass_flat_sums_kernel, l.count, false);
+      case Pass::kInstability:
+        sum_u2();
+        return l.run(pass_flat_sums_kernel, l.count, true);
+      case Pass::kConfidence:
+        agreeing();
+        return l.run(pass_confidence_sums_kernel, l.count, s, kOneByOne);
+      case Pass::kApply:
+        return apply();
+    }
+  }
 };
 
 template <class Call>
@@ -173,6 +211,12 @@ inline void run_step(bool factored, const Kind& kind, const Launches& l, const S
   with_momentum(kind.bits, [&](auto m) {
     l.run(small_factored_kernel<typename decltype(m)::type>, l.count, s);
   });
+}
+
+inline void run_pass(Pass pass, bool factored, const Kind& kind, const Launches& l,
+                     const StepSettings& s) {
+  const auto run = [pass](const auto& sweeps) { sweeps.pass(pass); };
+  factored ? with_sweeps(kind, l, s, run) : with_flat_sweeps(kind, l, s, run);
 }
 
 }  // namespace came8bit

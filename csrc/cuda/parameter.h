@@ -1,6 +1,7 @@
 // What the kernels know of a parameter: pointers, geometry, where its workspace is.
 #pragma once
 
+#include "../param_arguments.h"
 #include "../quant.h"
 #include "../step_settings.h"
 #include "runtime.h"
@@ -110,6 +111,9 @@ struct Scalars {
   float rms, kappa;
   int alive;     // whether this step is still to be made: the gradient is finite
   int u_finite;  // and the preconditioned gradient is, too
+  // Of a pass: sums over all ranks have decided these when it begins.
+  int decided;
+  SharedArguments shared;
 };
 
 // One parameter with its state, and pointers into the workspace: matrices, b of n x k. It does not

@@ -1,4 +1,4 @@
-// Queues the launches of a step.
+// Queues the launches of a step, or of one pass of it.
 #include "step.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -18,7 +18,7 @@ void count_blocks(Parameter& p, bool factored, Access access, int64_t* blocks) {
   for (int phase = 0; phase < kPhases; ++phase) p.first[phase] = blocks[phase];
   if (factored) {
     blocks[kSweepA] += p.tiles();
-    blocks[kCombine] += p.combine_tasks();
+    blocks[kCombine] += pass_tasks(p);
     blocks[kRows] += p.b * ((p.n + kThreads - 1) / kThreads);
     blocks[kSweepC] += apply_tasks(p, access);
   } else {
@@ -56,6 +56,7 @@ struct Step {
 // What a whole step has the device do, as `queue` asks for it.
 struct WholeStep : Step {
   using Item = Parameter;
+  static constexpr bool empty_too = false;
 
   static Item item(const HostParameter& h) { return h.parameter; }
   void lay_out(HostParameter& h, Access access, Arena& arena) const {
@@ -68,6 +69,27 @@ struct WholeStep : Step {
   }
   void run(const Kind& kind, const Launches& launches) const {
     run_step(factored, kind, launches, s);
+  }
+};
+
+// The same of one pass. Without rows here there is something to do, too.
+struct OnePass : Step {
+  Pass pass;
+
+  using Item = PassParameter;
+  static constexpr bool empty_too = true;
+
+  static Item item(const HostParameter& h) { return {h.parameter, h.shared}; }
+  void lay_out(HostParameter& h, Access access, Arena& arena) const {
+    factored ? lay_out_pass(h.parameter, h.shared, pass, access, s.cautious, arena)
+             : lay_out_flat_pass(h.parameter, pass, s.cautious, arena);
+  }
+  template <class ItemBatch>
+  void describe(const ItemBatch& batch, int size, Parameter* out, cudaStream_t stream) const {
+    launch(describe_pass<ItemBatch>, 1, kThreads, stream, batch, size, s, pass, out);
+  }
+  void run(const Kind& kind, const Launches& launches) const {
+    run_pass(pass, factored, kind, launches, s);
   }
 };
 
@@ -192,6 +214,15 @@ void divide_flat(std::vector<HostParameter>& parameters) {
   }
 }
 
+// A pass reads a gradient once: nothing is gained by groups that fit the cache, nor by one block
+// for a small parameter.
+Tuning tuning_of_pass(const Tensor& any) {
+  Tuning tuning = tuning_of(any);
+  tuning.group_bytes = INT64_MAX / 2;
+  tuning.small_elements = -1;
+  return tuning;
+}
+
 }  // namespace
 
 void factored_step(std::vector<HostParameter>& parameters, const StepSettings& settings,
@@ -204,6 +235,18 @@ void unfactored_step(std::vector<HostParameter>& parameters, const StepSettings&
                      const Tensor& any) {
   divide_flat(parameters);
   queue(parameters, WholeStep{{false, settings}}, tuning_of(any), any);
+}
+
+void factored_pass(Pass pass, std::vector<HostParameter>& parameters, const StepSettings& settings,
+                   const Tensor& any) {
+  divide_matrices(parameters);
+  queue(parameters, OnePass{{true, settings}, pass}, tuning_of_pass(any), any);
+}
+
+void unfactored_pass(Pass pass, std::vector<HostParameter>& parameters,
+                     const StepSettings& settings, const Tensor& any) {
+  divide_flat(parameters);
+  queue(parameters, OnePass{{false, settings}, pass}, tuning_of_pass(any), any);
 }
 
 }  // namespace came8bit

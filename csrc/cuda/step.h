@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "../param_arguments.h"
 #include "parameter.h"
 
 namespace came8bit {
@@ -14,6 +15,7 @@ struct HostParameter {
   Parameter parameter;
   Strides param_strides, grad_strides;  // dims == 0: contiguous
   int bits;                             // of the momentum
+  SharedArguments shared;               // of a pass
 };
 
 // How the work is cut up. Results do not depend on it.
@@ -31,6 +33,12 @@ void factored_step(std::vector<HostParameter>& parameters, const StepSettings& s
                    const torch::stable::Tensor& any);
 void unfactored_step(std::vector<HostParameter>& parameters, const StepSettings& settings,
                      const torch::stable::Tensor& any);
+
+// One pass of it, over parameters of which other ranks may have rows.
+void factored_pass(Pass pass, std::vector<HostParameter>& parameters, const StepSettings& settings,
+                   const torch::stable::Tensor& any);
+void unfactored_pass(Pass pass, std::vector<HostParameter>& parameters,
+                     const StepSettings& settings, const torch::stable::Tensor& any);
 
 // Codec of contiguous memory: slices x slice_len values.
 void quantize(const float* x, int64_t slices, int64_t slice_len, int8_t* codes, float* absmax,

@@ -56,6 +56,7 @@ __device__ __forceinline__ void flat_sum_tile(const Parameter& p, const StepSett
 // Whether the gradient is finite, known to all threads alike. One block gives out the sum.
 __device__ __forceinline__ bool flat_alive(const Parameter& p, const StepSettings& s, float* buffer,
                                            bool gives_out) {
+  if (p.scalars->decided) return p.scalars->alive;
   const float total = block_sum(p.tile_sum, flat_tiles(p), buffer);
   if (gives_out && threadIdx.x == 0 && p.grad_square.pointer != nullptr) *p.grad_square = total;
   return is_finite(total) || s.propagate;
@@ -70,6 +71,10 @@ struct FlatState {
 __device__ __forceinline__ FlatState flat_state(const Parameter& p, const StepSettings& s,
                                                 int64_t agreeing_tiles, float* buffer) {
   FlatState state = {};
+  if (p.scalars->decided) {
+    const Scalars& scalars = *p.scalars;
+    return {scalars.alive != 0, gain(scalars.kappa, s.one_minus_beta1), scalars.lr_scale};
+  }
   if (!flat_alive(p, s, buffer, false)) return state;
   const float total_u2 = block_sum(p.tile_sum + flat_tiles(p), flat_tiles(p), buffer);
   state.done = is_finite(total_u2) || s.propagate;
@@ -156,6 +161,7 @@ CAME8BIT_INLINE int64_t flat_apply_tasks(const Parameter& p) {
 }
 
 __device__ __forceinline__ void close_books(const Parameter& p, bool done) {
+  if (p.scalars->decided) return;  // and counted
   ++*(done ? p.step : p.skipped);
 }
 

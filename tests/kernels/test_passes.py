@@ -1,10 +1,11 @@
 """A step pass by pass: the bits of a whole step, and of a shard those of the whole parameter.
 
-By the reference and by the kernels of the CPU.
+By the reference, by the kernels of the CPU, and by those of CUDA on the shim (``tests/shim``).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from passes import CASES, KINDS, Passes, cut, cuts, run_all
 from problems import Problem, assert_same_bits, make_problem, random_grad
+from shim.cases import SHIM_TREE
+from shim.library import kernels, plain
 from torch import Tensor
 
 from came8bit.reference.reduction import CPU_TREE, Tree
@@ -25,9 +28,16 @@ class Way:
     run: Tree | None
 
 
-@pytest.fixture(params=["reference", "CPU"])
-def way(request: pytest.FixtureRequest) -> Way:
-    return Way(CPU_TREE, CPU_TREE if request.param == "reference" else None)
+@pytest.fixture(params=["reference", "CPU", "CUDA"])
+def way(request: pytest.FixtureRequest) -> Iterator[Way]:
+    if request.param != "CUDA":
+        yield Way(CPU_TREE, CPU_TREE if request.param == "reference" else None)
+        return
+    if sys.platform != "linux":
+        pytest.skip("the shim is made for Linux")
+    plain().configure()
+    with kernels():
+        yield Way(SHIM_TREE, None)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -94,3 +104,17 @@ def test_a_shard_that_is_not_finite_skips_all(kind: str, bad: float, way: Way) -
         assert part.state["skipped"] == 1
         part.state["skipped"].zero_()
         assert_same_bits(part.tensors(), old.tensors(), kind)
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "matrices", "unfactored"])
+def test_u_that_is_not_finite_skips_all(kind: str, way: Way) -> None:
+    """The gradient is finite, the preconditioned one is not: known when the third pass begins."""
+    problem = make_problem(generator=generator(4), **KINDS[kind])
+    before = problem.copy()
+    options = {"beta2": 0.0, "eps1": 0.0, "cautious": True}
+    passes = Passes(problem, problem, torch.full(problem.param.shape, 1e-30), way.run, options)
+    sums = run_all([passes])
+    assert torch.equal(sums[2], torch.zeros_like(sums[2]))
+    assert problem.state["skipped"] == 1
+    problem.state["skipped"].zero_()
+    assert_same_bits(problem.tensors(), before.tensors(), kind)

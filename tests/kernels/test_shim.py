@@ -34,6 +34,7 @@ from shim import large
 from shim.build import ADDRESS, HERE, PLAIN, REPOSITORY, THREAD, Build, run_python
 from shim.cases import (
     CASES,
+    OF_PASSES,
     ListCase,
     check_codec,
     check_codec_of,
@@ -110,6 +111,13 @@ def test_table(shim: Control, path: str, case: ListCase, order: str) -> None:
     assert most > 1 or path == "small"
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_passes_of_the_table(shim: Control, case: ListCase) -> None:
+    """On three ranks, of which the last has no rows."""
+    shim.configure(order="random", workers=3)
+    case.check_passes(steps=2)
+
+
 def kernels_of(library: Path) -> dict[int, str]:
     """Every kernel in a build of the shim, by its offset."""
     declared = re.compile(r"__global__[^;{]*?(\w+)\((?!kThreads)")
@@ -132,6 +140,11 @@ def test_the_table_reaches_every_kernel(shim: Control, monkeypatch: pytest.Monke
             shim.launches()
             case.check(steps=1)
             reached |= {launch.kernel for launch in shim.launches()}
+    for case in CASES:
+        if case.name in OF_PASSES:
+            case.check_passes(steps=1)
+            reached |= {launch.kernel for launch in shim.launches()}
+    assert {case.name for case in CASES} >= set(OF_PASSES)
     check_codec((3, 8))
     reached |= {launch.kernel for launch in shim.launches()}
     assert {name for offset, name in compiled.items() if offset not in reached} == set()

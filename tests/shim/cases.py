@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from passes import Passes, cut, cuts, run_passes
 from problems import Problem, assert_same_bits, make_problem, random_grad, run_ops
 from strategies import laid_out
 from torch import Tensor
@@ -116,6 +117,46 @@ class ListCase:
                     run_shim_reference(other, grads[i], **self.options)
                 what = f"{self.name}, step {t}, parameter {i} {self.shapes[i]}"
                 assert_same_bits(mine.tensors(), other.tensors(), what)
+
+    def check_passes(self, steps: int | None = None) -> None:
+        """The same of steps pass by pass, with each parameter cut into the rows of three ranks.
+
+        The rows that a rank has of all parameters are one call, as in ``came8bit.ops.sharded``.
+        """
+        problems = self.problems()
+        members = [i for i, problem in enumerate(problems) if self._has_rows(problem.param)]
+        whole = [problems[i] for i in members]
+        where = [cuts(problem.param.shape[0]) for problem in whole]
+        ranks = [(rank, tree) for tree in (None, SHIM_TREE) for rank in range(3)]
+        parts = [[cut(p, *rows[rank]) for p, rows in zip(whole, where, strict=True)]
+                 for rank, _ in ranks]  # fmt: skip
+        for t in range((steps or self.steps) if whole else 0):
+            grads = self.grads(t)
+            running = [
+                [
+                    Passes(p, part, grads[i].narrow(0, *rows[rank]), tree, self.options)
+                    for i, p, part, rows in zip(members, whole, here, where, strict=True)
+                ]
+                for (rank, tree), here in zip(ranks, parts, strict=True)
+            ]
+            reduced: list[Tensor] = []
+            for number in range(4):
+                for here in running:
+                    with kernels(), uninitialised_memory_is_nan():
+                        run_passes(number, here, reduced)
+                for rank, (got, expected) in enumerate(zip(running[:3], running[3:], strict=True)):
+                    what = f"{self.name}, step {t}, pass {number}, rank {rank}"
+                    for mine, other in zip(got, expected, strict=True):
+                        assert_same_bits(mine.outcome(number), other.outcome(number), what)
+                if number < 3:
+                    reduced = [
+                        torch.stack([part.sums[number] for part in everywhere]).sum(0)
+                        for everywhere in zip(*running[:3], strict=True)
+                    ]
+
+    def _has_rows(self, param: Tensor) -> bool:
+        """Whether ranks can share it: vectors have no rows of codes."""
+        return param.numel() > 0 and param.dim() > (0 if self.bits == 32 else 1)
 
 
 def displaced(x: Tensor) -> Tensor:
@@ -230,7 +271,13 @@ CASES = [
         grad_dtypes=(FP32, BF16, FP32, FP16),
         **DENSE,
     ),
-    ListCase("dense, flat, 8 bits", FLAT, factored=False, dtypes=(BF16, FP16, FP32), **DENSE),
+    ListCase(
+        "dense, flat, 8 bits",
+        [*FLAT, (7, 300), (7, 256)],
+        factored=False,
+        dtypes=(BF16, FP16, FP32),
+        **DENSE,
+    ),
     ListCase("long", [(1030, 9), (1030, 16)]),
     ListCase("fast, cautious", FAST, dtypes=(BF16, FP32), options={"cautious": True}),
     ListCase("fast, looking ahead", FAST, dtypes=(BF16, FP32), options={"nesterov": True}),
@@ -261,7 +308,12 @@ CASES = [
     ListCase("to nearest", [(9, 264), (9, 261)], dtypes=(BF16,), options={"stochastic": False}),
     ListCase("not finite", [(5, 256)] * 3, bad={0: math.nan, 2: math.inf}, dtypes=(BF16,)),
     ListCase("flat", FLAT, factored=False, bits=32, dtypes=(FP32, BF16), steps=3),
-    ListCase("flat, 8 bits", FLAT, factored=False, options={"nesterov": True, "cautious": True}),
+    ListCase(
+        "flat, 8 bits",
+        [*FLAT, (7, 300), (7, 256)],
+        factored=False,
+        options={"nesterov": True, "cautious": True},
+    ),
     ListCase(
         "flat, strided",
         [(2100,)],
@@ -275,3 +327,17 @@ CASES = [
     ListCase("flat, not finite", FLAT, factored=False, bad={2: math.nan}, bits=32),
     *(case for bits in (4, 2) for case in coarse_cases(bits)),
 ]
+
+# Each way through the kernels of the passes; all cases take too long under a sanitizer.
+OF_PASSES = (
+    "fast, cautious",
+    "slow, looking ahead",
+    "fp32 momentum, cautious",
+    "batched, cautious",
+    "many",
+    "not finite",
+    "flat, 8 bits",
+    "flat, long",
+    "4 bits, batched",
+    "2 bits, looking ahead",
+)
