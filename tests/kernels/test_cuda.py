@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kernel_cases import OPEN, SHAPES, case_of
 from on_gpu import (
     DEVICE,
+    TREE,
     check_kernels,
     check_step,
     gpu_operators,
@@ -23,6 +24,8 @@ from on_gpu import (
     step,
     to_gpu,
 )
+from passes import CASES as PASSES
+from passes import KINDS, Passes, cut, cuts
 from problems import assert_same_bits, make_problem, near_code_edges, random_grad
 from shim.cases import CASES, ListCase
 from strategies import DTYPES, Case, cases
@@ -137,6 +140,33 @@ def test_gradient_of_one_value_everywhere() -> None:
         got = to_gpu(expected)
         for grad in (torch.tensor(0.5), torch.randn(shape[-1], generator=generator(1))):
             check_step([got], [expected], [grad.expand(shape)], f"{shape}")
+
+
+@pytest.mark.parametrize(("kind", "options"), PASSES, ids=str)
+def test_passes_over_the_rows_of_several_ranks(kind: str, options: dict[str, object]) -> None:
+    """After each pass; the sums of three ranks are added in between."""
+    whole = make_problem(dtype=torch.bfloat16, generator=generator(), **KINDS[kind])
+    where = cuts(whole.param.shape[0])
+    expected = [cut(whole, *rows) for rows in where]
+    got = [to_gpu(part) for part in expected]
+    for t in range(3):
+        grads = [random_grad(whole.param.shape, torch.float32, generator(t)).narrow(0, *rows)
+                 for rows in where]  # fmt: skip
+        mine = [
+            Passes(whole, *both, None, options)
+            for both in zip(got, map(on_gpu, grads), strict=True)
+        ]
+        others = [Passes(whole, *both, TREE, options) for both in zip(expected, grads, strict=True)]
+        reduced = None
+        for number in range(4):
+            for a, b in zip(mine, others, strict=True):
+                with gpu_operators():
+                    a.run(number, None if reduced is None else on_gpu(reduced))
+                b.run(number, reduced)
+                found = {name: x.cpu() for name, x in a.outcome(number).items()}
+                assert_same_bits(found, b.outcome(number), f"{kind}, step {t}, pass {number}")
+            if number < 3:
+                reduced = torch.stack([b.sums[number] for b in others]).sum(0)
 
 
 # --- random bits and lr ---------------------------------------------------------------------------

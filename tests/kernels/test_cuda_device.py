@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from on_gpu import check_kernels, check_step, needs_gpu, needs_real_gpu, to_gpu
+from passes import KINDS, Passes, run_all
 from problems import Problem, assert_same_bits, make_problem, random_grad, run_ops
 from shim.cases import run_reference
 
@@ -147,6 +148,32 @@ def test_steps_in_a_graph(bits: int) -> None:
         results.append([*params, *(x for s in optimizer.state.values() for x in s.values())])
     for eager, replayed in zip(*results, strict=True):
         assert torch.equal(eager, replayed)
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "matrices", "vector"])
+def test_passes_in_a_graph(kind: str) -> None:
+    """All four, with the sums between them, captured once; one gradient is not finite."""
+    results = []
+    for captured in (False, True):
+        problem = to_gpu(make_problem(dtype=torch.bfloat16, generator=generator(), **KINDS[kind]))
+        grad = torch.zeros(problem.param.shape, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        if captured:
+            with torch.cuda.graph(graph):
+                run_all([Passes(problem, problem, grad, None, {"cautious": True})])
+        for t in range(4):
+            new = random_grad(grad.shape, torch.float32, generator(t))
+            new.view(-1)[0] = math.nan if t == 2 else 1.0
+            grad.copy_(new)
+            if captured:
+                graph.replay()
+            else:
+                run_all([Passes(problem, problem, grad, None, {"cautious": True})])
+        torch.cuda.synchronize()
+        assert int(problem.state["skipped"]) == 1
+        results.append(problem)
+    assert_same_bits(results[1].tensors(), results[0].tensors(), kind)
 
 
 def test_every_step_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(sys.path[0]) / "support"))
 
 from problems import near_code_edges
 from shim import large
-from shim.cases import CASES, check_codec, check_codec_of
+from shim.cases import CASES, OF_PASSES, check_codec, check_codec_of
 from shim.control import Control
 from shim.library import load
 from shim.mutants import DIFFERENT
@@ -31,6 +31,8 @@ def check_cases(control: Control, arguments: argparse.Namespace) -> None:
                 if not arguments.case or case.name in arguments.case:
                     print(f"== {case.name}, {order}, small {small} ==", file=sys.stderr, flush=True)
                     case.check(arguments.steps)
+                    if case.name in OF_PASSES and small == arguments.small[0]:
+                        case.check_passes(arguments.steps)
         for shape in [(5,), (3, 300), (2, 256)]:
             check_codec(shape)
         check_codec_of(near_code_edges())

@@ -203,6 +203,29 @@ MUTANTS = [
         "alignment is taken for granted", "groups.h",
         "if (!aligned(p.param.data, 16) ||", "if (",
     ),
+    # Passes, of rows that several ranks have.
+    Mutant(
+        "columns have the rows of this rank", "passes.cuh",
+        "second_moment_chunk(p, s, chunk, sum, rows_of(p, shared));",
+        "second_moment_chunk(p, s, chunk, sum, static_cast<float>(p.n));",
+    ),
+    Mutant(
+        "c is that of the rows of this rank", "passes.cuh",
+        "if (chunk.is_row || !is_split(shared)) {", "if (true) {",
+    ),
+    Mutant(
+        "kappa is that of the elements of this rank", "passes.cuh",
+        "root_mean(reduced(shared, 0), numel)",
+        "root_mean(reduced(shared, 0), static_cast<float>(p.numel()))",
+    ),
+    Mutant(
+        "the last pass draws the bits of the next step", "passes.cuh",
+        "pass == Pass::kApply ? 0 : 1", "1",
+    ),
+    Mutant(
+        "a rank without rows does nothing", "step.cu",
+        "empty_too = true;", "empty_too = false;",
+    ),
     # Indices of 32 bits.
     Mutant(
         "32-bit index of sweep C", "apply.cuh",
