@@ -317,7 +317,7 @@ _GPU = (
 
 PRESETS = {
     "quick": Preset(
-        about="about five minutes on 2 cores: text, given learning rates",
+        about="10 to 15 minutes on 2 cores: text, given learning rates",
         tasks=(replace(_TEXT, warmup_steps=100, **_QUICK),),
         seeds=3,
         slow_seeds=2,
