@@ -109,13 +109,22 @@ CAME8BIT_INLINE T level_square(T x, T scale) {
   return abs(x) * scale;
 }
 
-// The magnitude of the code from any `root` within 0.05 of sqrt(square): the guess errs at most by
-// one, downwards, and the comparison makes it exact. NaN for NaN.
+// The magnitude of the code from any `root` within 0.05 of sqrt(square): the guess, cut to a whole
+// number, errs at most by one, downwards, and a comparison makes it exact. NaN for NaN.
+template <class T>
+CAME8BIT_INLINE T code_guess(T root, T step) {
+  return root + (T(0.9375f) - step);
+}
+// The square from which on the level is one more than `guess`.
+template <class T>
+CAME8BIT_INLINE T square_of_next(T guess, T step) {
+  const T next = guess + step;
+  return next * next;
+}
 template <class T>
 CAME8BIT_INLINE T code_level(T square, T root, T step) {
-  const T guess = whole(root + (T(0.9375f) - step));
-  const T next = guess + step;
-  return increment_unless(next * next > square, guess);
+  const T guess = whole(code_guess(root, step));
+  return increment_unless(square_of_next(guess, step) > square, guess);
 }
 
 }  // namespace came8bit

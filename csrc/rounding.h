@@ -69,17 +69,27 @@ CAME8BIT_INLINE void philox(W& c0, W& c1, W& c2, W& c3, uint64_t seed) {
   }
 }
 
+// What is added to round to the nearest even bf16.
+template <class I>
+CAME8BIT_INLINE I to_nearest_bf16(I pattern) {
+  return (shift_right(pattern, Shift<16>()) & I(1)) + I(0x7fff);
+}
+// Whether the magnitude is that of the largest finite bf16, or above, or NaN.
+template <class I>
+CAME8BIT_INLINE auto beyond_bf16(I pattern) -> decltype(pattern < pattern) {
+  return I(0x7f7effff) < (pattern & I(0x7fffffff));
+}
+
 // Upper half of the result is the bf16 pattern. `random` holds 16 random bits; `stochastic` false
 // rounds to nearest even.
 template <class F, class I>
 CAME8BIT_INLINE I round_bf16(F value, I random, bool stochastic) {
   const I pattern = bits(value);
-  const I magnitude = pattern & I(0x7fffffff);
-  const auto beyond = I(0x7f7effff) < magnitude;  // the largest finite bf16, and above
+  const auto beyond = beyond_bf16(pattern);
   if (stochastic && !any(beyond)) return pattern + random;
-  const I to_nearest = (shift_right(pattern, Shift<16>()) & I(1)) + I(0x7fff);
+  const I to_nearest = to_nearest_bf16(pattern);
   const I raised = pattern + (stochastic ? select(beyond, to_nearest, random) : to_nearest);
-  return select(I(0x7f800000) < magnitude, I(0x7fc00000), raised);
+  return select(I(0x7f800000) < (pattern & I(0x7fffffff)), I(0x7fc00000), raised);
 }
 
 // A value that fp16 holds exactly, or one that a cast rounds to nearest (overflow, NaN).

@@ -7,34 +7,72 @@
 namespace came8bit {
 namespace {
 
-// What one block needs beside the tensors; the parameter and the gradient where they are strided.
+// What a piece needs beside the tensors; the parameter and the gradient where they are strided.
 struct Buffers {
-  alignas(64) float momentum[kBlockSize];
-  alignas(64) float step[kBlockSize];  // coarse codes: w
-  alignas(64) float kept[kCoarseBlock];
-  alignas(64) uint16_t random[kBlockSize + kDraw];
-  alignas(64) float param[kBlockSize];
-  alignas(64) float grad[kBlockSize];
+  alignas(64) float momentum[kPiece];
+  alignas(64) float w[kPiece];
+  alignas(64) float kept[kPiece];  // of coarse codes
+  alignas(64) float step[kBlockSize];
+  alignas(64) uint16_t random[kPiece + kDraw];
+  alignas(64) float param[kPiece];
+  alignas(64) char grad[kPiece * sizeof(float)];
 };
 
-// A block whose new momentum is in `buffers` and not yet stored.
-struct Pending {
-  Buffers* buffers;
-  int64_t block, first;
-  int size;
-  Applied applied;
+// Neighbouring blocks of one slice that go through the passes together.
+struct Piece {
+  int64_t block, first;  // numbers of its first block and its first element
+  int size, block_size;
 };
 
-// Cuts a block where rows end and calls run(segment, first element, offset in the block).
 template <class Run>
-void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffers, int64_t first,
-                      int size, const Run& run) {
-  for (int done = 0; done < size;) {
-    const int64_t e = first + done;
+void for_each_piece(const Blocks& blocks, int64_t most_blocks, int64_t task, const Run& run) {
+  const int64_t begin = task * kBlocksPerTask;
+  const int64_t end = std::min(begin + kBlocksPerTask, blocks.count());
+  // Divisions once a task, not once a piece.
+  int64_t slice = begin / blocks.per_slice, in_slice = begin % blocks.per_slice;
+  for (int64_t block = begin; block < end;) {
+    const int64_t count = std::min({most_blocks, end - block, blocks.per_slice - in_slice});
+    const int64_t done = in_slice * blocks.size;
+    const int64_t size = std::min(count * blocks.size, blocks.slice_len - done);
+    run(Piece{block, slice * blocks.slice_len + done, static_cast<int>(size),
+              static_cast<int>(blocks.size)});
+    block += count;
+    in_slice += count;
+    if (in_slice == blocks.per_slice) {
+      in_slice = 0;
+      ++slice;
+    }
+  }
+}
+
+// The pieces of a parameter: as much as fits where blocks begin with rows, else one block.
+template <class Run>
+void for_each_piece(const Parameter& p, int64_t task, const Run& run) {
+  const Blocks blocks(p);
+  const bool with_rows = blocks.slice_len == p.k || p.k % blocks.size == 0;
+  for_each_piece(blocks, with_rows ? kPiece / blocks.size : 1, task, run);
+}
+
+// Calls run(number of the block, its first element, offset in the piece, size).
+template <class Run>
+void for_each_block(const Piece& piece, const Run& run) {
+  int64_t block = piece.block;
+  for (int done = 0; done < piece.size; done += piece.block_size, ++block) {
+    run(block, piece.first + done, done, std::min(piece.block_size, piece.size - done));
+  }
+}
+
+// Cuts [begin, end) of a piece where rows end and calls run(segment, first element, offset).
+template <class Run>
+void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffers,
+                      const Piece& piece, int begin, int end, const Run& run) {
+  for (int done = begin; done < end;) {
+    const int64_t e = piece.first + done;
     const int64_t row = e / p.k, column = e - row * p.k;
     Segment s = {};
-    s.size = static_cast<int>(p.k - column < size - done ? p.k - column : size - done);
-    s.grad = p.grad.read(e, s.size, buffers.grad);
+    s.size = static_cast<int>(std::min<int64_t>(p.k - column, end - done));
+    s.block_size = piece.block_size;
+    s.grad = p.grad.contiguous() ? p.grad.at(e) : buffers.grad + done * p.grad.itemsize();
     if (factors.row_gain != nullptr) {
       const int64_t batch_column = (p.b == 1 ? 0 : row / p.n * p.k) + column;
       s.row_gain = factors.row_gain[row];
@@ -44,78 +82,88 @@ void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffe
     } else {
       s.exp_avg_sq = p.exp_avg_sq + e;
     }
-    if (p.absmax != nullptr) {
-      s.codes = static_cast<const int8_t*>(p.exp_avg) + e;
-      s.exp_avg = buffers.momentum + done;
-    } else if (p.scales != nullptr) {
-      s.exp_avg = buffers.momentum + done;
-    } else {
-      s.exp_avg = static_cast<float*>(p.exp_avg) + e;
-    }
+    s.exp_avg = buffers.momentum + done;
+    s.w = buffers.w + done;
     run(s, e, done);
     done += s.size;
   }
 }
-
 template <class Run>
-void for_each_block(const Blocks& blocks, int64_t task, const Run& run) {
-  const int64_t begin = task * kBlocksPerTask;
-  const int64_t end =
-      begin + kBlocksPerTask < blocks.count() ? begin + kBlocksPerTask : blocks.count();
-  // Divisions once a task, not once a block.
-  int64_t slice = begin / blocks.per_slice, in_slice = begin % blocks.per_slice;
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t done = in_slice * blocks.size;
-    const int64_t rest = blocks.slice_len - done;
-    run(block, slice * blocks.slice_len + done,
-        static_cast<int>(rest < blocks.size ? rest : blocks.size));
-    if (++in_slice == blocks.per_slice) {
-      in_slice = 0;
-      ++slice;
-    }
-  }
+void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffers,
+                      const Piece& piece, const Run& run) {
+  for_each_segment(p, factors, buffers, piece, 0, piece.size, run);
 }
 
-// --- coarse codes -----------------------------------------------------------------------------
+// --- passes over a piece ----------------------------------------------------------------------
 
-// Fills `buffers` with w and the new momentum of a block; returns the largest to be encoded.
-float coarse_momentum_of_block(const Parameter& p, const StepConstants& constants,
-                               const Factors& factors, Buffers& buffers, int64_t block,
-                               int64_t first, int size) {
+// Makes w and the new momentum, in `buffers`; with `stores`, momentum and second moment that are
+// not coded go where they belong.
+void new_momentum(const Parameter& p, const StepConstants& constants, const Factors& factors,
+                  const Piece& piece, bool stores, Buffers& buffers, ToEncode* blocks) {
   const Kernels& table = kernels();
-  const auto momentum =
-      (p.exp_avg_sq ? table.coarse_momentum_unfactored : table.coarse_momentum)[p.grad_dtype];
-  coarse_code(p).decode(packed_codes(p, first), 0, scales_of(p, block), constants.beta1, size,
-                        buffers.momentum);
-  float largest = 0.0f;
-  for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t, int done) {
-    largest = std::max(largest, momentum(constants, {s, buffers.step + done, buffers.kept + done}));
-  });
-  return largest;
-}
-
-// A block is encoded before it is applied: the update needs to know what the code holds.
-void apply_coarse_blocks(const Parameter& p, const StepConstants& constants, const Factors& factors,
-                         int64_t task) {
-  const Kernels& table = kernels();
-  const auto apply = (p.exp_avg_sq ? table.coarse_apply_unfactored
-                                   : table.coarse_apply)[p.param_dtype][p.grad_dtype];
-  const bool draws = constants.stochastic && p.param_dtype != kFloat32;
-  Buffers buffers;
-  for_each_block(Blocks(p), task, [&](int64_t block, int64_t first, int size) {
-    const float largest =
-        coarse_momentum_of_block(p, constants, factors, buffers, block, first, size);
-    coarse_code(p).encode(buffers.kept, largest, size, packed_codes(p, first), scales_of(p, block));
-    const uint16_t* random =
-        draws ? table.random_bits(constants, p.offset + static_cast<uint64_t>(first), size,
-                                  buffers.random)
-              : nullptr;
-    for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t e, int done) {
-      s.param = p.param.read(e, s.size, buffers.param);
-      s.random = random ? random + done : nullptr;
-      apply(constants, {s, buffers.step + done, buffers.kept + done});
-      p.param.write(e, s.size, s.param);
+  const bool decoded = p.scales != nullptr, coded = Blocks::coded(p),
+             full = p.exp_avg_sq != nullptr;
+  const Kernels::Momentum momentum =
+      (decoded ? (full ? table.momentum_decoded_unfactored : table.momentum_decoded)
+       : coded ? (full ? table.momentum8_unfactored : table.momentum8)
+               : (full ? table.momentum32_unfactored : table.momentum32))[p.grad_dtype];
+  if (decoded) {
+    for_each_block(piece, [&](int64_t block, int64_t first, int done, int size) {
+      coarse_code(p).decode(packed_codes(p, first), 0, scales_of(p, block), constants.beta1, size,
+                            buffers.momentum + done);
     });
+  }
+  for_each_segment(p, factors, buffers, piece, [&](Segment& s, int64_t e, int done) {
+    const int64_t block = done / piece.block_size;
+    s.grad = p.grad.read(e, s.size, buffers.grad + done * p.grad.itemsize());
+    s.decay = decoded ? 1.0f : constants.beta1;
+    if (decoded) {
+      s.old_exp_avg = s.exp_avg;
+    } else if (coded) {
+      s.old_exp_avg = static_cast<const int8_t*>(p.exp_avg) + e;
+      s.absmax = p.absmax + piece.block + block;
+    } else {
+      s.old_exp_avg = static_cast<float*>(p.exp_avg) + e;
+      if (stores) s.exp_avg = static_cast<float*>(p.exp_avg) + e;
+    }
+    if (stores && full) s.new_exp_avg_sq = p.exp_avg_sq + e;
+    momentum(constants, s, blocks + block);
+  });
+}
+
+// Codes the new momentum, and fills `buffers` with what the codes hold of it.
+void encode_coarse(const Parameter& p, const Factors& factors, const Piece& piece,
+                   const ToEncode* blocks, Buffers& buffers) {
+  const Kernels& table = kernels();
+  for_each_block(piece, [&](int64_t block, int64_t first, int done, int size) {
+    const float* x = buffers.momentum + done;
+    float* kept = buffers.kept + done;
+    float largest = blocks->largest;
+    if (blocks->decays) {
+      for_each_segment(
+          p, factors, buffers, piece, done, done + size,
+          [&](Segment& s, int64_t, int at) { table.forget[p.grad_dtype](s, buffers.kept + at); });
+      x = kept;
+      largest = table.largest_magnitude(kept, size);
+    }
+    coarse_code(p).encode(x, largest, size, packed_codes(p, first), scales_of(p, block), kept);
+    ++blocks;
+  });
+}
+
+void encode(const Parameter& p, const Factors& factors, const Piece& piece, const ToEncode* blocks,
+            Buffers& buffers) {
+  const Kernels& table = kernels();
+  for_each_block(piece, [&](int64_t block, int64_t first, int done, int size) {
+    if (blocks->decays) {
+      for_each_segment(p, factors, buffers, piece, done, done + size,
+                       [&](Segment& s, int64_t, int at) {
+                         table.steps[p.grad_dtype](s, buffers.step + at - done);
+                       });
+    }
+    p.absmax[block] = table.encode(buffers.momentum + done, blocks->decays ? buffers.step : nullptr,
+                                   blocks->largest, size, static_cast<int8_t*>(p.exp_avg) + first);
+    ++blocks;
   });
 }
 
@@ -123,71 +171,38 @@ void apply_coarse_blocks(const Parameter& p, const StepConstants& constants, con
 
 void apply_blocks(const Parameter& p, const StepConstants& constants, const Factors& factors,
                   int64_t task) {
-  if (p.scales != nullptr) return apply_coarse_blocks(p, constants, factors, task);
   const Kernels& table = kernels();
-  const auto& of_dtype = p.exp_avg_sq
-                             ? (p.absmax ? table.apply8_unfactored : table.apply32_unfactored)
-                             : (p.absmax ? table.apply8 : table.apply32);
-  const auto apply = of_dtype[p.param_dtype][p.grad_dtype];
+  const auto apply = (p.exp_avg_sq ? table.apply_unfactored : table.apply)[p.param_dtype];
   const bool draws = constants.stochastic && p.param_dtype != kFloat32;
-  // A block is encoded after the next one has been applied: the processor then has work while the
-  // largest magnitude of the first is on its way to become a scale.
-  Buffers both[2];
-  Buffers* buffers = both;
-  Pending pending = {};
-  const auto encode_pending = [&] {
-    if (pending.buffers == nullptr) return;
-    p.absmax[pending.block] = table.encode(
-        pending.buffers->momentum, pending.applied.decays ? pending.buffers->step : nullptr,
-        pending.applied.largest, pending.size, static_cast<int8_t*>(p.exp_avg) + pending.first);
-  };
-  for_each_block(Blocks(p), task, [&](int64_t block, int64_t first, int size) {
+  Buffers buffers;
+  for_each_piece(p, task, [&](const Piece& piece) {
+    const uint64_t element = p.offset + static_cast<uint64_t>(piece.first);
     const uint16_t* random =
-        draws ? table.random_bits(constants, p.offset + static_cast<uint64_t>(first), size,
-                                  buffers->random)
-              : nullptr;
-    Applied block_applied = {};
-    for_each_segment(p, factors, *buffers, first, size, [&](Segment& s, int64_t e, int done) {
-      s.param = p.param.read(e, s.size, buffers->param);
-      s.absmax = p.absmax ? p.absmax[block] * constants.beta1 : 0.0f;
+        draws ? table.random_bits(constants, element, piece.size, buffers.random) : nullptr;
+    ToEncode blocks[kPiece / kCoarseBlock] = {};
+    new_momentum(p, constants, factors, piece, true, buffers, blocks);
+    // The update spends what a coarse code forgets.
+    if (p.scales != nullptr) encode_coarse(p, factors, piece, blocks, buffers);
+    for_each_segment(p, factors, buffers, piece, [&](Segment& s, int64_t e, int done) {
+      if (!Blocks::coded(p)) s.exp_avg = static_cast<float*>(p.exp_avg) + e;
+      s.param = p.param.read(e, s.size, buffers.param);
+      s.kept = p.scales ? buffers.kept + done : nullptr;
       s.random = random ? random + done : nullptr;
-      const Applied applied = apply(constants, s);
-      block_applied.largest = std::max(block_applied.largest, applied.largest);
-      block_applied.decays |= applied.decays;
+      apply(constants, s);
       p.param.write(e, s.size, s.param);
     });
-    if (p.absmax == nullptr) return;
-    if (block_applied.decays) {
-      for_each_segment(p, factors, *buffers, first, size, [&](Segment& s, int64_t, int done) {
-        table.steps[p.grad_dtype](s, buffers->step + done);
-      });
-    }
-    encode_pending();
-    pending = {buffers, block, first, size, block_applied};
-    buffers = buffers == both ? both + 1 : both;
+    if (p.absmax != nullptr) encode(p, factors, piece, blocks, buffers);
   });
-  encode_pending();
 }
 
 int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const Factors& factors,
                        int64_t task) {
-  const Kernels& table = kernels();
-  const auto& of_dtype = p.exp_avg_sq
-                             ? (p.absmax ? table.agreeing8_unfactored : table.agreeing32_unfactored)
-                             : (p.absmax ? table.agreeing8 : table.agreeing32);
-  const auto agreeing = of_dtype[p.grad_dtype];
   Buffers buffers;
   int64_t total = 0;
-  for_each_block(Blocks(p), task, [&](int64_t block, int64_t first, int size) {
-    if (p.scales != nullptr) {
-      coarse_momentum_of_block(p, constants, factors, buffers, block, first, size);
-      total += table.coarse_agreeing(buffers.step, buffers.momentum, size);
-      return;
-    }
-    for_each_segment(p, factors, buffers, first, size, [&](Segment& s, int64_t, int) {
-      s.absmax = p.absmax ? p.absmax[block] * constants.beta1 : 0.0f;
-      total += agreeing(constants, s);
-    });
+  for_each_piece(p, task, [&](const Piece& piece) {
+    ToEncode blocks[kPiece / kCoarseBlock] = {};
+    new_momentum(p, constants, factors, piece, false, buffers, blocks);
+    total += kernels().agreeing(buffers.w, buffers.momentum, piece.size);
   });
   return total;
 }
@@ -196,9 +211,10 @@ void quantize(const float* x, int64_t slices, int64_t slice_len, int8_t* codes, 
   const Blocks blocks(slices, slice_len, kBlockSize);
   const Kernels& table = kernels();
   for_each_task(blocks.tasks(), thread_count(), [&](int64_t task, int64_t) {
-    for_each_block(blocks, task, [&](int64_t block, int64_t first, int size) {
-      const float largest = table.largest_magnitude(x + first, size);
-      absmax[block] = table.encode(x + first, nullptr, largest, size, codes + first);
+    for_each_piece(blocks, 1, task, [&](const Piece& piece) {
+      const float* values = x + piece.first;
+      const float largest = table.largest_magnitude(values, piece.size);
+      absmax[piece.block] = table.encode(values, nullptr, largest, piece.size, codes + piece.first);
     });
   });
 }
@@ -208,8 +224,8 @@ void dequantize(const int8_t* codes, const float* absmax, int64_t slices, int64_
   const Blocks blocks(slices, slice_len, kBlockSize);
   const auto decode = kernels().decode;
   for_each_task(blocks.tasks(), thread_count(), [&](int64_t task, int64_t) {
-    for_each_block(blocks, task, [&](int64_t block, int64_t first, int size) {
-      decode(codes + first, absmax[block], size, x + first);
+    for_each_piece(blocks, 1, task, [&](const Piece& piece) {
+      decode(codes + piece.first, absmax[piece.block], piece.size, x + piece.first);
     });
   });
 }

@@ -10,6 +10,7 @@ namespace came8bit {
 
 constexpr int kLanes = 16;
 constexpr int kChunk = 1024;  // columns of a tile; lane sums are formed per chunk
+constexpr int kPiece = 1024;  // elements that sweep C takes through its passes together
 constexpr int kDraw = 64;     // elements whose random bits are drawn together
 constexpr int kGroup = 4;     // rows whose column sums are added as (x0 + x1) + (x2 + x3)
 
@@ -45,39 +46,36 @@ struct StepConstants : StepSettings {
   uint32_t index, step;
 };
 
-// At most kBlockSize consecutive elements of one row.
+// At most kPiece consecutive elements of one row. Blocks of the code begin where it begins; a block
+// that goes on in the next row is in several segments.
 struct Segment {
   void* param;
   const void* grad;
-  int size;
+  int size, block_size;
   float row_gain, update_row;  // factored; row factor of u times gain
-  const float* col_factor;
-  const float* update_col;
-  float* exp_avg_sq;    // unfactored
-  const int8_t* codes;  // 8-bit: codes, and the absmax they were made with times beta1
-  float absmax;
-  float* exp_avg;          // fp32 momentum, read and written; 8-bit: new momentum, written
-  const uint16_t* random;  // nullptr where nothing is drawn
+  const float *col_factor, *update_col;
+  const float* exp_avg_sq;  // unfactored
+  float* new_exp_avg_sq;    // null where it is not to change
+  const void* old_exp_avg;  // 8-bit codes, or fp32
+  const float* absmax;      // of the blocks of 8-bit codes
+  float decay;              // what the old momentum is multiplied by
+  float *exp_avg, *w;       // the new momentum, and its part w
+  const float* kept;        // what the code holds of exp_avg, where that matters, or null
+  const uint16_t* random;   // null where nothing is drawn
 };
 
-// The same for coarse momentum, whose update needs to know what its code has kept. `exp_avg` holds
-// beta1 times the old momentum, then the new one.
-struct CoarseSegment : Segment {
-  float* w;     // written
-  float* kept;  // written: what is to be encoded; then what the code holds
-};
-
-// What the encoding of a segment has to know (8-bit momentum only).
-struct Applied {
+// What the encoding of a block has to know; zero at first.
+struct ToEncode {
   float largest;  // magnitude of the new momentum that is not NaN
   bool decays;    // whether some w is zero
 };
 
 // A coarse code of at most kCoarseBlock values. `encode` is given what `largest_magnitude` returns
-// and replaces x by what the codes stand for; `decode` leaves out the first `skip` codes and
-// multiplies scales by `factor`.
+// and writes what the codes stand for to `held`, which may be x; `decode` leaves out the first
+// `skip` codes and multiplies scales by `factor`.
 struct CoarseCode {
-  void (*encode)(float* x, float largest, int size, uint8_t* codes, uint16_t* scales);
+  void (*encode)(const float* x, float largest, int size, uint8_t* codes, uint16_t* scales,
+                 float* held);
   void (*decode)(const uint8_t* codes, int skip, const uint16_t* scales, float factor, int size,
                  float* x);
 };
@@ -87,28 +85,25 @@ struct Kernels {
   void (*instability8[kDtypes])(const InstabilityTile&);
   void (*instability32[kDtypes])(const InstabilityTile&);
 
-  // Index: parameter dtype, gradient dtype.
-  Applied (*apply8[kDtypes][kDtypes])(const StepConstants&, const Segment&);
-  Applied (*apply32[kDtypes][kDtypes])(const StepConstants&, const Segment&);
-  Applied (*apply8_unfactored[kDtypes][kDtypes])(const StepConstants&, const Segment&);
-  Applied (*apply32_unfactored[kDtypes][kDtypes])(const StepConstants&, const Segment&);
+  // The first pass of sweep C, from 8-bit codes, decoded momentum or fp32: w and the new momentum,
+  // and of blocks that are to be encoded what that needs. Index: gradient dtype.
+  typedef void (*Momentum)(const StepConstants&, const Segment&, ToEncode* blocks);
+  Momentum momentum8[kDtypes], momentum_decoded[kDtypes], momentum32[kDtypes];
+  Momentum momentum8_unfactored[kDtypes], momentum_decoded_unfactored[kDtypes],
+      momentum32_unfactored[kDtypes];
 
-  // Index: gradient dtype. Writes kDecayStep where w is zero, else kNearestStep.
+  // The update from them. Index: parameter dtype.
+  void (*apply[kDtypes])(const StepConstants&, const Segment&);
+  void (*apply_unfactored[kDtypes])(const StepConstants&, const Segment&);
+
+  // Where a block decays. `steps` writes kDecayStep where the update is zero, else kNearestStep;
+  // `forget` the new momentum, or zero there. Index: gradient dtype.
   void (*steps[kDtypes])(const Segment&, float* step);
+  void (*forget[kDtypes])(const Segment&, float* kept);
 
-  // Index: gradient dtype. How many elements the cautious mask keeps.
-  int (*agreeing8[kDtypes])(const StepConstants&, const Segment&);
-  int (*agreeing32[kDtypes])(const StepConstants&, const Segment&);
-  int (*agreeing8_unfactored[kDtypes])(const StepConstants&, const Segment&);
-  int (*agreeing32_unfactored[kDtypes])(const StepConstants&, const Segment&);
+  // How many elements the cautious mask keeps.
+  int (*agreeing)(const float* w, const float* m, int size);
 
-  // Coarse codes: w and the new momentum; returns its largest magnitude, as `largest_magnitude`
-  // does. Index: gradient dtype. Then the update from them; index: parameter and gradient dtype.
-  float (*coarse_momentum[kDtypes])(const StepConstants&, const CoarseSegment&);
-  float (*coarse_momentum_unfactored[kDtypes])(const StepConstants&, const CoarseSegment&);
-  void (*coarse_apply[kDtypes][kDtypes])(const StepConstants&, const CoarseSegment&);
-  void (*coarse_apply_unfactored[kDtypes][kDtypes])(const StepConstants&, const CoarseSegment&);
-  int (*coarse_agreeing)(const float* w, const float* m, int size);
   CoarseCode code4, code2;
 
   // Lane sum of at most kChunk values of g*g, and of u*u for a full second moment.
@@ -116,8 +111,8 @@ struct Kernels {
   float (*sum_u2[kDtypes])(const StepConstants&, const void* grad, const float* exp_avg_sq,
                            int size);
 
-  // 16 random bits for each of `size` <= kBlockSize elements from row-major index `element` on.
-  // Returns where in `buffer`, which holds kBlockSize + kDraw values, the first one is.
+  // 16 random bits for each of `size` <= kPiece elements from row-major index `element` on. Returns
+  // where in `buffer`, which holds kPiece + kDraw values, the first one is.
   const uint16_t* (*random_bits)(const StepConstants&, uint64_t element, int size,
                                  uint16_t* buffer);
 

@@ -13,11 +13,14 @@ struct Parameter : ParamArguments {
   StridedRuns param, grad;
 };
 
-// The byte with the packed code of element `e`; a slice takes whole bytes.
-inline uint8_t* packed_codes(const Parameter& p, int64_t e) {
-  const int64_t slice = e / p.slice_len, in_slice = e - slice * p.slice_len;
+// The byte with a packed code; a slice takes whole bytes.
+inline uint8_t* packed_codes(const Parameter& p, int64_t slice, int64_t in_slice) {
   return static_cast<uint8_t*>(p.exp_avg) + slice * bytes_of_slice(p.slice_len, p.bits) +
          in_slice * p.bits / 8;
+}
+inline uint8_t* packed_codes(const Parameter& p, int64_t e) {
+  const int64_t slice = e / p.slice_len;
+  return packed_codes(p, slice, e - slice * p.slice_len);
 }
 
 inline const CoarseCode& coarse_code(const Parameter& p) {

@@ -60,20 +60,28 @@ void gather_momentum(const Parameter& p, int64_t first, int rows, int cols, Grou
   const Kernels& table = kernels();
   const int64_t block_size = p.scales ? kCoarseBlock : kBlockSize;
   for (int i = 0; i < rows; ++i) {
-    for (int done = 0; done < cols;) {
-      const int64_t e = first + i * p.k + done;
-      const int64_t in_slice = e % p.slice_len;
-      const int64_t block = e / p.slice_len * p.blocks_per_slice + in_slice / block_size;
-      const int64_t to_end = std::min(block_size - in_slice % block_size, p.slice_len - in_slice);
-      const int size = static_cast<int>(std::min<int64_t>(to_end, cols - done));
-      float* out = buffer.value + i * kChunk + done;
+    float* out = buffer.value + i * kChunk;
+    int64_t e = first + i * p.k;
+    int64_t slice = e / p.slice_len, in_slice = e % p.slice_len;
+    for (const int64_t end = e + cols; e < end;) {
+      const int64_t of_slice = in_slice / block_size, in_block = in_slice % block_size;
+      const int64_t block = slice * p.blocks_per_slice + of_slice;
+      const int size =
+          static_cast<int>(std::min({block_size - in_block, p.slice_len - in_slice, end - e}));
       if (p.scales != nullptr) {
-        coarse_code(p).decode(packed_codes(p, e), static_cast<int>(in_slice % (8 / p.bits)),
-                              scales_of(p, block), 1.0f, size, out);
+        coarse_code(p).decode(packed_codes(p, slice, in_slice),
+                              static_cast<int>(in_slice % (8 / p.bits)), scales_of(p, block), 1.0f,
+                              size, out);
       } else {
         table.decode(static_cast<const int8_t*>(p.exp_avg) + e, p.absmax[block], size, out);
       }
-      done += size;
+      out += size;
+      e += size;
+      in_slice += size;
+      if (in_slice == p.slice_len) {
+        in_slice = 0;
+        ++slice;
+      }
     }
   }
 }

@@ -1,4 +1,4 @@
-// Sweep C: momentum, update and rounding.
+// Sweep C: momentum, update and rounding, as passes over a piece of a row.
 #pragma once
 
 #include "codec.h"
@@ -7,54 +7,190 @@ namespace came8bit {
 namespace CAME8BIT_ISA {
 namespace {
 
-// Constants of a step, broadcast.
-struct Broadcast {
-  F gain, beta1, shrink, beta2, one_minus_beta2, eps1, sign, correction2, scale;
-  explicit CAME8BIT_INLINE Broadcast(const StepConstants& c)
-      : gain(c.gain),
-        beta1(c.beta1),
-        shrink(c.shrink),
-        beta2(c.beta2),
-        one_minus_beta2(c.one_minus_beta2),
-        eps1(c.eps1),
-        sign(c.sign()),
-        correction2(c.correction2),
-        scale(c.scale) {}
-};
+// How many elements ahead sweep C asks for memory.
+constexpr int kAhead = 1536;
 
-CAME8BIT_INLINE F full_second_moment(F g, F old, const Broadcast& c) {
-  return ema(old, c.beta2, g * g + c.eps1, c.one_minus_beta2);
+template <class G>
+CAME8BIT_INLINE F full_second_moment(const StepConstants& c, const G* grad, const float* exp_avg_sq,
+                                     int size) {
+  const F g = load_some(grad, size);
+  return ema(load_some(exp_avg_sq, size), F(c.beta2), g * g + F(c.eps1), F(c.one_minus_beta2));
 }
 
 template <class G>
-float sum_u2(const StepConstants& constants, const void* grad, const float* exp_avg_sq, int size) {
-  const Broadcast c(constants);
+float sum_u2(const StepConstants& c, const void* grad, const float* exp_avg_sq, int size) {
   const G* gradient = static_cast<const G*>(grad);
   return chunked_sum(size, [&](int64_t j, int some) CAME8BIT_LAMBDA {
+    const F v = full_second_moment(c, gradient + j, exp_avg_sq + j, some);
     const F g = load_some(gradient + j, some);
-    const F v = full_second_moment(g, load_some(exp_avg_sq + j, some), c);
-    const F u = precondition_unfactored(g, v, c.sign, c.correction2);
+    const F u = precondition_unfactored(g, v, F(c.sign()), F(c.correction2));
     return u * u;
   });
 }
 
-// w and m_t of the lanes at `j`; for a full second moment also its new value.
-template <class G, bool is8bit, bool factored>
-CAME8BIT_INLINE void load_update(const Broadcast& c, const Segment& s, F row_gain, F absmax, int j,
-                                 int size, F& w, F& m_t, F& v) {
-  const F g = load_some(static_cast<const G*>(s.grad) + j, size);
-  if constexpr (factored) {
-    w = precondition(g, row_gain, load_some(s.col_factor + j, size));
-  } else {
-    v = full_second_moment(g, load_some(s.exp_avg_sq + j, size), c);
-    w = precondition_unfactored(g, v, c.sign, c.correction2) * c.gain;
-  }
-  if constexpr (is8bit) {
-    m_t = momentum(decode_lanes(load_some(s.codes + j, size), absmax), w);
-  } else {
-    m_t = momentum(load_some(s.exp_avg + j, size) * c.beta1, w);
+// w and the new momentum. MT is the old one as it is given: int8_t or float.
+template <class G, class MT, bool coded, bool factored>
+void momentum(const StepConstants& c, const Segment& s, ToEncode* blocks) {
+  // Copies, which the stores below cannot alias.
+  const G* const grad = static_cast<const G*>(s.grad);
+  const MT* const old = static_cast<const MT*>(s.old_exp_avg);
+  const float* const col_factor = s.col_factor;
+  float *const exp_avg = s.exp_avg, *const new_w = s.w;
+  const F row_gain(s.row_gain), zero(0.0f);
+  for (int begin = 0, block = 0; begin < s.size; begin += s.block_size, ++block) {
+    const int size = s.size - begin < s.block_size ? s.size - begin : s.block_size;
+    F largest(0.0f);
+    M none = zero < zero;
+    with_momentum(old + begin, s.absmax + block, s.decay, size, [&](auto decayed) CAME8BIT_LAMBDA {
+      for_lanes(size, [&](int in_block, int some) CAME8BIT_LAMBDA {
+        const int j = begin + in_block;
+        prefetch(grad + j + kAhead);
+        if (sizeof(MT) == 1 && j % kLine == 0) prefetch(old + j + kAhead);
+        const F g = load_some(grad + j, some);
+        F w;
+        if constexpr (factored) {
+          w = precondition(g, row_gain, load_some(col_factor + j, some));
+        } else {
+          const F v = full_second_moment(c, grad + j, s.exp_avg_sq + j, some);
+          if (s.new_exp_avg_sq != nullptr) store_some(s.new_exp_avg_sq + j, v, some);
+          w = precondition_unfactored(g, v, F(c.sign()), F(c.correction2)) * F(c.gain);
+        }
+        const F m_t = came8bit::momentum(decayed(in_block, some), w);
+        store_some(new_w + j, w, some);
+        store_some(exp_avg + j, m_t, some);
+        if constexpr (coded) {
+          // Lanes past the end hold zeros, or NaN, which is larger than nothing.
+          largest = larger(abs(m_t), largest);
+          const M zeros = (factored ? w : g) == zero;
+          if (some == kLanes) {
+            none = none | zeros;
+          } else if (count(zeros) > kLanes - some) {
+            none = zeros;
+          }
+        }
+      });
+    });
+    if constexpr (coded) {
+      const float lane = largest_lane(largest);
+      blocks[block].largest = lane > blocks[block].largest ? lane : blocks[block].largest;
+      blocks[block].decays |= any(none);
+    }
   }
 }
+
+// Where the update is exactly zero: with a full second moment the gradient itself decides.
+template <class G>
+CAME8BIT_INLINE M stands_still(const Segment& s, int j, int size) {
+  const F zero(0.0f);
+  if (s.col_factor != nullptr) return load_some(s.w + j, size) == zero;
+  return load_some(static_cast<const G*>(s.grad) + j, size) == zero;
+}
+
+template <class G>
+void steps(const Segment& s, float* step) {
+  for_lanes(s.size, [&](int j, int some) CAME8BIT_LAMBDA {
+    const F to_next = select(stands_still<G>(s, j, some), F(kDecayStep), F(kNearestStep));
+    store_some(step + j, to_next, some);
+  });
+}
+
+template <class G>
+void forget(const Segment& s, float* kept) {
+  for_lanes(s.size, [&](int j, int some) CAME8BIT_LAMBDA {
+    const F m_t = load_some(s.exp_avg + j, some);
+    store_some(kept + j, select(stands_still<G>(s, j, some), F(0.0f), m_t), some);
+  });
+}
+
+int agreeing(const float* w, const float* m, int size) {
+  int total = 0;
+  // Lanes past the end are zero and never counted.
+  for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
+    total += count(agrees(load_some(m + j, some), load_some(w + j, some)));
+  });
+  return total;
+}
+
+CAME8BIT_INLINE void store_param(float* p, F value, const uint16_t*, int size) {
+  store_some(p, value, size);
+}
+CAME8BIT_INLINE void store_param(Bf16* p, F value, const uint16_t* random, int size) {
+  const I pattern = bits(value);
+  if (random == nullptr && !any(beyond_bf16(pattern))) {
+    store_some(p, pattern + to_nearest_bf16(pattern), size);
+    return;
+  }
+  const I drawn = random != nullptr ? load_some(random, size) : I(0);
+  store_some(p, round_bf16(value, drawn, random != nullptr), size);
+}
+CAME8BIT_INLINE void store_param(Half* p, F value, const uint16_t* random, int size) {
+  store_some(p, random ? round_fp16(value, load_some(random, size)) : value, size);
+}
+
+// `options` says what the parameter's options are, as numbers known when compiling or as variables.
+template <class P, bool factored, class Options>
+CAME8BIT_INLINE void apply_as(const StepConstants& c, const Segment& s, Options options) {
+  P* const param = static_cast<P*>(s.param);
+  const float *const exp_avg = s.exp_avg, *const new_w = s.w, *const kept = s.kept;
+  const float* const update_col = s.update_col;
+  const uint16_t* const random = s.random;
+  const F beta1(c.beta1), spent(c.spent), shrink(c.shrink), scale(c.scale), row(s.update_row);
+  for_lanes(s.size, [&](int j, int some) CAME8BIT_LAMBDA {
+    prefetch(param + j + kAhead);
+    const F m_t = load_some(exp_avg + j, some), w = load_some(new_w + j, some);
+    F direction = options.nesterov() ? look_ahead(m_t, w, beta1) : m_t;
+    if (options.spends()) direction = spend(direction, m_t, load_some(kept + j, some), spent);
+    F update;
+    if constexpr (factored) {
+      update = precondition(direction, row, load_some(update_col + j, some));
+    } else {
+      update = direction * scale;
+    }
+    if (options.cautious()) update = select(agrees(m_t, w), update, F(0.0f));
+    store_param(param + j, decay_and_apply(load_some(param + j, some), shrink, update),
+                options.draws() ? random + j : nullptr, some);
+  });
+}
+
+template <bool nesterov_, bool draws_, bool spends_>
+struct Usual {
+  static constexpr bool nesterov() { return nesterov_; }
+  static constexpr bool spends() { return spends_; }
+  static constexpr bool cautious() { return false; }
+  static constexpr bool draws() { return draws_; }
+};
+struct Any {
+  bool nesterov_, spends_, cautious_, draws_;
+  bool nesterov() const { return nesterov_; }
+  bool spends() const { return spends_; }
+  bool cautious() const { return cautious_; }
+  bool draws() const { return draws_; }
+};
+
+template <class P, bool factored, bool spends>
+CAME8BIT_INLINE void apply_usual(const StepConstants& c, const Segment& s) {
+  if (c.nesterov) {
+    s.random != nullptr ? apply_as<P, factored>(c, s, Usual<true, true, spends>())
+                        : apply_as<P, factored>(c, s, Usual<true, false, spends>());
+  } else {
+    s.random != nullptr ? apply_as<P, factored>(c, s, Usual<false, true, spends>())
+                        : apply_as<P, factored>(c, s, Usual<false, false, spends>());
+  }
+}
+
+template <class P, bool factored>
+void apply(const StepConstants& c, const Segment& s) {
+  if (c.cautious || !factored) {
+    apply_as<P, factored>(c, s,
+                          Any{c.nesterov, s.kept != nullptr, c.cautious, s.random != nullptr});
+  } else if (s.kept != nullptr) {
+    apply_usual<P, factored, true>(c, s);
+  } else {
+    apply_usual<P, factored, false>(c, s);
+  }
+}
+
+// --- random bits ------------------------------------------------------------------------------
 
 const uint16_t* random_bits(const StepConstants& c, uint64_t element, int size, uint16_t* buffer) {
   const uint64_t first = element / kDraw * 8;
@@ -67,88 +203,6 @@ const uint16_t* random_bits(const StepConstants& c, uint64_t element, int size, 
     store_words(out, c0, c1, c2, c3);
   }
   return buffer + (element - first * 8);
-}
-
-CAME8BIT_INLINE void store_param(float* p, F value, const uint16_t*, int size) {
-  store_some(p, value, size);
-}
-CAME8BIT_INLINE void store_param(Bf16* p, F value, const uint16_t* random, int size) {
-  const I bits = random ? load_some(random, size) : I(0);
-  store_some(p, round_bf16(value, bits, random != nullptr), size);
-}
-CAME8BIT_INLINE void store_param(Half* p, F value, const uint16_t* random, int size) {
-  store_some(p, random ? round_fp16(value, load_some(random, size)) : value, size);
-}
-
-// How many elements ahead sweep C asks for memory; while a block is encoded no load is under way.
-constexpr int kAhead = 1536;
-
-template <class P, class G, bool is8bit, bool factored>
-Applied apply(const StepConstants& constants, const Segment& segment) {
-  const Segment s = segment;  // a copy of its own: the stores below cannot alias it
-  const bool cautious = constants.cautious, nesterov = constants.nesterov;
-  const Broadcast c(constants);
-  const F row_gain(s.row_gain), update_row(s.update_row), absmax(s.absmax);
-  F largest(0.0f);
-  M zero_w = F(0.0f) < F(0.0f);
-  const auto lanes = [&](int j, int size) CAME8BIT_LAMBDA {
-    prefetch(static_cast<const G*>(s.grad) + j + kAhead);
-    prefetch(static_cast<const P*>(s.param) + j + kAhead);
-    if (is8bit && j % kLine == 0) prefetch(s.codes + j + kAhead);
-    F w, m_t, v;
-    load_update<G, is8bit, factored>(c, s, row_gain, absmax, j, size, w, m_t, v);
-    const F direction = nesterov ? look_ahead(m_t, w, c.beta1) : m_t;
-    F update;
-    if constexpr (factored) {
-      update = precondition(direction, update_row, load_some(s.update_col + j, size));
-    } else {
-      update = direction * c.scale;
-      store_some(s.exp_avg_sq + j, v, size);
-    }
-    if (cautious) update = select(agrees(m_t, w), update, F(0.0f));
-    P* p = static_cast<P*>(s.param) + j;
-    store_param(p, decay_and_apply(load_some(p, size), c.shrink, update),
-                s.random ? s.random + j : nullptr, size);
-    store_some(s.exp_avg + j, m_t, size);
-    if constexpr (is8bit) {
-      largest = larger(abs(m_t), largest);
-      zero_w = zero_w | (w == F(0.0f));
-    }
-  };
-  int j = 0;
-  for (; j + kLanes <= s.size; j += kLanes) lanes(j, kLanes);
-  // Lanes past the end hold zeros in every input: m_t is not the largest there, and a zero w only
-  // makes `steps` have a look.
-  if (j < s.size) lanes(j, s.size - j);
-  if constexpr (!is8bit) return {};
-  return {largest_lane(largest), any(zero_w)};
-}
-
-template <class G>
-void steps(const Segment& s, float* step) {
-  const F row_gain(s.row_gain), zero(0.0f);
-  for (int j = 0; j < s.size; j += kLanes) {
-    const int size = s.size - j < kLanes ? s.size - j : kLanes;
-    F w = load_some(static_cast<const G*>(s.grad) + j, size);
-    // With a full second moment the gradient itself decides.
-    if (s.col_factor) w = precondition(w, row_gain, load_some(s.col_factor + j, size));
-    store_some(step + j, select(w == zero, F(kDecayStep), F(kNearestStep)), size);
-  }
-}
-
-template <class G, bool is8bit, bool factored>
-int agreeing(const StepConstants& constants, const Segment& s) {
-  const Broadcast c(constants);
-  const F row_gain(s.row_gain), absmax(s.absmax);
-  int total = 0;
-  for (int j = 0; j < s.size; j += kLanes) {
-    const int size = s.size - j < kLanes ? s.size - j : kLanes;
-    F w, m_t, v;
-    load_update<G, is8bit, factored>(c, s, row_gain, absmax, j, size, w, m_t, v);
-    // Lanes past the end have w == 0 (or NaN) and are never counted.
-    total += count(agrees(m_t, w));
-  }
-  return total;
 }
 
 }  // namespace

@@ -1,73 +1,156 @@
-// Sweep C with coarse momentum: the update comes after the encoding, and spends what that forgets.
+// Coarse codes of the momentum, of 4 and 2 bits.
 #pragma once
 
-#include "apply.h"
+#include "codec.h"
 
 namespace came8bit {
 namespace CAME8BIT_ISA {
 namespace {
 
-template <class G, bool factored>
-float coarse_momentum(const StepConstants& constants, const CoarseSegment& segment) {
-  const CoarseSegment s = segment;
-  const Broadcast c(constants);
-  const F row_gain(s.row_gain), zero(0.0f);
-  F largest(0.0f);
-  for (int j = 0; j < s.size; j += kLanes) {
-    const int size = s.size - j < kLanes ? s.size - j : kLanes;
-    const F g = load_some(static_cast<const G*>(s.grad) + j, size);
-    F w;
-    if constexpr (factored) {
-      w = precondition(g, row_gain, load_some(s.col_factor + j, size));
-    } else {
-      const F v = full_second_moment(g, load_some(s.exp_avg_sq + j, size), c);
-      w = precondition_unfactored(g, v, c.sign, c.correction2) * c.gain;
-    }
-    const F m_t = momentum(load_some(s.exp_avg + j, size), w);
-    const F kept = select((factored ? w : g) == zero, zero, m_t);
-    store_some(s.w + j, w, size);
-    store_some(s.exp_avg + j, m_t, size);
-    store_some(s.kept + j, kept, size);
-    // Lanes past the end may hold NaN in `w`, which is larger than nothing.
-    largest = larger(abs(kept), largest);
+// Codes of `bits` bits as bytes, with room for what fills the last packed byte.
+typedef int8_t WideCodes[kCoarseBlock + 8];
+
+// The lowest `bits` bits of eight bytes, one behind the other.
+template <int bits>
+CAME8BIT_INLINE uint64_t squeezed(uint64_t x) {
+  if (bits == 4) {
+    x &= 0x0f0f0f0f0f0f0f0fu;
+    x = (x | x >> 4) & 0x00ff00ff00ff00ffu;
+    x = (x | x >> 8) & 0x0000ffff0000ffffu;
+    return x | x >> 16;
   }
-  return largest_lane(largest);
+  x &= 0x0303030303030303u;
+  x = (x | x >> 6) & 0x000f000f000f000fu;
+  x = (x | x >> 12) & 0x000000ff000000ffu;
+  return x | x >> 24;
 }
 
-template <class P, class G, bool factored>
-void coarse_apply(const StepConstants& constants, const CoarseSegment& segment) {
-  const CoarseSegment s = segment;
-  const Broadcast c(constants);
-  const F update_row(s.update_row), spent(constants.spent);
-  const bool cautious = constants.cautious, nesterov = constants.nesterov;
-  for (int j = 0; j < s.size; j += kLanes) {
-    const int size = s.size - j < kLanes ? s.size - j : kLanes;
-    const F w = load_some(s.w + j, size), m_t = load_some(s.exp_avg + j, size);
-    const F ahead = nesterov ? look_ahead(m_t, w, c.beta1) : m_t;
-    const F direction = spend(ahead, m_t, load_some(s.kept + j, size), spent);
-    F update;
-    if constexpr (factored) {
-      update = precondition(direction, update_row, load_some(s.update_col + j, size));
-    } else {
-      update = direction * c.scale;
-      const F g = load_some(static_cast<const G*>(s.grad) + j, size);
-      store_some(s.exp_avg_sq + j, full_second_moment(g, load_some(s.exp_avg_sq + j, size), c),
-                 size);
-    }
-    if (cautious) update = select(agrees(m_t, w), update, F(0.0f));
-    P* p = static_cast<P*>(s.param) + j;
-    store_param(p, decay_and_apply(load_some(p, size), c.shrink, update),
-                s.random ? s.random + j : nullptr, size);
+#if defined(__BYTE_ORDER__)
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first code is in the lowest bits");
+#endif
+
+template <int bits>
+CAME8BIT_INLINE void pack(WideCodes& wide, int size, uint8_t* codes) {
+  memset(wide + size, 0, 8);
+  const int bytes = (size * bits + 7) / 8;
+  // As many bytes as a code has bits hold eight codes.
+  const auto eight = [&](int i) CAME8BIT_LAMBDA {
+    uint64_t codes_of_eight;
+    memcpy(&codes_of_eight, wide + i * (8 / bits), sizeof codes_of_eight);
+    return squeezed<bits>(codes_of_eight);
+  };
+  int i = 0;
+  for (; i + bits <= bytes; i += bits) {
+    const uint64_t packed = eight(i);
+    memcpy(codes + i, &packed, bits);
+  }
+  if (i < bytes) {
+    const uint64_t packed = eight(i);
+    memcpy(codes + i, &packed, static_cast<size_t>(bytes - i));
   }
 }
 
-int coarse_agreeing(const float* w, const float* m, int size) {
-  int total = 0;
+// What each of the sixteen patterns of four bits stands for; of two bits, each four times.
+struct Levels4 {
+  alignas(64) float value[16];
+  explicit CAME8BIT_INLINE Levels4(float scale) {
+    alignas(64) const float number[16] = {0, 1, 2, 3, 4, 5, 6, 7, 0, -7, -6, -5, -4, -3, -2, -1};
+    store(value, came8bit::decode4(load(number), F(scale)));
+    value[kNanCode4 + 16] = NAN;
+  }
+};
+struct Levels2 {
+  alignas(64) float value[16];
+  CAME8BIT_INLINE Levels2(float low, float high) {
+    alignas(64) const float is_high[16] = {0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1};
+    alignas(64) const float sign[16] = {0, 0, -0.0f, -0.0f, 0, 0, -0.0f, -0.0f,
+                                        0, 0, -0.0f, -0.0f, 0, 0, -0.0f, -0.0f};
+    const F level = select(load(is_high) > F(0.0f), F(high), F(low));
+    store(value, from_bits(bits(level) ^ bits(load(sign))));
+  }
+};
+
+template <int bits>
+CAME8BIT_INLINE void decode_packed(const uint8_t* codes, int skip, const float (&value)[16],
+                                   int size, float* x) {
+  int j = 0;
+  for (; skip == 0 && j + kLanes <= size; j += kLanes) {
+    store(x + j, look_up(value, load_packed<bits>(codes + j * bits / 8)));
+  }
+  for (; j < size; ++j) {
+    const int at = (j + skip) * bits;
+    x[j] = value[codes[at / 8] >> at % 8 & ((1 << bits) - 1)];
+  }
+}
+
+void decode4(const uint8_t* codes, int skip, const uint16_t* scale, float factor, int size,
+             float* x) {
+  decode_packed<4>(codes, skip, Levels4(scale_of(*scale) * factor).value, size, x);
+}
+
+void encode4(const float* x, float largest, int size, uint8_t* codes, uint16_t* scale,
+             float* held) {
+  alignas(64) WideCodes wide;
+  const bool odd = largest < kTinyAbsmax || largest == INFINITY;
+  if (largest == INFINITY) largest = largest_finite(x, size);
+  odd ? encode_block<false, true>(x, nullptr, largest, kLargestSquare4, size, wide)
+      : encode_block<false, false>(x, nullptr, largest, kLargestSquare4, size, wide);
+  for (int i = 0; i < size; ++i) wide[i] = wide[i] < kNanCode4 ? kNanCode4 : wide[i];
+  *scale = scale_bits(largest < kSmallestAbsmax ? 0.0f : largest);
+  const Levels4 levels(scale_of(*scale));
+  for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
+    store_some(held + j, look_up(levels.value, load_some(wide + j, some)), some);
+  });
+  pack<4>(wide, size, codes);
+}
+
+void decode2(const uint8_t* codes, int skip, const uint16_t* scales, float factor, int size,
+             float* x) {
+  const Levels2 levels(scale_of(scales[0]) * factor, scale_of(scales[1]) * factor);
+  decode_packed<2>(codes, skip, levels.value, size, x);
+}
+
+void encode2(const float* x, float largest, int size, uint8_t* codes, uint16_t* scales,
+             float* held) {
+  if (largest == INFINITY) largest = largest_finite(x, size);
+  const Unit unit = unit_of_block(largest);
+  const F sizes(static_cast<float>(size)), zero(0.0f);
+  // Lanes past the end hold 0.
+  alignas(64) float whole[kCoarseBlock];
+  F sum(zero), above_sum(zero);
+  int not_zero = 0, above_count = 0;
   for (int j = 0; j < size; j += kLanes) {
-    const int some = size - j < kLanes ? size - j : kLanes;
-    total += count(agrees(load_some(m + j, some), load_some(w + j, some)));
+    const F value = abs(load_some(x + j, size - j));
+    const F magnitude = select(value < F(INFINITY), value, zero);
+    not_zero += count(magnitude > zero);
+    const F units = nearest_whole(magnitude * F(unit.inverse));
+    store(whole + j, units);
+    sum = sum + units;
   }
-  return total;
+  const float total = sum_lanes(sum);
+  for (int j = 0; j < size; j += kLanes) {
+    const F units = load(whole + j);
+    const M above = units * sizes > F(total);
+    above_count += count(above);
+    above_sum = above_sum + select(above, units, zero);
+  }
+  const Levels levels =
+      levels_of_block(total, static_cast<float>(size), sum_lanes(above_sum),
+                      static_cast<float>(above_count), not_zero < size, unit.unit);
+  scales[0] = scale_bits(levels.low);
+  scales[1] = scale_bits(levels.high);
+
+  alignas(64) WideCodes wide;
+  const F low(levels.low), high(levels.high);
+  for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
+    const M above = (load(whole + j) * sizes > F(total)) & (high > low);
+    const F level = select(above, high, low);
+    const M negative = (load_some(x + j, some) < zero) & (level > zero);
+    const I sign = select(negative, I(INT32_MIN), I(0));
+    store_some(wide + j, select(above, I(1), I(0)) | select(negative, I(2), I(0)), some);
+    store_some(held + j, from_bits(bits(level) | sign), some);
+  });
+  pack<2>(wide, size, codes);
 }
 
 }  // namespace

@@ -56,6 +56,9 @@ CAME8BIT_INLINE F abs(F x) {
 CAME8BIT_INLINE M operator<(F x, F y) {
   return {_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)};
 }
+CAME8BIT_INLINE M operator<=(F x, F y) {
+  return {_mm256_cmp_ps(x.a, y.a, _CMP_LE_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_LE_OQ)};
+}
 CAME8BIT_INLINE M operator>(F x, F y) {
   return {_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)};
 }
@@ -121,17 +124,18 @@ CAME8BIT_INLINE F to_float(I x) {
 CAME8BIT_INLINE I truncate(F x) {
   return {_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b)};
 }
-// x + 1 where m is false.
-CAME8BIT_INLINE F increment_unless(M m, F x) {
-  return select(m, x, x + F(1.0f));
+// x + 1 where m is true.
+CAME8BIT_INLINE I increment_if(M m, I x) {
+  return {_mm256_sub_epi32(x.a, _mm256_castps_si256(m.a)),
+          _mm256_sub_epi32(x.b, _mm256_castps_si256(m.b))};
+}
+// -x where `sign` is negative; 0 may stay or not where `sign` is 0. INT32_MIN stays.
+CAME8BIT_INLINE I with_sign(I x, F sign) {
+  return {_mm256_sign_epi32(x.a, _mm256_castps_si256(sign.a)),
+          _mm256_sign_epi32(x.b, _mm256_castps_si256(sign.b))};
 }
 CAME8BIT_INLINE bool any(M m) {
   return _mm256_movemask_ps(_mm256_or_ps(m.a, m.b)) != 0;
-}
-// Toward zero.
-CAME8BIT_INLINE F whole(F x) {
-  constexpr int kMode = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
-  return {_mm256_round_ps(x.a, kMode), _mm256_round_ps(x.b, kMode)};
 }
 // Square root of 0 ... 2^14 with an error below 0.05; NaN for NaN.
 CAME8BIT_INLINE F rough_root(F x) {
@@ -160,20 +164,36 @@ CAME8BIT_INLINE F load(const float* p) {
 CAME8BIT_INLINE I load(const uint16_t* p) {
   return {_mm256_cvtepu16_epi32(load_128(p)), _mm256_cvtepu16_epi32(load_128(p + 8))};
 }
+// Words to the upper halves of lanes: a load that doubles, and one shuffle within 128 bits.
+CAME8BIT_INLINE __m256 load_upper(const Bf16* p) {
+  const __m256i words = _mm256_broadcastsi128_si256(load_128(p));
+  const __m256i to_upper =
+      _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1,
+                       10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(words, to_upper));
+}
 CAME8BIT_INLINE F load(const Bf16* p) {
-  const I x = load(reinterpret_cast<const uint16_t*>(p));
-  return from_bits({_mm256_slli_epi32(x.a, 16), _mm256_slli_epi32(x.b, 16)});
+  return {load_upper(p), load_upper(p + 8)};
 }
 CAME8BIT_INLINE F load(const Half* p) {
   return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 8))};
 }
+// Twice from memory: of a register, sign extension takes two operations more.
+CAME8BIT_INLINE __m256i load_codes(const int8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
 CAME8BIT_INLINE I load(const int8_t* p) {
-  const __m128i x = load_128(p);
-  return {_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))};
+  return {load_codes(p), load_codes(p + 8)};
+}
+CAME8BIT_INLINE I load(const int32_t* p) {
+  return bits(load(reinterpret_cast<const float*>(p)));
 }
 CAME8BIT_INLINE void store(float* p, F x) {
   _mm256_storeu_ps(p, x.a);
   _mm256_storeu_ps(p + 8, x.b);
+}
+CAME8BIT_INLINE void store(int32_t* p, I x) {
+  store(reinterpret_cast<float*>(p), from_bits(x));
 }
 CAME8BIT_INLINE void store(Half* p, F x) {
   __m128i* out = reinterpret_cast<__m128i*>(p);
@@ -193,12 +213,38 @@ CAME8BIT_INLINE void store(int8_t* p, I x) {
       _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
+// Sixteen packed codes of `n` bits in the lowest bits of the lanes; above them is rubbish.
+template <int n>
+CAME8BIT_INLINE I load_packed(const uint8_t* p) {
+  int32_t words[2];
+  memcpy(words, p, 2 * n);
+  const __m256i lane = _mm256_setr_epi32(0, n, 2 * n, 3 * n, 4 * n, 5 * n, 6 * n, 7 * n);
+  const __m256i first = _mm256_set1_epi32(words[0]);
+  if (n == 4) {
+    return {_mm256_srlv_epi32(first, lane), _mm256_srlv_epi32(_mm256_set1_epi32(words[1]), lane)};
+  }
+  return {_mm256_srlv_epi32(first, lane),
+          _mm256_srlv_epi32(first, _mm256_add_epi32(lane, _mm256_set1_epi32(8 * n)))};
+}
+// Of sixteen values those that the lowest four bits of the lanes say.
+CAME8BIT_INLINE __m256 look_up(const float (&value)[16], __m256i index) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(value), index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(value + 8), index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+CAME8BIT_INLINE F look_up(const float (&value)[16], I index) {
+  return {look_up(value, index.a), look_up(value, index.b)};
+}
+// 32 codes. The packs work within 128 bits, and leave groups of four in the order 0 2 4 6 1 3 5 7.
+CAME8BIT_INLINE __m256i packed_codes(I a, I b) {
+  const __m256i words_a = _mm256_packs_epi32(a.a, a.b), words_b = _mm256_packs_epi32(b.a, b.b);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words_a, words_b), order);
+}
 // 64 codes; saturates.
 CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
-  store(p, a);
-  store(p + 16, b);
-  store(p + 32, c);
-  store(p + 48, d);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed_codes(a, b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), packed_codes(c, d));
 }
 // The counters that philox is given in its eight lanes, such that its words are stored in order.
 CAME8BIT_INLINE W consecutive(uint64_t first) {

@@ -60,6 +60,9 @@ CAME8BIT_INLINE F abs(F a) {
 CAME8BIT_INLINE M operator<(F a, F b) {
   return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
 }
+CAME8BIT_INLINE M operator<=(F a, F b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)};
+}
 CAME8BIT_INLINE M operator>(F a, F b) {
   return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)};
 }
@@ -121,17 +124,17 @@ CAME8BIT_INLINE F to_float(I a) {
 CAME8BIT_INLINE I truncate(F a) {
   return _mm512_cvttps_epi32(a.v);
 }
-// a + 1 where m is false.
-CAME8BIT_INLINE F increment_unless(M m, F a) {
-  const __mmask16 k = static_cast<__mmask16>(~m.v);
-  return _mm512_mask_add_ps(a.v, k, a.v, _mm512_set1_ps(1.0f));
+// a + 1 where m is true.
+CAME8BIT_INLINE I increment_if(M m, I a) {
+  return _mm512_mask_add_epi32(a.v, m.v, a.v, _mm512_set1_epi32(1));
+}
+// -a where `sign` is negative; 0 may stay or not where `sign` is 0. INT32_MIN stays.
+CAME8BIT_INLINE I with_sign(I a, F sign) {
+  const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(sign.v));
+  return _mm512_mask_sub_epi32(a.v, negative, _mm512_setzero_si512(), a.v);
 }
 CAME8BIT_INLINE bool any(M m) {
   return m.v != 0;
-}
-// Toward zero.
-CAME8BIT_INLINE F whole(F a) {
-  return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
 }
 // Square root of 0 ... 2^14 with an error below 0.05; NaN for NaN.
 CAME8BIT_INLINE F rough_root(F a) {
@@ -160,11 +163,17 @@ CAME8BIT_INLINE F load(const Half* p) {
 CAME8BIT_INLINE I load(const int8_t* p) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+CAME8BIT_INLINE I load(const int32_t* p) {
+  return _mm512_loadu_si512(p);
+}
 CAME8BIT_INLINE I load(const uint16_t* p) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 CAME8BIT_INLINE void store(float* p, F a) {
   _mm512_storeu_ps(p, a.v);
+}
+CAME8BIT_INLINE void store(int32_t* p, I a) {
+  _mm512_storeu_si512(p, a.v);
 }
 CAME8BIT_INLINE void store(Half* p, F a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
@@ -178,6 +187,23 @@ CAME8BIT_INLINE void store(Bf16* p, I a) {
 // Saturates.
 CAME8BIT_INLINE void store(int8_t* p, I a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
+}
+// Sixteen packed codes of `n` bits in the lowest bits of the lanes; above them is rubbish.
+template <int n>
+CAME8BIT_INLINE I load_packed(const uint8_t* p) {
+  int32_t words[2];
+  memcpy(words, p, 2 * n);
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i shift = _mm512_mullo_epi32(lane, _mm512_set1_epi32(n));
+  if (n == 4) {
+    const __m512i both = _mm512_mask_set1_epi32(_mm512_set1_epi32(words[0]), 0xff00, words[1]);
+    return _mm512_srlv_epi32(both, _mm512_and_si512(shift, _mm512_set1_epi32(31)));
+  }
+  return _mm512_srlv_epi32(_mm512_set1_epi32(words[0]), shift);
+}
+// Of sixteen values those that the lowest four bits of the lanes say.
+CAME8BIT_INLINE F look_up(const float (&value)[16], I index) {
+  return _mm512_permutexvar_ps(index.v, _mm512_loadu_ps(value));
 }
 // 64 codes; saturates.
 CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {

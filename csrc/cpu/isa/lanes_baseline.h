@@ -96,6 +96,7 @@ CAME8BIT_PARTS(F, operator-(F a, F b), a.v[i] - b.v[i])
 CAME8BIT_PARTS(F, operator*(F a, F b), a.v[i] * b.v[i])
 CAME8BIT_PARTS(F, operator/(F a, F b), a.v[i] / b.v[i])
 CAME8BIT_PARTS(M, operator<(F a, F b), all_bits(a.v[i] < b.v[i]))
+CAME8BIT_PARTS(M, operator<=(F a, F b), all_bits(a.v[i] <= b.v[i]))
 CAME8BIT_PARTS(M, operator>(F a, F b), all_bits(a.v[i] > b.v[i]))
 CAME8BIT_PARTS(M, operator==(F a, F b), all_bits(a.v[i] == b.v[i]))
 CAME8BIT_PARTS(M, operator<(I a, I b), all_bits(a.v[i] < b.v[i]))
@@ -149,14 +150,6 @@ CAME8BIT_INLINE F to_float(I a) {
 CAME8BIT_INLINE I truncate(F a) {
   return truncate_lanes(FloatLanes(a));
 }
-// a + 1 where m is false.
-CAME8BIT_INLINE F increment_unless(M m, F a) {
-  return select(m, a, a + F(1.0f));
-}
-// Toward zero; NaN gives a number that a store of codes saturates to kNanCode.
-CAME8BIT_INLINE F whole(F a) {
-  return to_float(truncate(a));
-}
 CAME8BIT_INLINE F rough_root(F a) {
   return sqrt(a);
 }
@@ -166,6 +159,15 @@ CAME8BIT_INLINE I operator+(I a, I b) {
 template <int n>
 CAME8BIT_INLINE I shift_right(I a, Shift<n>) {
   return shift_lanes<n>(UintLanes(a));
+}
+// a + 1 where m is true.
+CAME8BIT_INLINE I increment_if(M m, I a) {
+  return a + select(m, I(1), I(0));
+}
+// -a where `sign` is negative; 0 may stay or not where `sign` is 0. INT32_MIN stays.
+CAME8BIT_INLINE I with_sign(I a, F sign) {
+  const M negative = bits(sign) < I(0);
+  return increment_if(negative, a ^ select(negative, I(-1), I(0)));
 }
 CAME8BIT_INLINE int count(M m) {
   const IntLanes lanes(reinterpret<I>(m));
@@ -194,15 +196,20 @@ CAME8BIT_INLINE F load(const float* p) {
   memcpy(&out, p, sizeof out);
   return out;
 }
+CAME8BIT_INLINE I load(const int32_t* p) {
+  return bits(load(reinterpret_cast<const float*>(p)));
+}
 CAME8BIT_LANES(F, uint32_t, load(const Bf16* p), static_cast<uint32_t>(p[i].bits) << 16)
 CAME8BIT_LANES(F, float, load(const Half* p), half_to_float(p[i]))
 CAME8BIT_LANES(I, int32_t, load(const int8_t* p), p[i])
 CAME8BIT_LANES(I, int32_t, load(const uint16_t* p), p[i])
 #undef CAME8BIT_PARTS
-#undef CAME8BIT_LANES
 
 CAME8BIT_INLINE void store(float* p, F a) {
   memcpy(p, &a, sizeof a);
+}
+CAME8BIT_INLINE void store(int32_t* p, I a) {
+  store(reinterpret_cast<float*>(p), from_bits(a));
 }
 CAME8BIT_INLINE void store(Half* p, F a) {
   const FloatLanes lanes(a);
@@ -221,6 +228,15 @@ CAME8BIT_INLINE void store(int8_t* p, I a) {
     p[i] = static_cast<int8_t>(x < -128 ? -128 : x > 127 ? 127 : x);
   }
 }
+// Sixteen packed codes of `n` bits in the lowest bits of the lanes; above them is rubbish.
+template <int n>
+CAME8BIT_LANES(I, int32_t, load_packed(const uint8_t* p), p[i * n / 8] >> i * n % 8)
+// Of sixteen values those that the lowest four bits of the lanes say.
+CAME8BIT_LANES(F, float, look_up(const float (&value)[16], IntLanes index), value[index[i] & 15])
+CAME8BIT_INLINE F look_up(const float (&value)[16], I index) {
+  return look_up(value, IntLanes(index));
+}
+#undef CAME8BIT_LANES
 // 64 codes; saturates.
 CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
   store(p, a);

@@ -6,12 +6,31 @@ namespace came8bit {
 namespace CAME8BIT_ISA {
 namespace {
 
+// Copies `size` < 16 values in pieces of fixed size: short rows are often of one of these.
+template <class T>
+CAME8BIT_INLINE void copy_part(const T* from, int size, T* to) {
+  int done = 0;
+  if (size & 8) {
+    memcpy(to, from, 8 * sizeof(T));
+    done = 8;
+  }
+  if (size & 4) {
+    memcpy(to + done, from + done, 4 * sizeof(T));
+    done += 4;
+  }
+  if (size & 2) {
+    memcpy(to + done, from + done, 2 * sizeof(T));
+    done += 2;
+  }
+  if (size & 1) to[done] = from[done];
+}
+
 // `size` < 16 values, the other lanes zero.
 template <class T>
 CAME8BIT_INLINE auto load_part(const T* p, int size) -> decltype(load(p)) {
   T lanes[kLanes];
   memset(lanes, 0, sizeof lanes);
-  memcpy(lanes, p, static_cast<size_t>(size) * sizeof(T));
+  copy_part(p, size, lanes);
   return load(lanes);
 }
 
@@ -28,7 +47,7 @@ CAME8BIT_INLINE void store_some(T* p, V value, int size) {
   }
   T lanes[kLanes];
   store(lanes, value);
-  memcpy(p, lanes, static_cast<size_t>(size) * sizeof(T));
+  copy_part(lanes, size, p);
 }
 
 // Lane sum of term(j, size) over [0, size): chunks of kChunk, added in order.
