@@ -38,9 +38,11 @@ class Peer:
         return ""
 
 
-ADAMW, OURS, BITSANDBYTES = "AdamW(fused)", "CAME8bit", "bitsandbytes AdamW8bit"
+ADAMW, FOREACH = "AdamW(fused)", "AdamW(foreach)"
+OURS, BITSANDBYTES = "CAME8bit", "bitsandbytes AdamW8bit"
 PEERS = {
     ADAMW: Peer("torch.optim", "AdamW", {"fused": True}),
+    FOREACH: Peer("torch.optim", "AdamW", {"foreach": True}),
     OURS: Peer("came8bit", "CAME8bit"),
     "CAME8bit nearest": Peer("came8bit", "CAME8bit", {"rounding": "nearest"}),
     "CAME32bit": Peer("came8bit", "CAME32bit"),

@@ -50,6 +50,20 @@ def gpt2_small() -> list[Shape]:
     return [(50257, 768), (1024, 768), *layer * 12, (768,), (768,)]
 
 
+def lora_7b(rank: int) -> list[Shape]:
+    """Parameter shapes of LoRA on all matrices of the layers of a 7B Llama, 448 tensors."""
+    layer = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+    return [shape for out, into in layer * 32 for shape in ((rank, into), (out, rank))]
+
+
+def vit_tiny() -> list[Shape]:
+    """Parameter shapes of ViT-Ti/16, 152 tensors."""
+    layer: list[Shape] = [(192,), (192,), (576, 192), (576,), (192, 192), (192,)]
+    layer += [(192,), (192,), (768, 192), (768,), (192, 768), (192,)]
+    first: list[Shape] = [(1, 1, 192), (1, 197, 192), (192, 3, 16, 16), (192,)]
+    return [*first, *layer * 12, (192,), (192,), (1000, 192), (1000,)]
+
+
 def row(name: str, shapes: list[Shape], **options: bool) -> str:
     """One line of the table; ``options`` are those of the optimizer."""
     numel = sum(map(math.prod, shapes))
