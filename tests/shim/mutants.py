@@ -197,7 +197,8 @@ MUTANTS = [
     ),
     Mutant(
         "arrays of the workspace overlap", "groups.h",
-        "arena.take<float>(3 * p.b * p.row_chunks())", "arena.take<float>(p.b * p.row_chunks())",
+        "arena.take<float>(3 * p.b * p.row_chunks());\n  p.col",
+        "arena.take<float>(p.b * p.row_chunks());\n  p.col",
     ),
     Mutant(
         "alignment is taken for granted", "groups.h",
