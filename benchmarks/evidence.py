@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 from pathlib import Path
@@ -68,13 +69,18 @@ class Rows:
         return list(dict.fromkeys(r["optimizer"] for r in self.rows if r["purpose"] == "final"))
 
     def rate(self, optimizer: str) -> float:
-        """Return the optimizer's own learning rate: the best of its search, or of its leader's."""
+        """Return the optimizer's own learning rate: the best of its search, or of its leader's.
+
+        Without any search it is the given one; NaN if this search has not been run yet.
+        """
         losses: dict[float, list[float]] = {}
         for row in self._of("tune", OPTIMIZERS[optimizer].tuned_as or optimizer):
             losses.setdefault(row["lr"], []).append(float(row["loss"] or "inf"))
-        if not losses:
-            return float(self._of("final", optimizer)[0]["lr"])
-        return min(losses, key=lambda lr: statistics.fmean(losses[lr]))
+        if losses:
+            return min(losses, key=lambda lr: statistics.fmean(losses[lr]))
+        final = self._of("final", optimizer)
+        searches = any(row["purpose"] == "tune" for row in self.rows)
+        return float(final[0]["lr"]) if final and not searches else math.nan
 
     def losses(self, optimizer: str, lr: float) -> dict[int, float]:
         """Return seed → loss of the runs that ended well."""
@@ -152,8 +158,10 @@ def _losses(rows: Rows) -> str:
             cells.append(f"{statistics.fmean(losses):.4f}{spread}" if losses else "")
             cells[-1] += f"; {lost} diverged" if lost else ""
         state = rows._of("final", name)[0]["bytes_per_parameter"] or float("nan")
-        seeds = str(len(rows.losses(name, rows.rate(name))))
-        lines.append([label(name), f"{state:.2f}", seeds, f"{rows.rate(name):g}", *cells])
+        own = rows.rate(name)
+        seeds = max(len(rows.losses(name, lr)) for lr in (own, equal))
+        known = "" if math.isnan(own) else f"{own:g}"
+        lines.append([label(name), f"{state:.2f}", str(seeds), known, *cells])
     head = [rows.name, "B/param", "seeds", "own lr", "loss at own lr", f"loss at lr {equal:g}"]
     return table(head, lines)
 

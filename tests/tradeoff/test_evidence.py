@@ -66,6 +66,17 @@ def test_claims(rows):
     assert "1 diverged" in text
 
 
+def test_a_table_in_part(rows, tmp_path):
+    """AdamW's search is done, that of CAME is not; the arm runs at AdamW's learning rate alone."""
+    finals = [("adamw", 1e-3, [2.0, 2.1]), ("came8bit", 1e-3, [1.8, 1.95])]
+    write(tmp_path, "vit", finals, tunes=[("adamw", 1e-3, [2.1, 2.2])])
+    write(tmp_path, "minilm", finals[:1], tunes=[("adamw", 1e-3, [2.1, 2.2])])
+    lines = [[cell.strip() for cell in line.split("|")] for line in evidence.summary().splitlines()]
+    head = next(i for i, cells in enumerate(lines) if cells[1:2] == ["vit"])
+    assert lines[head + 3][3:7] == ["2", "", "", "1.8750 ± 0.1061"]
+    assert [c[2] for c in lines[head + 4 :] if c[1:2] == ["vit"]] == ["AdamW's lr, 0.001"]
+
+
 def test_holm_by_hand():
     assert evidence.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert evidence.holm([]) == []
