@@ -131,26 +131,11 @@ void new_momentum(const Parameter& p, const StepConstants& constants, const Fact
   });
 }
 
-void ask_for(const void* memory, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(memory) + i);
-}
-
-// Asks for a block of the piece to come. Before a block is encoded, which reads nothing: in passes
-// that read, requests would be more than a processor has under way.
-void ask_ahead(const Parameter& p, int64_t first, int64_t size) {
-  const int64_t e = first + kPiece;
-  if (p.grad.contiguous()) ask_for(p.grad.at(e), size * p.grad.itemsize());
-  if (p.param.contiguous()) ask_for(p.param.at(e), size * p.param.itemsize());
-  if (p.absmax != nullptr) ask_for(static_cast<const int8_t*>(p.exp_avg) + e, size);
-  if (!Blocks::coded(p)) ask_for(static_cast<const float*>(p.exp_avg) + e, size * sizeof(float));
-}
-
 // Codes the new momentum, and fills `buffers` with what the codes hold of it.
 void encode_coarse(const Parameter& p, const Factors& factors, const Piece& piece,
                    const ToEncode* blocks, Buffers& buffers) {
   const Kernels& table = kernels();
   for_each_block(piece, [&](int64_t block, int64_t first, int done, int size) {
-    ask_ahead(p, first, size);
     const float* x = buffers.momentum + done;
     float* kept = buffers.kept + done;
     float largest = blocks->largest;
@@ -170,7 +155,6 @@ void encode(const Parameter& p, const Factors& factors, const Piece& piece, cons
             Buffers& buffers) {
   const Kernels& table = kernels();
   for_each_block(piece, [&](int64_t block, int64_t first, int done, int size) {
-    ask_ahead(p, first, size);
     if (blocks->decays) {
       for_each_segment(p, factors, buffers, piece, done, done + size,
                        [&](Segment& s, int64_t, int at) {
@@ -199,7 +183,6 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
     new_momentum(p, constants, factors, piece, true, buffers, blocks);
     // The update spends what a coarse code forgets.
     if (p.scales != nullptr) encode_coarse(p, factors, piece, blocks, buffers);
-    if (!Blocks::coded(p)) ask_ahead(p, piece.first, piece.size);
     for_each_segment(p, factors, buffers, piece, [&](Segment& s, int64_t e, int done) {
       if (!Blocks::coded(p)) s.exp_avg = static_cast<float*>(p.exp_avg) + e;
       s.param = p.param.read(e, s.size, buffers.param);
