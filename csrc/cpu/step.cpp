@@ -179,10 +179,7 @@ void pass_factored(Pass pass, const Shared& p, const StepSettings& s, Workspace&
     }
     return;
   }
-  if (p.work[kLeft] != 0.0f) {
-    if (p.sums != nullptr) std::fill(p.sums, p.sums + p.sums_size, 0.0);
-    return;
-  }
+  if (is_left(p)) return;
   if (pass == Pass::kConfidence) {
     const float total = static_cast<float>(p.reduced[0]);
     if (leave(p, s, total)) return;

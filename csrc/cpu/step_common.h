@@ -54,12 +54,17 @@ void apply_all(const Parameter& p, const StepConstants& c, const Factors& factor
                 [&](int64_t task, int64_t) { apply_blocks(p, c, factors, task); });
 }
 
-// Whether the parameter is left out of the step because a sum is not finite; notes it.
-bool leave(const Shared& p, const StepSettings& s, float sum) {
-  const bool left = skip(p, s, sum);
-  p.work[kLeft] = left ? 1.0f : 0.0f;
+// Whether an earlier pass has left the parameter out of the step.
+bool is_left(const Shared& p) {
+  const bool left = p.work[kLeft] != 0.0f;
   if (left && p.sums != nullptr) std::fill(p.sums, p.sums + p.sums_size, 0.0);
   return left;
+}
+
+// Whether the parameter is left out of the step because a sum is not finite; notes it.
+bool leave(const Shared& p, const StepSettings& s, float sum) {
+  p.work[kLeft] = skip(p, s, sum) ? 1.0f : 0.0f;
+  return is_left(p);
 }
 
 // --- lists ------------------------------------------------------------------------------------

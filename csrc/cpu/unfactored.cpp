@@ -40,11 +40,10 @@ float sum_u2(const Parameter& p, const StepSettings& s, Workspace& w, int64_t wo
   });
 }
 
-// Counts the step; returns its constants.
-StepConstants clip(const Parameter& p, const StepSettings& s, float total_u2, int64_t numel) {
+// Counts the step; returns kappa.
+float clip(const Parameter& p, const StepSettings& s, float total_u2, int64_t numel) {
   ++*p.step;
-  const float rms = root_mean(total_u2, static_cast<float>(numel));
-  return constants_of(p, s, *p.step, clip_scale(rms, s.clip_threshold));
+  return clip_scale(root_mean(total_u2, static_cast<float>(numel)), s.clip_threshold);
 }
 
 void step_unfactored(const Parameter& p, const StepSettings& s, Workspace& w, int64_t workers) {
@@ -53,7 +52,8 @@ void step_unfactored(const Parameter& p, const StepSettings& s, Workspace& w, in
   if (skip(p, s, total_g2)) return;
   const float total_u2 = sum_u2(p, s, w, workers);
   if (skip(p, s, total_u2)) return;
-  StepConstants c = clip(p, s, total_u2, p.numel());
+  const float kappa = clip(p, s, total_u2, p.numel());
+  StepConstants c = constants_of(p, s, *p.step, kappa);
   if (s.cautious) {
     const int64_t agreeing = agreeing_elements(p, c, {}, workers);
     c.scale = c.scale * cautious_scale(static_cast<float>(agreeing), static_cast<float>(p.numel()));
@@ -71,21 +71,17 @@ void pass_unfactored(Pass pass, const Shared& p, const StepSettings& s, Workspac
     if (!leave(p, s, static_cast<float>(p.reduced[0]))) p.sums[0] = sum_u2(p, s, w, workers);
     return;
   }
-  if (p.work[kLeft] != 0.0f) {
-    if (p.sums != nullptr) std::fill(p.sums, p.sums + p.sums_size, 0.0);
-    return;
-  }
+  if (is_left(p)) return;
   if (pass == Pass::kConfidence) {
     const float total = static_cast<float>(p.reduced[0]);
     if (leave(p, s, total)) return;
-    const StepConstants c = clip(p, s, total, p.full_numel);
-    p.work[kKappa] = c.gain;
+    p.work[kKappa] = clip(p, s, total, p.full_numel);
+    const StepConstants c = constants_of(p, s, *p.step, p.work[kKappa]);
     if (s.cautious) p.sums[0] = static_cast<double>(agreeing_elements(p, c, {}, workers));
     return;
   }
   if (p.numel() == 0) return;
-  StepConstants c = constants_of(p, s, *p.step, 1.0f);
-  c.gain = p.work[kKappa];
+  StepConstants c = constants_of(p, s, *p.step, p.work[kKappa]);
   if (s.cautious) {
     c.scale = c.scale *
               cautious_scale(static_cast<float>(p.reduced[0]), static_cast<float>(p.full_numel));

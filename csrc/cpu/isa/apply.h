@@ -61,6 +61,7 @@ void momentum(const StepConstants& c, const Segment& s, ToEncode* blocks) {
         if constexpr (coded) {
           // Lanes past the end hold zeros, or NaN, which is larger than nothing.
           largest = larger(abs(m_t), largest);
+          // Those past the end must not count as zeros: short rows would always decay.
           const M zeros = (factored ? w : g) == zero;
           if (some == kLanes) {
             none = none | zeros;
