@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(sys.path[0]) / "support"))
 
-from problems import Problem, run_ops
+from passes import KINDS, Passes, cut, cuts, run_passes
+from problems import Problem, make_problem, run_ops
 from shim.cases import ListCase, Shape
 
 import came8bit
@@ -101,22 +103,40 @@ def moved(x: torch.Tensor, device: str) -> torch.Tensor:
     return empty.set_(copied, x.storage_offset(), x.size(), x.stride())
 
 
+def moved_problem(problem: Problem, device: str) -> Problem:
+    """Return a copy of a parameter and its state."""
+    state = {name: moved(x, device) for name, x in problem.state.items()}
+    return replace(problem, param=moved(problem.param, device), state=state)
+
+
 def run(case: ListCase, device: str) -> None:
     """Run the steps of one case by calling the operators."""
-    problems = [
-        Problem(
-            moved(problem.param, device),
-            {name: moved(x, device) for name, x in problem.state.items()},
-            problem.factored,
-            problem.index,
-            problem.offset,
-        )
-        for problem in case.problems()
-    ]
+    problems = [moved_problem(problem, device) for problem in case.problems()]
     for step, options in enumerate(STEPS):
         lr = torch.tensor(0.01).to(device) if step else None
         grads = [moved(grad, device) for grad in case.grads(step)]
         run_ops(problems, grads, **options, lr_tensor=lr)
+
+
+def run_sharded(kind: str, device: str, count: int = 1) -> None:
+    """Run the passes over the rows of three ranks, the last of which has none."""
+    generator = torch.Generator().manual_seed(0)
+    whole = make_problem(dtype=BF16, generator=generator, **KINDS[kind])
+    where = cuts(whole.param.shape[0])
+    ranks = [[moved_problem(cut(whole, *rows), device) for _ in range(count)] for rows in where]
+    for options in STEPS:
+        grad = torch.randn(whole.param.shape, generator=generator).to(device)
+        passes = [
+            [Passes(whole, part, grad.narrow(0, *rows), None, options) for part in parts]
+            for parts, rows in zip(ranks, where, strict=True)
+        ]
+        reduced: list[torch.Tensor] = []
+        for number in range(4):
+            for parts in passes:
+                run_passes(number, parts, reduced)
+            if number < 3:
+                columns = zip(*passes, strict=True)
+                reduced = [sum(part.sums[number] for part in column) for column in columns]
 
 
 def run_optimizer(device: str) -> None:
@@ -143,22 +163,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     device = parser.parse_args(arguments).device
     torch.manual_seed(0)
-    work = [(f"{case.name}, in sweeps", "0", case) for case in CASES]
+    work = [(f"{case.name}, in sweeps", "0", partial(run, case)) for case in CASES]
     # What lies apart is never small.
     small = [case for case in CASES if not case.misaligned and case.layout == "contiguous"]
-    work += [(case.name, "", case) for case in small]
-    for number, (name, elements, case) in enumerate(work, 1):
-        print(f"case {number} of {len(work) + 2}: {name}", flush=True)
+    work += [(case.name, "", partial(run, case)) for case in small]
+    work += [(f"sharded, {kind}", "", partial(run_sharded, kind)) for kind in KINDS]
+    # More than small arguments hold.
+    many = partial(run_sharded, "vector", count=60)
+    work += [("sharded, many parameters", "", many), ("optimizer", "", run_optimizer)]
+    work += [("codec", "", run_codec)]
+    for number, (name, elements, run_case) in enumerate(work, 1):
+        print(f"case {number} of {len(work)}: {name}", flush=True)
         os.environ[SMALL] = elements
-        run(case, device)
+        run_case(device)
         if device == "cuda":  # what went wrong, went wrong here
             torch.cuda.synchronize()
-    for number, other in enumerate((run_optimizer, run_codec), len(work) + 1):
-        print(f"case {number} of {len(work) + 2}: {other.__name__}", flush=True)
-        other(device)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    print(f"case {len(work) + 2} of {len(work) + 2} is done, on {device}")
+    print(f"case {len(work)} of {len(work)} is done, on {device}")
 
 
 if __name__ == "__main__":

@@ -38,13 +38,18 @@ def test_every_kernel_is_reached(
     # Which kernels a step launches does not depend on results: one block of each grid is enough.
     shim.configure(head=1, tail=0)
     found: set[int] = set()
-    run_ops = sanitizer_cases.run_ops
 
-    def recorded(*arguments: object, **options: object) -> None:
-        run_ops(*arguments, **options)
-        found.update(launch.kernel for launch in shim.launches())
+    def record(name: str) -> None:
+        run = getattr(sanitizer_cases, name)
 
-    monkeypatch.setattr(sanitizer_cases, "run_ops", recorded)
+        def recorded(*arguments: object, **options: object) -> None:
+            run(*arguments, **options)
+            found.update(launch.kernel for launch in shim.launches())
+
+        monkeypatch.setattr(sanitizer_cases, name, recorded)
+
+    record("run_ops")
+    record("run_passes")
     monkeypatch.setenv(sanitizer_cases.SMALL, "")
     try:
         with kernels():
