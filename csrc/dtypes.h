@@ -15,16 +15,9 @@
 
 namespace came8bit {
 
-// Hints that the cache line at `p` will be read, soon or (into the second-level cache) a little
-// later; any address is allowed.
+// Hints that the cache line at `p` will be read a little later, into the second-level cache; any
+// address is allowed.
 CAME8BIT_INLINE void prefetch(const void* p) {
-#if defined(__GNUC__) && !defined(__CUDACC__)
-  __builtin_prefetch(p);
-#else
-  static_cast<void>(p);
-#endif
-}
-CAME8BIT_INLINE void prefetch_far(const void* p) {
 #if defined(__GNUC__) && !defined(__CUDACC__)
   __builtin_prefetch(p, 0, 2);
 #else

@@ -10,7 +10,7 @@ namespace came8bit {
 
 constexpr int kLanes = 16;
 constexpr int kChunk = 1024;  // columns of a tile; lane sums are formed per chunk
-constexpr int kPiece = 1024;  // elements that sweep C takes through its passes together
+constexpr int kPiece = 512;  // elements that sweep C takes through its passes together
 constexpr int kDraw = 64;     // elements whose random bits are drawn together
 constexpr int kGroup = 4;     // rows whose column sums are added as (x0 + x1) + (x2 + x3)
 

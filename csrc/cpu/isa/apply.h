@@ -8,7 +8,7 @@ namespace CAME8BIT_ISA {
 namespace {
 
 // How many elements ahead sweep C asks for memory.
-constexpr int kAhead = 1536;
+constexpr int kAhead = 1024;
 
 template <class G>
 CAME8BIT_INLINE F full_second_moment(const StepConstants& c, const G* grad, const float* exp_avg_sq,
@@ -44,8 +44,8 @@ void momentum(const StepConstants& c, const Segment& s, ToEncode* blocks) {
     with_momentum(old + begin, s.absmax + block, s.decay, size, [&](auto decayed) CAME8BIT_LAMBDA {
       for_lanes(size, [&](int in_block, int some) CAME8BIT_LAMBDA {
         const int j = begin + in_block;
-        prefetch(grad + j + kAhead);
-        if (sizeof(MT) == 1 && j % kLine == 0) prefetch(old + j + kAhead);
+        ask_for(grad, j, kAhead);
+        if (sizeof(MT) == 1 || !coded) ask_for(old, j, kAhead);  // decoded momentum is in a buffer
         const F g = load_some(grad + j, some);
         F w;
         if constexpr (factored) {
@@ -137,7 +137,7 @@ CAME8BIT_INLINE void apply_as(const StepConstants& c, const Segment& s, Options 
   const uint16_t* const random = s.random;
   const F beta1(c.beta1), spent(c.spent), shrink(c.shrink), scale(c.scale), row(s.update_row);
   for_lanes(s.size, [&](int j, int some) CAME8BIT_LAMBDA {
-    prefetch(param + j + kAhead);
+    ask_for(param, j, kAhead);
     const F m_t = load_some(exp_avg + j, some), w = load_some(new_w + j, some);
     F direction = options.nesterov() ? look_ahead(m_t, w, beta1) : m_t;
     if (options.spends()) direction = spend(direction, m_t, load_some(kept + j, some), spent);

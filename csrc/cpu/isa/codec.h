@@ -7,8 +7,6 @@ namespace came8bit {
 namespace CAME8BIT_ISA {
 namespace {
 
-constexpr int kLine = 64;  // elements of 8-bit momentum in a cache line
-
 // Calls lanes(j, size) for all of [0, size), full vectors first.
 template <class LanesOf>
 CAME8BIT_INLINE void for_lanes(int size, LanesOf lanes) {

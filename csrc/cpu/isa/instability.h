@@ -55,8 +55,8 @@ void instability(const InstabilityTile& shared) {
         const F row_factor(there ? tile.row_factor[i + q] : 0.0f);
         with_momentum(stored, absmax, 1.0f, size, [&](auto momentum) CAME8BIT_LAMBDA {
           for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
-            prefetch_far(g + 2 * kGroup * tile.stride + j);  // rows to come
-            if (j % kLine == 0) prefetch_far(stored + 2 * kGroup * tile.momentum_stride + j);
+            ask_for(g, j, 2 * kGroup * tile.stride);  // rows to come
+            ask_for(stored, j, 2 * kGroup * tile.momentum_stride);
             const F col_factor = load_some(tile.col_factor + block + j, some);
             const F x = precondition(load_some(g + j, some), row_factor, col_factor);
             store(u[q] + j, x);

@@ -23,7 +23,7 @@ void second_moment(const SecondMomentTile& shared) {
     const auto column = [&](int j, int size) CAME8BIT_LAMBDA {
       F square[kGroup];
       for (int q = 0; q < kGroup; ++q) {
-        prefetch_far(g[q] + 3 * kGroup * tile.stride + j);  // rows to come
+        ask_for(g[q], j, 3 * kGroup * tile.stride);  // rows to come
         const F x = load_some(g[q] + j, size);
         square[q] = x * x;
         row[q] = row[q] + square[q];

@@ -6,6 +6,14 @@ namespace came8bit {
 namespace CAME8BIT_ISA {
 namespace {
 
+constexpr int kLineBytes = 64;
+
+// Asks for memory `ahead` elements after p + j, once per cache line.
+template <class T>
+CAME8BIT_INLINE void ask_for(const T* p, int j, int64_t ahead) {
+  if (j * sizeof(T) % kLineBytes == 0) prefetch(p + j + ahead);
+}
+
 // Copies `size` < 16 values in pieces of fixed size: short rows are often of one of these.
 template <class T>
 CAME8BIT_INLINE void copy_part(const T* from, int size, T* to) {
