@@ -25,7 +25,7 @@ from benchmarks.harness import some_of
 from came8bit.ops import schema
 from came8bit.reference import PASSES
 
-SHAPES = {"1024": (1024, 1024), "25152": (25152, 1024)}
+SHAPES = {"1024": (1024, 1024), "25152": (25152, 1024), "rows of 8": (65536, 8)}
 DTYPES = {
     "float32": (torch.float32, "nearest"),
     "bfloat16": (torch.bfloat16, "stochastic"),

@@ -12,8 +12,10 @@
 #include "lanes_avx512.h"
 #elif CAME8BIT_JOIN(CAME8BIT_ISA_, CAME8BIT_ISA) == CAME8BIT_ISA_avx2
 #include "lanes_avx2.h"
+#include "parts.h"
 #else
 #include "lanes_baseline.h"
+#include "parts.h"
 #endif
 
 // Lambdas of inner loops must be inlined: their references would otherwise live in memory.

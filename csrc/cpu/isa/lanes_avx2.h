@@ -188,6 +188,24 @@ CAME8BIT_INLINE I load(const int8_t* p) {
 CAME8BIT_INLINE I load(const int32_t* p) {
   return bits(load(reinterpret_cast<const float*>(p)));
 }
+
+// Eight values in the first lanes, the others zero.
+CAME8BIT_INLINE F load_eight(const float* p) {
+  return {_mm256_loadu_ps(p), _mm256_setzero_ps()};
+}
+CAME8BIT_INLINE I load_eight(const uint16_t* p) {
+  return {_mm256_cvtepu16_epi32(load_128(p)), _mm256_setzero_si256()};
+}
+CAME8BIT_INLINE F load_eight(const Bf16* p) {
+  return {load_upper(p), _mm256_setzero_ps()};
+}
+CAME8BIT_INLINE F load_eight(const Half* p) {
+  return {_mm256_cvtph_ps(load_128(p)), _mm256_setzero_ps()};
+}
+CAME8BIT_INLINE I load_eight(const int8_t* p) {
+  return {load_codes(p), _mm256_setzero_si256()};
+}
+
 CAME8BIT_INLINE void store(float* p, F x) {
   _mm256_storeu_ps(p, x.a);
   _mm256_storeu_ps(p + 8, x.b);

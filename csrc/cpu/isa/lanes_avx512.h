@@ -188,6 +188,55 @@ CAME8BIT_INLINE void store(Bf16* p, I a) {
 CAME8BIT_INLINE void store(int8_t* p, I a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
 }
+
+// The first `size` lanes, the others zero; what lies behind them in memory is not touched. Eight,
+// as of adapters of rank 8, go without masks: stores with one are slow, and not at hand for a load
+// that follows.
+CAME8BIT_INLINE __mmask16 first(int size) {
+  return static_cast<__mmask16>((1u << size) - 1);
+}
+CAME8BIT_INLINE __m256i load_words(const void* p, int size) {
+  if (size == 8) return _mm256_zextsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  return _mm256_maskz_loadu_epi16(first(size), p);
+}
+CAME8BIT_INLINE F load_part(const float* p, int size) {
+  if (size == 8) return _mm512_zextps256_ps512(_mm256_loadu_ps(p));
+  return _mm512_maskz_loadu_ps(first(size), p);
+}
+CAME8BIT_INLINE F load_part(const Bf16* p, int size) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_words(p, size)), 16));
+}
+CAME8BIT_INLINE F load_part(const Half* p, int size) {
+  return _mm512_cvtph_ps(load_words(p, size));
+}
+CAME8BIT_INLINE I load_part(const uint16_t* p, int size) {
+  return _mm512_cvtepu16_epi32(load_words(p, size));
+}
+CAME8BIT_INLINE I load_part(const int8_t* p, int size) {
+  if (size == 8) {
+    return _mm512_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(size), p));
+}
+CAME8BIT_INLINE void store_words(void* p, __m256i words, int size) {
+  if (size == 8) return _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(words));
+  _mm256_mask_storeu_epi16(p, first(size), words);
+}
+CAME8BIT_INLINE void store_part(float* p, F a, int size) {
+  if (size == 8) return _mm256_storeu_ps(p, _mm512_castps512_ps256(a.v));
+  _mm512_mask_storeu_ps(p, first(size), a.v);
+}
+CAME8BIT_INLINE void store_part(Bf16* p, I a, int size) {
+  store_words(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(a.v, 16)), size);
+}
+CAME8BIT_INLINE void store_part(Half* p, F a, int size) {
+  store_words(p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), size);
+}
+CAME8BIT_INLINE void store_part(int8_t* p, I a, int size) {
+  const __m128i codes = _mm512_cvtsepi32_epi8(a.v);
+  if (size == 8) return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), codes);
+  _mm_mask_storeu_epi8(p, first(size), codes);
+}
 // Sixteen packed codes of `n` bits in the lowest bits of the lanes; above them is rubbish.
 template <int n>
 CAME8BIT_INLINE I load_packed(const uint8_t* p) {

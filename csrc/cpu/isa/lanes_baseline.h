@@ -205,6 +205,14 @@ CAME8BIT_LANES(I, int32_t, load(const int8_t* p), p[i])
 CAME8BIT_LANES(I, int32_t, load(const uint16_t* p), p[i])
 #undef CAME8BIT_PARTS
 
+// Eight values in the first lanes, the others zero.
+template <class T>
+CAME8BIT_INLINE auto load_eight(const T* p) -> decltype(load(p)) {
+  T lanes[16] = {};
+  memcpy(lanes, p, 8 * sizeof(T));
+  return load(lanes);
+}
+
 CAME8BIT_INLINE void store(float* p, F a) {
   memcpy(p, &a, sizeof a);
 }

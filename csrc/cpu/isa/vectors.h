@@ -1,5 +1,4 @@
-// Vectors of any length: loads and stores of fewer than 16 lanes, sums, and the statistics of rows
-// and columns.
+// Vectors of any length: loads, stores, sums, and the statistics of rows and columns.
 #pragma once
 
 namespace came8bit {
@@ -14,34 +13,6 @@ CAME8BIT_INLINE void ask_for(const T* p, int j, int64_t ahead) {
   if (j * sizeof(T) % kLineBytes == 0) prefetch(p + j + ahead);
 }
 
-// Copies `size` < 16 values in pieces of fixed size: short rows are often of one of these.
-template <class T>
-CAME8BIT_INLINE void copy_part(const T* from, int size, T* to) {
-  int done = 0;
-  if (size & 8) {
-    memcpy(to, from, 8 * sizeof(T));
-    done = 8;
-  }
-  if (size & 4) {
-    memcpy(to + done, from + done, 4 * sizeof(T));
-    done += 4;
-  }
-  if (size & 2) {
-    memcpy(to + done, from + done, 2 * sizeof(T));
-    done += 2;
-  }
-  if (size & 1) to[done] = from[done];
-}
-
-// `size` < 16 values, the other lanes zero.
-template <class T>
-CAME8BIT_INLINE auto load_part(const T* p, int size) -> decltype(load(p)) {
-  T lanes[kLanes];
-  memset(lanes, 0, sizeof lanes);
-  copy_part(p, size, lanes);
-  return load(lanes);
-}
-
 template <class T>
 CAME8BIT_INLINE auto load_some(const T* p, int size) -> decltype(load(p)) {
   return size >= kLanes ? load(p) : load_part(p, size);
@@ -49,13 +20,7 @@ CAME8BIT_INLINE auto load_some(const T* p, int size) -> decltype(load(p)) {
 
 template <class T, class V>
 CAME8BIT_INLINE void store_some(T* p, V value, int size) {
-  if (size >= kLanes) {
-    store(p, value);
-    return;
-  }
-  T lanes[kLanes];
-  store(lanes, value);
-  copy_part(lanes, size, p);
+  size >= kLanes ? store(p, value) : store_part(p, value, size);
 }
 
 // Lane sum of term(j, size) over [0, size): chunks of kChunk, added in order.
