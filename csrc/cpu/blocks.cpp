@@ -18,30 +18,37 @@ struct Buffers {
   alignas(64) char grad[kPiece * sizeof(float)];
 };
 
-// Neighbouring blocks of one slice that go through the passes together.
+// Neighbouring blocks that go through the passes together.
 struct Piece {
   int64_t block, first;  // numbers of its first block and its first element
   int size, block_size;
 };
 
+// With `together`, as many blocks as fit: of one slice, or of slices that are blocks.
 template <class Run>
-void for_each_piece(const Blocks& blocks, int64_t most_blocks, int64_t task, const Run& run) {
+void for_each_piece(const Blocks& blocks, bool together, int64_t task, const Run& run) {
   const int64_t begin = task * kBlocksPerTask;
   const int64_t end = std::min(begin + kBlocksPerTask, blocks.count());
+  const int64_t block_size = std::min(blocks.size, blocks.slice_len);
+  const int64_t most_blocks = together ? kPiece / block_size : 1;
   // Divisions once a task, not once a piece.
   int64_t slice = begin / blocks.per_slice, in_slice = begin % blocks.per_slice;
   for (int64_t block = begin; block < end;) {
-    const int64_t count = std::min({most_blocks, end - block, blocks.per_slice - in_slice});
-    const int64_t done = in_slice * blocks.size;
-    const int64_t size = std::min(count * blocks.size, blocks.slice_len - done);
-    run(Piece{block, slice * blocks.slice_len + done, static_cast<int>(size),
-              static_cast<int>(blocks.size)});
-    block += count;
-    in_slice += count;
-    if (in_slice == blocks.per_slice) {
-      in_slice = 0;
-      ++slice;
+    int64_t count = std::min(most_blocks, end - block), size = count * block_size;
+    const int64_t first = slice * blocks.slice_len + in_slice * block_size;
+    if (blocks.per_slice == 1) {
+      slice += count;
+    } else {
+      count = std::min(count, blocks.per_slice - in_slice);
+      size = std::min(count * block_size, blocks.slice_len - in_slice * block_size);
+      in_slice += count;
+      if (in_slice == blocks.per_slice) {
+        in_slice = 0;
+        ++slice;
+      }
     }
+    run(Piece{block, first, static_cast<int>(size), static_cast<int>(block_size)});
+    block += count;
   }
 }
 
@@ -50,7 +57,7 @@ template <class Run>
 void for_each_piece(const Parameter& p, int64_t task, const Run& run) {
   const Blocks blocks(p);
   const bool with_rows = blocks.slice_len == p.k || p.k % blocks.size == 0;
-  for_each_piece(blocks, with_rows ? kPiece / blocks.size : 1, task, run);
+  for_each_piece(blocks, with_rows, task, run);
 }
 
 // Calls run(number of the block, its first element, offset in the piece, size).
@@ -62,22 +69,27 @@ void for_each_block(const Piece& piece, const Run& run) {
   }
 }
 
-// Cuts [begin, end) of a piece where rows end and calls run(segment, first element, offset).
+// Cuts [begin, end) of a piece where rows end, unless they are blocks, and calls run(segment, first
+// element, offset).
 template <class Run>
 void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffers,
                       const Piece& piece, int begin, int end, const Run& run) {
-  for (int done = begin; done < end;) {
+  int64_t row = (piece.first + begin) / p.k, column = (piece.first + begin) % p.k;
+  for (int done = begin; done < end; column = 0) {
     const int64_t e = piece.first + done;
-    const int64_t row = e / p.k, column = e - row * p.k;
     Segment s = {};
     s.size = static_cast<int>(std::min<int64_t>(p.k - column, end - done));
+    s.rows = 1;
+    if (piece.block_size == p.k) {
+      s.rows = static_cast<int>(std::min<int64_t>((end - done) / p.k, p.n - row % p.n));
+    }
     s.block_size = piece.block_size;
     s.grad = p.grad.contiguous() ? p.grad.at(e) : buffers.grad + done * p.grad.itemsize();
     if (factors.row_gain != nullptr) {
       const int64_t batch_column = (p.b == 1 ? 0 : row / p.n * p.k) + column;
-      s.row_gain = factors.row_gain[row];
+      s.row_gain = factors.row_gain + row;
       s.col_factor = factors.col + batch_column;
-      s.update_row = factors.update_row ? factors.update_row[row] : 0.0f;
+      s.update_row = factors.update_row ? factors.update_row + row : nullptr;
       s.update_col = factors.update_col ? factors.update_col + batch_column : nullptr;
     } else {
       s.exp_avg_sq = p.exp_avg_sq + e;
@@ -85,7 +97,8 @@ void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffe
     s.exp_avg = buffers.momentum + done;
     s.w = buffers.w + done;
     run(s, e, done);
-    done += s.size;
+    done += s.rows * s.size;
+    row += s.rows;
   }
 }
 template <class Run>
@@ -115,7 +128,7 @@ void new_momentum(const Parameter& p, const StepConstants& constants, const Fact
   }
   for_each_segment(p, factors, buffers, piece, [&](Segment& s, int64_t e, int done) {
     const int64_t block = done / piece.block_size;
-    s.grad = p.grad.read(e, s.size, buffers.grad + done * p.grad.itemsize());
+    s.grad = p.grad.read(e, s.rows * s.size, buffers.grad + done * p.grad.itemsize());
     s.decay = decoded ? 1.0f : constants.beta1;
     if (decoded) {
       s.old_exp_avg = s.exp_avg;
@@ -179,17 +192,17 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
     const uint64_t element = p.offset + static_cast<uint64_t>(piece.first);
     const uint16_t* random =
         draws ? table.random_bits(constants, element, piece.size, buffers.random) : nullptr;
-    ToEncode blocks[kPiece / kCoarseBlock] = {};
+    ToEncode blocks[kBlocksPerTask] = {};
     new_momentum(p, constants, factors, piece, true, buffers, blocks);
     // The update spends what a coarse code forgets.
     if (p.scales != nullptr) encode_coarse(p, factors, piece, blocks, buffers);
     for_each_segment(p, factors, buffers, piece, [&](Segment& s, int64_t e, int done) {
       if (!Blocks::coded(p)) s.exp_avg = static_cast<float*>(p.exp_avg) + e;
-      s.param = p.param.read(e, s.size, buffers.param);
+      s.param = p.param.read(e, s.rows * s.size, buffers.param);
       s.kept = p.scales ? buffers.kept + done : nullptr;
       s.random = random ? random + done : nullptr;
       apply(constants, s);
-      p.param.write(e, s.size, s.param);
+      p.param.write(e, s.rows * s.size, s.param);
     });
     if (p.absmax != nullptr) encode(p, factors, piece, blocks, buffers);
   });
@@ -200,7 +213,7 @@ int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const
   Buffers buffers;
   int64_t total = 0;
   for_each_piece(p, task, [&](const Piece& piece) {
-    ToEncode blocks[kPiece / kCoarseBlock] = {};
+    ToEncode blocks[kBlocksPerTask] = {};
     new_momentum(p, constants, factors, piece, false, buffers, blocks);
     total += kernels().agreeing(buffers.w, buffers.momentum, piece.size);
   });
@@ -211,7 +224,7 @@ void quantize(const float* x, int64_t slices, int64_t slice_len, int8_t* codes, 
   const Blocks blocks(slices, slice_len, kBlockSize);
   const Kernels& table = kernels();
   for_each_task(blocks.tasks(), thread_count(), [&](int64_t task, int64_t) {
-    for_each_piece(blocks, 1, task, [&](const Piece& piece) {
+    for_each_piece(blocks, false, task, [&](const Piece& piece) {
       const float* values = x + piece.first;
       const float largest = table.largest_magnitude(values, piece.size);
       absmax[piece.block] = table.encode(values, nullptr, largest, piece.size, codes + piece.first);
@@ -224,7 +237,7 @@ void dequantize(const int8_t* codes, const float* absmax, int64_t slices, int64_
   const Blocks blocks(slices, slice_len, kBlockSize);
   const auto decode = kernels().decode;
   for_each_task(blocks.tasks(), thread_count(), [&](int64_t task, int64_t) {
-    for_each_piece(blocks, 1, task, [&](const Piece& piece) {
+    for_each_piece(blocks, false, task, [&](const Piece& piece) {
       decode(codes + piece.first, absmax[piece.block], piece.size, x + piece.first);
     });
   });

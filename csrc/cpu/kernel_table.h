@@ -10,7 +10,7 @@ namespace came8bit {
 
 constexpr int kLanes = 16;
 constexpr int kChunk = 1024;  // columns of a tile; lane sums are formed per chunk
-constexpr int kPiece = 512;  // elements that sweep C takes through its passes together
+constexpr int kPiece = 512;   // elements that sweep C takes through its passes together
 constexpr int kDraw = 64;     // elements whose random bits are drawn together
 constexpr int kGroup = 4;     // rows whose column sums are added as (x0 + x1) + (x2 + x3)
 
@@ -46,13 +46,14 @@ struct StepConstants : StepSettings {
   uint32_t index, step;
 };
 
-// At most kPiece consecutive elements of one row. Blocks of the code begin where it begins; a block
-// that goes on in the next row is in several segments.
+// At most kPiece consecutive elements of one row, or of several whole rows of one matrix that are
+// blocks. Blocks of the code begin where it begins; a block that goes on in the next row is in
+// several segments.
 struct Segment {
   void* param;
   const void* grad;
-  int size, block_size;
-  float row_gain, update_row;  // factored; row factor of u times gain
+  int rows, size, block_size;          // `size` of one row
+  const float *row_gain, *update_row;  // factored, [rows]; row factor of u times gain
   const float *col_factor, *update_col;
   const float* exp_avg_sq;  // unfactored
   float* new_exp_avg_sq;    // null where it is not to change

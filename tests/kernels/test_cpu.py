@@ -65,7 +65,7 @@ def test_every_pair_of_dtypes(
         check_against_reference(replace(case, **changes), 2, kernel_isas())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("shape", [(40, 300), (2, 40, 300), (300,)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 300), (2, 40, 300), (40, 8), (300,)], ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_propagated_values(shape: tuple[int, ...], bad: float) -> None:
     """NaN and infinity go where the reference lets them go, and the code marks them."""

@@ -54,7 +54,7 @@ def test_dtypes_and_options(
         check_against_reference(case, 2, kernel_isas())
 
 
-@pytest.mark.parametrize("shape", [(40, 300), (2, 40, 300), (300,)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 300), (2, 40, 300), (40, 8), (300,)], ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("propagate", [True, False])
 def test_values_that_are_not_finite(

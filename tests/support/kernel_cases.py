@@ -48,6 +48,12 @@ SHAPES: list[tuple[tuple[int, ...], dict[str, object]]] = [
     ((256, 256), {}),  # 65,536 elements: the largest parameter of one thread
     ((129, 1025), {"dtype": torch.bfloat16}),
     ((4095, 33), {"grad_dtype": torch.float16}),
+    # Rows that are half a vector, many of which go through the passes together.
+    ((1030, 8), {}),
+    ((1030, 8), {"dtype": torch.bfloat16, "grad_dtype": torch.bfloat16}),
+    ((1030, 8), {"dtype": torch.float16, "grad_dtype": torch.float16}),
+    ((1030, 8), {"factored": False}),
+    ((7, 50, 8), {"batched": True, "bits": 32}),  # rows of two matrices in one piece
     ((16, 16, 3, 3), {"layout": "channels_last", "grad_layout": "channels_last"}),
     ((16, 16, 3, 3), {"batched": True, "layout": "channels_last"}),
     ((3, 70, 300), {"batched": True}),  # blocks that begin in the middle of rows

@@ -36,9 +36,13 @@ void momentum(const StepConstants& c, const Segment& s, ToEncode* blocks) {
   const MT* const old = static_cast<const MT*>(s.old_exp_avg);
   const float* const col_factor = s.col_factor;
   float *const exp_avg = s.exp_avg, *const new_w = s.w;
-  const F row_gain(s.row_gain), zero(0.0f);
-  for (int begin = 0, block = 0; begin < s.size; begin += s.block_size, ++block) {
-    const int size = s.size - begin < s.block_size ? s.size - begin : s.block_size;
+  const F zero(0.0f);
+  const int all = s.rows * s.size;
+  for (int begin = 0, block = 0; begin < all; begin += s.block_size, ++block) {
+    const int size = all - begin < s.block_size ? all - begin : s.block_size;
+    // One row, or rows that are blocks.
+    const float* const row_col_factor = s.rows == 1 ? col_factor + begin : col_factor;
+    const F row_gain(factored ? s.row_gain[s.rows == 1 ? 0 : block] : 0.0f);
     F largest(0.0f);
     M none = zero < zero;
     with_momentum(old + begin, s.absmax + block, s.decay, size, [&](auto decayed) CAME8BIT_LAMBDA {
@@ -49,7 +53,7 @@ void momentum(const StepConstants& c, const Segment& s, ToEncode* blocks) {
         const F g = load_some(grad + j, some);
         F w;
         if constexpr (factored) {
-          w = precondition(g, row_gain, load_some(col_factor + j, some));
+          w = precondition(g, row_gain, load_some(row_col_factor + in_block, some));
         } else {
           const F v = full_second_moment(c, grad + j, s.exp_avg_sq + j, some);
           if (s.new_exp_avg_sq != nullptr) store_some(s.new_exp_avg_sq + j, v, some);
@@ -128,6 +132,12 @@ CAME8BIT_INLINE void store_param(Half* p, F value, const uint16_t* random, int s
   store_some(p, random ? round_fp16(value, load_some(random, size)) : value, size);
 }
 
+// Calls run(offset, factor of the update) for each row.
+template <bool factored, class Run>
+CAME8BIT_INLINE void for_rows(const Segment& s, Run run) {
+  for (int r = 0; r < s.rows; ++r) run(r * s.size, F(factored ? s.update_row[r] : 0.0f));
+}
+
 // `options` says what the parameter's options are, as numbers known when compiling or as variables.
 template <class P, bool factored, class Options>
 CAME8BIT_INLINE void apply_as(const StepConstants& c, const Segment& s, Options options) {
@@ -135,21 +145,24 @@ CAME8BIT_INLINE void apply_as(const StepConstants& c, const Segment& s, Options 
   const float *const exp_avg = s.exp_avg, *const new_w = s.w, *const kept = s.kept;
   const float* const update_col = s.update_col;
   const uint16_t* const random = s.random;
-  const F beta1(c.beta1), spent(c.spent), shrink(c.shrink), scale(c.scale), row(s.update_row);
-  for_lanes(s.size, [&](int j, int some) CAME8BIT_LAMBDA {
-    ask_for(param, j, kAhead);
-    const F m_t = load_some(exp_avg + j, some), w = load_some(new_w + j, some);
-    F direction = options.nesterov() ? look_ahead(m_t, w, beta1) : m_t;
-    if (options.spends()) direction = spend(direction, m_t, load_some(kept + j, some), spent);
-    F update;
-    if constexpr (factored) {
-      update = precondition(direction, row, load_some(update_col + j, some));
-    } else {
-      update = direction * scale;
-    }
-    if (options.cautious()) update = select(agrees(m_t, w), update, F(0.0f));
-    store_param(param + j, decay_and_apply(load_some(param + j, some), shrink, update),
-                options.draws() ? random + j : nullptr, some);
+  const F beta1(c.beta1), spent(c.spent), shrink(c.shrink), scale(c.scale);
+  for_rows<factored>(s, [&](int begin, F row) CAME8BIT_LAMBDA {
+    for_lanes(s.size, [&](int in_row, int some) CAME8BIT_LAMBDA {
+      const int j = begin + in_row;
+      ask_for(param, j, kAhead);
+      const F m_t = load_some(exp_avg + j, some), w = load_some(new_w + j, some);
+      F direction = options.nesterov() ? look_ahead(m_t, w, beta1) : m_t;
+      if (options.spends()) direction = spend(direction, m_t, load_some(kept + j, some), spent);
+      F update;
+      if constexpr (factored) {
+        update = precondition(direction, row, load_some(update_col + in_row, some));
+      } else {
+        update = direction * scale;
+      }
+      if (options.cautious()) update = select(agrees(m_t, w), update, F(0.0f));
+      store_param(param + j, decay_and_apply(load_some(param + j, some), shrink, update),
+                  options.draws() ? random + j : nullptr, some);
+    });
   });
 }
 

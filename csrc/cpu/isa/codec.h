@@ -84,6 +84,7 @@ CAME8BIT_INLINE F decode_usual(const int8_t* codes, F absmax, int size) {
 }
 
 CAME8BIT_INLINE bool has_nan(const int8_t* codes, int size) {
+  if (size < kLanes) return any(load_part(codes, size) == I(kNanCode));
   int8_t smallest = 0;
   for (int j = 0; j < size; ++j) smallest = codes[j] < smallest ? codes[j] : smallest;
   return smallest == kNanCode;
