@@ -56,9 +56,9 @@ class CAME(StoredOptimizer):
 
     **Learning rate.** There is no bias correction, as in the paper, and the last division amplifies
     early updates: with the default betas the RMS of the first update is about 11 times ``lr``, that
-    of the hundredth 2.5 times, that of the thousandth 0.8 times. So warm-up is essential, and a
-    good ``lr`` is about a tenth of AdamW's. ``bias_correction=True`` removes the effect; then start
-    with AdamW's ``lr``.
+    of the hundredth 2.5 times, that of the three-thousandth 0.5 times. So warm-up is essential, and
+    no one ``lr`` suits short and long runs. ``bias_correction=True`` removes the effect; then keep
+    AdamW's ``lr``, best with ``nesterov=True`` as well.
 
     ``docs/internals/algorithm.md`` lists where this differs from ``came-pytorch`` and why:
     convolutions are factored as ``(out, in*kh*kw)``, bf16 and fp16 parameters are rounded
