@@ -38,7 +38,7 @@ ARGS ?=
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo          set up, build, train with every optimizer, write results/demo (10 to 15 minutes)"
+	@echo "make demo          set up, build, train with every optimizer, write results/demo (3 to 6 minutes)"
 	@echo "make test          set up, build, run the tests"
 	@echo "make lint          ruff and clang-format, changing nothing"
 	@echo "make type          mypy on came8bit/"

@@ -32,12 +32,13 @@ _ALL = (
     "adamw,nadamw,adafactor,adamw8bit,came-pytorch,came-published,came-corrected,"
     "came,came8bit,came4bit,came2bit"
 )
+_TEXT = "--batch-size 8 --warmup-steps 100 --eval-items 1024"
 _IMAGES = f"--tune --seeds 5 --optimizers {_CORE} --steps 200 --warmup-steps 20"
 
 #: Arguments of ``came8bit tradeoff --preset quick --cpu``. ``{adamw}`` is AdamW's own learning rate
 #: in text-512.
 TABLES = {
-    "text-512": f"--tune --seeds 8 --slow-seeds 3 --optimizers {_ALL}",
+    "text-512": f"--tune --seeds 8 --slow-seeds 3 --optimizers {_ALL} --steps 300 {_TEXT}",
     "text-8k": (
         f"--tune --seeds 5 --optimizers {_CORE} --tasks llama --corpus gcide --layers 2 "
         "--batch-size 64 --steps 80 --warmup-steps 10 --mixed-precision bf16"
@@ -47,7 +48,7 @@ TABLES = {
     "ddpm": f"{_IMAGES} --tasks ddpm --width 16 --batch-size 32",
     "minilm": f"--tune --seeds 5 --optimizers {_CORE} --tasks minilm",
     "long": (
-        "--seeds 3 --optimizers adamw,came8bit,came2bit --steps 5000 --floor 0 "
+        f"--seeds 3 --optimizers adamw,came8bit,came2bit --steps 5000 --floor 0 {_TEXT} "
         "--lr adamw={adamw} --lr came8bit={adamw} --lr came2bit={adamw}"
     ),
 }

@@ -28,7 +28,7 @@ class OptimizerSpec:
         label: Its name in tables and pictures.
         path: Dotted name of the class.
         options: Arguments of the class besides parameters, learning rate and weight decay.
-        lr: Peak learning rate for the task of the preset ``quick``, a start for ``--tune``; the
+        lr: Peak learning rate for the task of the preset ``quick``.
         colour, marker: Matplotlib's, for pictures.
         package: The PyPI package to install if it is missing.
         slow_on_cpu: Whether its step has no fast CPU implementation.
@@ -36,6 +36,7 @@ class OptimizerSpec:
             compares each with the widest.
         tuned_as: The arm whose learning-rate search decides for this one too, where both are run:
             an optimizer with the same rule, which differs in how it stores its state.
+        start: Where ``--tune`` starts, if not at ``lr``.
     """
 
     label: str
@@ -48,6 +49,7 @@ class OptimizerSpec:
     slow_on_cpu: bool = False
     rule: str = ""
     tuned_as: str = ""
+    start: float = 0.0
 
     @property
     def call(self) -> str:
@@ -70,19 +72,21 @@ class OptimizerSpec:
         return made
 
 
-_PUBLISHED = ("published", "#0060a0", dict(bias_correction=False, nesterov=False))
-_CORRECTED = ("corrected", "#009e73", dict(bias_correction=True, nesterov=False))
-_NESTEROV = ("nesterov", "#d55e00", dict(bias_correction=True, nesterov=True))
+_PUBLISHED = ("published", (5e-5, 1e-4), "#0060a0", dict(bias_correction=False, nesterov=False))
+_CORRECTED = ("corrected", (1e-3, 1e-3), "#009e73", dict(bias_correction=True, nesterov=False))
+_NESTEROV = ("nesterov", (1e-3, 2e-3), "#d55e00", dict(bias_correction=True, nesterov=True))
+_Rule = tuple[str, tuple[float, float], str, dict[str, Any]]
 _MARKERS = {32: "D", 8: "*", 4: "h", 2: "X"}
 _BNB = "bitsandbytes.optim.AdamW8bit"
 
 
-def _came(name: str, rule: tuple[str, str, dict[str, Any]], bits: int, lr: float) -> OptimizerSpec:
+def _came(name: str, rule: _Rule, bits: int) -> OptimizerSpec:
+    key, (lr, start), colour, options = rule
     # Options are written out, so that an arm stays what it is when defaults change.
-    marker, options = _MARKERS[bits], dict(optim_bits=bits) | rule[2]
-    widest = "" if bits == 32 else "came" if rule is _NESTEROV else f"came-{rule[0]}"
-    made = OptimizerSpec(name, "came8bit.CAME", options, lr, rule[1], marker)
-    return replace(made, rule=rule[0], tuned_as=widest)
+    options = dict(optim_bits=bits) | options
+    widest = "" if bits == 32 else "came" if rule is _NESTEROV else f"came-{key}"
+    made = OptimizerSpec(name, "came8bit.CAME", options, lr, colour, _MARKERS[bits])
+    return replace(made, rule=key, tuned_as=widest, start=start)
 
 
 _NADAM = dict(decoupled_weight_decay=True)
@@ -90,24 +94,29 @@ _NADAM = dict(decoupled_weight_decay=True)
 #: What can be compared; the keys are the names on the command line. A new arm is one entry here.
 OPTIMIZERS = {
     "adamw": OptimizerSpec("AdamW", "torch.optim.AdamW", dict(fused=True), 1e-3, "#4d4d4d", "o"),
-    "nadamw": OptimizerSpec("NAdamW", "torch.optim.NAdam", _NADAM, 2e-3, "#8a8a8a", "P"),
-    "adafactor": OptimizerSpec("Adafactor", "torch.optim.Adafactor", {}, 1e-2, "#7a5195", "v"),
+    "nadamw": OptimizerSpec(
+        "NAdamW", "torch.optim.NAdam", _NADAM, 1e-3, "#8a8a8a", "P", start=2e-3
+    ),
+    "adafactor": OptimizerSpec(
+        "Adafactor", "torch.optim.Adafactor", {}, 4e-2, "#7a5195", "v", start=1e-2
+    ),
     "adamw8bit": OptimizerSpec(
         "AdamW8bit", _BNB, {}, 1e-3, "#d08c00", "s", "bitsandbytes", True, tuned_as="adamw"
     ),
     "came-pytorch": OptimizerSpec(
-        *("came-pytorch", "came_pytorch.CAME", {}, 1e-4, "#3fa0d8", "^", "came-pytorch==0.1.3"),
+        *("came-pytorch", "came_pytorch.CAME", {}, 5e-5, "#3fa0d8", "^", "came-pytorch==0.1.3"),
         slow_on_cpu=True,
         tuned_as="came-published",
+        start=1e-4,
     ),
-    "came-published": _came("CAME, published", _PUBLISHED, 32, 1e-4),
-    "came8bit-published": _came("CAME8bit, published", _PUBLISHED, 8, 1e-4),
-    "came-corrected": _came("CAME, bias correction", _CORRECTED, 32, 1e-3),
-    "came8bit-corrected": _came("CAME8bit, bias correction", _CORRECTED, 8, 1e-3),
-    "came": _came("CAME, Nesterov", _NESTEROV, 32, 2e-3),
-    "came8bit": _came("CAME8bit, Nesterov", _NESTEROV, 8, 2e-3),
-    "came4bit": _came("CAME4bit, Nesterov", _NESTEROV, 4, 2e-3),
-    "came2bit": _came("CAME2bit, Nesterov", _NESTEROV, 2, 2e-3),
+    "came-published": _came("CAME, published", _PUBLISHED, 32),
+    "came8bit-published": _came("CAME8bit, published", _PUBLISHED, 8),
+    "came-corrected": _came("CAME, bias correction", _CORRECTED, 32),
+    "came8bit-corrected": _came("CAME8bit, bias correction", _CORRECTED, 8),
+    "came": _came("CAME, Nesterov", _NESTEROV, 32),
+    "came8bit": _came("CAME8bit, Nesterov", _NESTEROV, 8),
+    "came4bit": _came("CAME4bit, Nesterov", _NESTEROV, 4),
+    "came2bit": _came("CAME2bit, Nesterov", _NESTEROV, 2),
 }
 
 
@@ -263,7 +272,8 @@ class StudyConfig:
 
     def grid(self, optimizer: str, task: TaskConfig) -> tuple[float, ...]:
         """Return the learning rates at which the search starts."""
-        middle = OPTIMIZERS[optimizer].lr * task.lr_scale
+        spec = OPTIMIZERS[optimizer]
+        middle = (spec.start or spec.lr) * task.lr_scale
         return self.grids.get(optimizer, (middle / 2, middle, 2 * middle))
 
 
@@ -308,7 +318,9 @@ class Preset:
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
 
 
-_QUICK: dict[str, Any] = dict(steps=300, batch_size=8, layers=2, context=64, eval_every=0)
+_QUICK: dict[str, Any] = dict(
+    steps=200, batch_size=4, layers=2, context=64, warmup_steps=50, eval_items=512, eval_every=0
+)
 _LARGE: dict[str, Any] = dict(steps=2000, warmup_steps=400, eval_every=250)
 _GPU = (
     replace(_TEXT, batch_size=32, layers=12, width=768, heads=12, context=512, **_LARGE),
@@ -317,8 +329,8 @@ _GPU = (
 
 PRESETS = {
     "quick": Preset(
-        about="10 to 15 minutes on 2 cores: text, given learning rates",
-        tasks=(replace(_TEXT, warmup_steps=100, **_QUICK),),
+        about="3 to 6 minutes on 2 cores: text, given learning rates",
+        tasks=(replace(_TEXT, **_QUICK),),
         seeds=3,
         slow_seeds=2,
         tune=False,
