@@ -191,12 +191,14 @@ def check_lr(lr: object) -> None:
         raise ValueError(f"got lr {lr!r}, expected a finite number >= 0")
 
 
+# Options are checked at every step, and abstract classes take long to ask.
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    plain = type(value) is float or type(value) is int
+    return plain or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def _numbers(value: object, count: int) -> bool:
