@@ -132,12 +132,6 @@ CAME8BIT_INLINE void store_param(Half* p, F value, const uint16_t* random, int s
   store_some(p, random ? round_fp16(value, load_some(random, size)) : value, size);
 }
 
-// Calls run(offset, factor of the update) for each row.
-template <bool factored, class Run>
-CAME8BIT_INLINE void for_rows(const Segment& s, Run run) {
-  for (int r = 0; r < s.rows; ++r) run(r * s.size, F(factored ? s.update_row[r] : 0.0f));
-}
-
 // `options` says what the parameter's options are, as numbers known when compiling or as variables.
 template <class P, bool factored, class Options>
 CAME8BIT_INLINE void apply_as(const StepConstants& c, const Segment& s, Options options) {
@@ -146,7 +140,9 @@ CAME8BIT_INLINE void apply_as(const StepConstants& c, const Segment& s, Options 
   const float* const update_col = s.update_col;
   const uint16_t* const random = s.random;
   const F beta1(c.beta1), spent(c.spent), shrink(c.shrink), scale(c.scale);
-  for_rows<factored>(s, [&](int begin, F row) CAME8BIT_LAMBDA {
+  for (int r = 0; r < s.rows; ++r) {
+    const int begin = r * s.size;
+    const F row(factored ? s.update_row[r] : 0.0f);
     for_lanes(s.size, [&](int in_row, int some) CAME8BIT_LAMBDA {
       const int j = begin + in_row;
       ask_for(param, j, kAhead);
@@ -163,7 +159,7 @@ CAME8BIT_INLINE void apply_as(const StepConstants& c, const Segment& s, Options 
       store_param(param + j, decay_and_apply(load_some(param + j, some), shrink, update),
                   options.draws() ? random + j : nullptr, some);
     });
-  });
+  }
 }
 
 template <bool nesterov_, bool draws_, bool spends_>
