@@ -20,14 +20,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(sys.path[0]) / "support"))
 
-from passes import KINDS, Passes, cut, cuts, run_passes
+from passes import KINDS, Passes, cut, cuts, run_ranks
 from problems import Problem, make_problem, run_ops
-from shim.cases import ListCase, Shape
+from shim.cases import SMALL, ListCase, Shape
 
 import came8bit
 from came8bit.ops import schema as _ops
 
-SMALL = "CAME8BIT_CUDA_SMALL_ELEMENTS"
 FP32, BF16, FP16 = TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Rows of whole vectors, with and without whole blocks of the 8-bit code; several slabs and strips.
@@ -126,17 +125,12 @@ def run_sharded(kind: str, device: str, count: int = 1) -> None:
     ranks = [[moved_problem(cut(whole, *rows), device) for _ in range(count)] for rows in where]
     for options in STEPS:
         grad = torch.randn(whole.param.shape, generator=generator).to(device)
-        passes = [
-            [Passes(whole, part, grad.narrow(0, *rows), None, options) for part in parts]
-            for parts, rows in zip(ranks, where, strict=True)
-        ]
-        reduced: list[torch.Tensor] = []
-        for number in range(4):
-            for parts in passes:
-                run_passes(number, parts, reduced)
-            if number < 3:
-                columns = zip(*passes, strict=True)
-                reduced = [sum(part.sums[number] for part in column) for column in columns]
+        run_ranks(
+            [
+                [Passes(whole, part, grad.narrow(0, *rows), None, options) for part in parts]
+                for parts, rows in zip(ranks, where, strict=True)
+            ]
+        )
 
 
 def run_optimizer(device: str) -> None:

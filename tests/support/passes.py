@@ -64,10 +64,6 @@ class Passes:
         sums = {"sums": self.sums[number]} if number < 3 else {}
         return {**self.problem.tensors(), **sums}
 
-    def run(self, number: int, reduced: Tensor | None) -> None:
-        """Run pass ``number`` with the sums of the one before, and leave its own in ``sums``."""
-        run_passes(number, [self], [] if reduced is None else [reduced])
-
 
 def run_passes(number: int, parts: list[Passes], reduced: list[Tensor]) -> None:
     """Run a pass over several parameters of one kind in one call."""
@@ -105,16 +101,25 @@ def _run_reference(number: int, part: Passes, between: list[Tensor]) -> None:
     getattr(step, reference.PASSES[number])(*between)
 
 
-def run_all(parts: list[Passes], sums: list[Tensor] | None = None) -> list[Tensor]:
-    """Run all passes; between them parts are added, or ``sums`` are given to all."""
-    reduced: list[Tensor | None] = [None]
+def run_ranks(ranks: list[list[Passes]], sums: list[Tensor] | None = None) -> list[list[Tensor]]:
+    """Run all passes over the parameters that each rank has rows of; return what they were handed.
+
+    Between passes the sums of the ranks are added, or ``sums`` are given to all parameters.
+    """
+    handed: list[list[Tensor]] = [[]]
     for number in range(4):
-        for part in parts:
-            part.run(number, reduced[-1])
+        for parts in ranks:
+            run_passes(number, parts, handed[-1])
         if number < 3:
-            added = sum(part.sums[number] for part in parts)
-            reduced.append(added if sums is None else sums[number])
-    return [x for x in reduced if x is not None]
+            everywhere = zip(*ranks, strict=True)
+            added = [sum(part.sums[number] for part in one) for one in everywhere]
+            handed.append(added if sums is None else [sums[number]] * len(added))
+    return handed[1:]
+
+
+def run_all(parts: list[Passes], sums: list[Tensor] | None = None) -> list[Tensor]:
+    """The same for one parameter."""
+    return [handed for (handed,) in run_ranks([[part] for part in parts], sums)]
 
 
 def cut(whole: Problem, first: int, size: int) -> Problem:

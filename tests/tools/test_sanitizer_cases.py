@@ -49,7 +49,7 @@ def test_every_kernel_is_reached(
         monkeypatch.setattr(sanitizer_cases, name, recorded)
 
     record("run_ops")
-    record("run_passes")
+    record("run_ranks")
     monkeypatch.setenv(sanitizer_cases.SMALL, "")
     try:
         with kernels():
