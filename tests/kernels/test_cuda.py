@@ -27,16 +27,13 @@ from on_gpu import (
 from passes import CASES as PASSES
 from passes import KINDS, Passes, cut, cuts
 from problems import assert_same_bits, make_problem, near_code_edges, random_grad
-from shim.cases import CASES, ListCase
+from shim.cases import CASES, GROUP, SMALL, ListCase
 from strategies import DTYPES, Case, cases
 
 from came8bit.ops import schema
 from came8bit.reference import quant
 
 pytestmark = [pytest.mark.cuda, needs_gpu]
-
-SMALL = "CAME8BIT_CUDA_SMALL_ELEMENTS"
-GROUP = "CAME8BIT_CUDA_GROUP_BYTES"
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,7 +16,7 @@ import torch
 from on_gpu import check_kernels, check_step, needs_gpu, needs_real_gpu, to_gpu
 from passes import KINDS, Passes, run_all
 from problems import Problem, assert_same_bits, make_problem, random_grad, run_ops
-from shim.cases import run_reference
+from shim.cases import GROUP, run_reference
 
 from came8bit import CAME, CAME8bit
 from came8bit.reference import quant
@@ -24,7 +24,6 @@ from came8bit.reference.reduction import CUDA_TREE
 
 pytestmark = [pytest.mark.cuda, needs_gpu, needs_real_gpu]
 
-GROUP = "CAME8BIT_CUDA_GROUP_BYTES"
 SHAPES: list[tuple[int, ...]] = [(300, 520), (64, 256), (2, 40, 300), (1000, 33)]
 
 

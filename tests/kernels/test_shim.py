@@ -30,7 +30,9 @@ from shim import large
 from shim.build import ADDRESS, HERE, PLAIN, REPOSITORY, THREAD, Build, run_python
 from shim.cases import (
     CASES,
+    GROUP,
     OF_PASSES,
+    SMALL,
     ListCase,
     check_codec,
     check_codec_of,
@@ -46,8 +48,6 @@ from came8bit.ops import schema
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shim is made for Linux")
 
-SMALL = "CAME8BIT_CUDA_SMALL_ELEMENTS"
-GROUP = "CAME8BIT_CUDA_GROUP_BYTES"
 PATHS = ["sweeps", "small"]
 """Three sweeps for every parameter, or one block for each."""
 

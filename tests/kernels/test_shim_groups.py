@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from problems import Problem, arguments_of, assert_same_bits, make_problem, random_grad
-from shim.cases import generator, run_shim_reference, step
+from shim.cases import GROUP, SMALL, generator, run_shim_reference, step
 from shim.control import Control
 from shim.library import kernels
 from strategies import DTYPES
@@ -15,9 +15,6 @@ from strategies import DTYPES
 from came8bit.ops import schema
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shim is made for Linux")
-
-SMALL = "CAME8BIT_CUDA_SMALL_ELEMENTS"
-GROUP = "CAME8BIT_CUDA_GROUP_BYTES"
 
 
 def many(count: int, **changes: object) -> tuple[list[Problem], list[torch.Tensor]]:

@@ -27,6 +27,9 @@ from .library import kernels
 
 Shape = tuple[int, ...]
 
+SMALL = "CAME8BIT_CUDA_SMALL_ELEMENTS"
+GROUP = "CAME8BIT_CUDA_GROUP_BYTES"
+
 
 @contextmanager
 def uninitialised_memory_is_nan() -> Iterator[None]:
