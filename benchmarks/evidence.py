@@ -111,6 +111,17 @@ class Rows:
         lost = self.diverged(first, lr[0])
         return Comparison(result, float(better), float(no_worse), lost)
 
+    def below_null(self, result: Comparison) -> bool:
+        """Return whether the difference is less than what rounding alone makes: the null control.
+
+        The control is taken at each learning rate that both of its arms have been run at.
+        """
+        arms = ("came-published", "came-pytorch")
+        rates = {self.rate("adamw"), self.rate(arms[0])}
+        controls = [self.compare(*arms, (lr, lr)) for lr in rates]
+        size = abs(result.paired.difference)
+        return any(size < abs(c.paired.difference) for c in controls if c is not None)
+
     def _of(self, purpose: str, optimizer: str, lr: float | None = None) -> list[dict[str, Any]]:
         return [
             row
@@ -143,7 +154,8 @@ def summary() -> str:
     """Return the claims as Markdown, from the rows of all tables that are there."""
     tables = [Rows(name) for name in TABLES if (ROWS / f"{name}.json").exists()]
     return "\n\n".join(
-        [_losses(rows) for rows in tables] + [_against_adamw(tables), _rungs(tables)]
+        [_losses(rows) for rows in tables]
+        + [_against_adamw(tables), _rungs(tables), _unclaimed(tables)]
     )
 
 
@@ -182,6 +194,7 @@ def _against_adamw(tables: list[Rows]) -> str:
         no_worse = holm([result.p_no_worse for _, _, result in found])
         for (rows, lr, result), p, q in zip(found, better, no_worse, strict=True):
             said = "better" if p < 0.05 else "no worse" if q < 0.05 else "inside the noise"
+            said = "less than the null control" if p < 0.05 and rows.below_null(result) else said
             said = f"{result.diverged} diverged" if result.diverged else said
             lines.append(
                 [rows.name, f"{kind}, {lr:g}", *_figures(result), f"{p:.1g}", f"{q:.1g}", said]
@@ -199,7 +212,9 @@ def _rungs(tables: list[Rows]) -> str:
                 result = rows.compare(name, "came", (lr, lr))
                 if result:
                     said = "equal" if result.paired.equal else "inside the noise"
-                    if result.paired.outside_noise:
+                    if result.paired.outside_noise and rows.below_null(result):
+                        said = "less than the null control"
+                    elif result.paired.outside_noise:
                         said = "better" if result.paired.difference < 0 else "worse"
                         said += ", within the margin" if result.paired.equal else ""
                     lines.append(
@@ -207,6 +222,22 @@ def _rungs(tables: list[Rows]) -> str:
                     )
     head = ["momentum, against 32 bits", "lr", "difference", "95 % interval", "seeds", "claim"]
     return table(head, lines)
+
+
+def _unclaimed(tables: list[Rows]) -> str:
+    """Question 3, which is exploratory, and the null control."""
+    pairs = [("nadamw", "adamw"), ("came8bit", "nadamw"), ("came-published", "came-pytorch")]
+    lines = []
+    for rows in tables:
+        equal = rows.rate("adamw")
+        for first, second in pairs:
+            own = (rows.rate(first), rows.rate(second))
+            for lr in dict.fromkeys([own, (equal, equal)]):
+                result = rows.compare(first, second, lr)
+                if result:
+                    difference = f"{rows.name}, {label(first)} − {label(second)}"
+                    lines.append([difference, f"{lr[0]:g}, {lr[1]:g}", *_figures(result)])
+    return table(["not claimed", "lr", "difference", "95 % interval", "seeds"], lines)
 
 
 def _figures(result: Comparison) -> list[str]:

@@ -36,7 +36,7 @@ class OptimizerSpec:
             compares each with the widest.
         tuned_as: The arm whose learning-rate search decides for this one too, where both are run:
             an optimizer with the same rule, which differs in how it stores its state.
-        start: Where ``--tune`` starts, if not at ``lr``.
+        start: Where ``--tune`` starts, if not at ``lr``: where those of docs/evidence.md started.
     """
 
     label: str

@@ -77,6 +77,18 @@ def test_a_table_in_part(rows, tmp_path):
     assert [c[2] for c in lines[head + 4 :] if c[1:2] == ["vit"]] == ["AdamW's lr, 0.001"]
 
 
+def test_no_claim_is_made_below_the_null_control(rows, tmp_path):
+    base, better = [2.0, 2.1, 2.2], [1.9, 2.0001, 2.0999]
+    finals = [("adamw", 1e-3, base), ("came8bit", 1e-3, better), ("came", 1e-3, base)]
+    for size, claims in ((0.05, 2), (0.2, 0)):
+        moved = [loss + size + seed * 1e-3 for seed, loss in enumerate(base)]
+        control = [("came-published", 1e-3, moved), ("came-pytorch", 1e-3, base)]
+        write(tmp_path, "vit", [*finals, *control], tunes=[("adamw", 1e-3, [2.0])])
+        lines = [line for line in evidence.summary().splitlines() if line.startswith("| vit")]
+        assert sum("better" in line for line in lines) == claims
+        assert sum("less than the null control" in line for line in lines) == 2 - claims
+
+
 def test_holm_by_hand():
     assert evidence.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert evidence.holm([]) == []
