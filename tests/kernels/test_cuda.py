@@ -25,7 +25,7 @@ from on_gpu import (
     to_gpu,
 )
 from passes import CASES as PASSES
-from passes import KINDS, Passes, cut, cuts
+from passes import KINDS, Passes, cut, cuts, run_passes
 from problems import assert_same_bits, make_problem, near_code_edges, random_grad
 from shim.cases import CASES, GROUP, SMALL, ListCase
 from strategies import DTYPES, Case, cases
@@ -154,16 +154,16 @@ def test_passes_over_the_rows_of_several_ranks(kind: str, options: dict[str, obj
             for both in zip(got, map(on_gpu, grads), strict=True)
         ]
         others = [Passes(whole, *both, TREE, options) for both in zip(expected, grads, strict=True)]
-        reduced = None
+        reduced: list[torch.Tensor] = []
         for number in range(4):
             for a, b in zip(mine, others, strict=True):
                 with gpu_operators():
-                    a.run(number, None if reduced is None else on_gpu(reduced))
-                b.run(number, reduced)
+                    run_passes(number, [a], [on_gpu(sums) for sums in reduced])
+                run_passes(number, [b], reduced)
                 found = {name: x.cpu() for name, x in a.outcome(number).items()}
                 assert_same_bits(found, b.outcome(number), f"{kind}, step {t}, pass {number}")
             if number < 3:
-                reduced = torch.stack([b.sums[number] for b in others]).sum(0)
+                reduced = [torch.stack([b.sums[number] for b in others]).sum(0)]
 
 
 # --- random bits and lr ---------------------------------------------------------------------------
