@@ -47,6 +47,10 @@ TABLES = {
     "vit": f"{_IMAGES} --tasks vision --layers 2 --width 128",
     "ddpm": f"{_IMAGES} --tasks ddpm --width 16 --batch-size 32",
     "minilm": f"--tune --seeds 5 --optimizers {_CORE} --tasks minilm",
+    "minilm-again": (
+        "--seeds 24 --first-seed 5 --optimizers adamw,came8bit --tasks minilm "
+        "--lr adamw=1e-4 --lr came8bit=1e-4"
+    ),
     "long": (
         f"--seeds 3 --optimizers adamw,came8bit,came2bit --steps 5000 --floor 0 {_TEXT} "
         "--lr adamw={adamw} --lr came8bit={adamw} --lr came2bit={adamw}"

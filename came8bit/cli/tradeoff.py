@@ -58,6 +58,7 @@ _HELP = {
     "code of Python's standard library, the others come from `make data`",
     "--data-dir": "where `make data` put them",
     "--seeds": "number of seeds",
+    "--first-seed": "the others follow it (default: %(default)s)",
     "--slow-seeds": "for what is slow on a CPU",
     "--accumulate": "backward passes per step",
     "--context": "bytes per window of text",
@@ -67,8 +68,7 @@ _HELP = {
     "--tune": "search each optimizer's learning rate on a split of its own first",
     "--lr": "use this one, for every task",
     "--grid": "search these, for every task",
-    "--equal-lr": "run every optimizer at this one, too (default: the first optimizer's own; "
-    "0: none)",
+    "--equal-lr": "run all of them at this one, too (default: the first one's own; 0: none)",
     "--margin": "losses that differ by less count as equal (default: %(default)s)",
     "--cpu": "use the CPU although there is a GPU",
     "--in-process": "do not give each run a process of its own (peak memory is then less certain)",
@@ -109,7 +109,8 @@ def add_parser(subparsers: Any) -> None:
     add("--data-dir", metavar="DIR", type=Path, default=Path("data"))
 
     group = parser.add_argument_group("training (the preset decides what is not given)")
-    numbers(int, 1, TUNE_SEEDS[0], "--seeds", "--slow-seeds")
+    numbers(int, 1, TUNE_SEEDS[0] // 2, "--seeds", "--slow-seeds")
+    numbers(int, 0, TUNE_SEEDS[0] // 2, "--first-seed", default=0)
     numbers(int, 1, 10**6, "--steps", "--batch-size", "--accumulate", "--context", "--eval-items")
     numbers(int, 1, 1024, "--layers", "--heads")
     numbers(int, 1, 65536, "--width")
@@ -210,14 +211,13 @@ def study_config(args: argparse.Namespace) -> StudyConfig:
                     f"preset {args.preset} has no learning rate on {task.name} for {name}. Add "
                     f"--tune, or --lr {name}=LR"
                 )
-    slow = args.slow_seeds or args.seeds or config.slow_seeds
-    seeds = tuple(range(args.seeds)) if args.seeds else config.seeds
+    seeds = range(args.first_seed, args.first_seed + (args.seeds or len(config.seeds)))
     return replace(
         config,
         tasks=tuple(tasks),
         optimizers=optimizers,
-        seeds=seeds,
-        slow_seeds=min(slow, len(seeds)),
+        seeds=tuple(seeds),
+        slow_seeds=min(args.slow_seeds or args.seeds or config.slow_seeds, len(seeds)),
         tune=tune,
         rates=rates,
         grids=dict(args.grid),
