@@ -37,6 +37,7 @@ def rules() -> dict[str, Rule]:
         "the same, 8 bits": came(**corrected, nesterov=True, optim_bits=8),
         "the same, 4 bits": came(**corrected, nesterov=True, optim_bits=4),
         "the same, 2 bits": came(**corrected, nesterov=True, optim_bits=2),
+        "the same, 0 bits": came(**corrected, nesterov=True, optim_bits=0),
         "bias correction, 2 bits": came(**corrected, optim_bits=2),
     }
 

@@ -76,7 +76,8 @@ class CAME(StoredOptimizer):
             ``math.inf`` turns clipping off.
         weight_decay: decoupled weight decay.
         optim_bits: 32, or 8, 4 or 2 for momentum in codes of so many bits, in blocks (see
-            :mod:`came8bit.variants`). The default is the class's: 32 for ``CAME``.
+            :mod:`came8bit.variants`), or 0 for none: meant for a group of embeddings, say. The
+            default is the class's: 32 for ``CAME``.
         is_paged: keep momentum (and other state of a parameter's size) outside the device, in pages
             that are brought in for a step and written back (``docs/paging.md``). Same bits.
             ``state_dict()`` then copies; ``optimizer.state`` has only what stays on the device.

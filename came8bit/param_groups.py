@@ -47,12 +47,12 @@ EMBEDDINGS_IN_32_BITS: dict[Rule, Options] = {
 
 ADAPM: dict[Rule, Options] = {
     "*": {"optim_bits": 4},
-    nn.Embedding: {"optim_bits": 2},
-    "*o_proj*": {"optim_bits": 2},
+    nn.Embedding: {"optim_bits": 0},
+    "*o_proj*": {"optim_bits": 0},
     "*v_proj*": {"optim_bits": 32},
 }
-"""Momentum where it matters (arXiv 2510.09103): most for values, least for embeddings and the
-output of attention. That paper keeps none for the latter, and low rank in place of 4 bits."""
+"""Momentum where it matters (arXiv 2510.09103): all for values, none for embeddings and the output
+of attention. That paper has low rank in place of 4 bits."""
 
 
 def groups_by_rule(model: nn.Module, rules: Mapping[Rule, Options]) -> list[dict[str, Any]]:

@@ -24,7 +24,6 @@ using Tensors = std::vector<Tensor>;
 struct Device {
   const char* name;
   bool (*holds)(const Tensor&);
-  bool has_coarse;  // momentum, of 4 and 2 bits
 };
 
 class Checker {
@@ -95,8 +94,8 @@ class Checker {
       a.bits = 32;
       if (absmax.empty()) {
         a.exp_avg = state<float>(exp_avg, i, numel, "exp_avg");
-      } else if (device_.has_coarse && exp_avg[i].scalar_type() == ScalarType::Byte) {
-        a.bits = absmax[i].dim() == 2 ? 4 : 2;
+      } else if (exp_avg[i].scalar_type() == ScalarType::Byte) {
+        a.bits = absmax[i].dim() == 2 ? 4 : absmax[i].numel() > 0 ? 2 : 0;
         a.blocks_per_slice = (a.slice_len + kCoarseBlock - 1) / kCoarseBlock;
         a.exp_avg =
             state<uint8_t>(exp_avg, i, a.slices * bytes_of_slice(a.slice_len, a.bits), "exp_avg");

@@ -12,7 +12,7 @@ struct ParamArguments {
   int64_t slices, slice_len, blocks_per_slice;  // the first dimension, what lies behind it: blocks
   uint64_t offset;           // row-major index of the first element in the full parameter
   uint32_t index;            // of the parameter, for its random bits
-  int bits;                  // of the momentum: 32, 8, 4 or 2
+  int bits;                  // of the momentum: 32, 8, 4, 2 or 0
   void* exp_avg;             // int8 codes with `absmax`, packed codes with `scales`, or fp32
   float* absmax;             // [slices][blocks_per_slice]
   uint16_t* scales;          // bf16, with 2 bits two a block
@@ -24,6 +24,7 @@ struct ParamArguments {
   float* grad_square;  // null, or where the sum of squares of the gradient is wanted
 
   CAME8BIT_INLINE int64_t numel() const { return b * n * k; }
+  CAME8BIT_INLINE bool coarse() const { return bits < 8; }
 };
 
 // The passes of a step, as in came8bit/reference/passes.py.

@@ -21,11 +21,11 @@ CAME8BIT_INLINE T decode(T code, T absmax) {
   return (t * abs(t)) * absmax;
 }
 
-// Coarse codes, of 4 and 2 bits: several in a byte, the first in its lowest bits; bf16 scales. See
-// came8bit/reference/rungs.py.
+// Coarse codes, of 4 and 2 bits: several in a byte, the first in its lowest bits; bf16 scales. With
+// 0 bits there are neither. See came8bit/reference/rungs.py.
 constexpr int kCoarseBlock = 128;
 CAME8BIT_INLINE constexpr int scales_of_block(int bits) {
-  return bits == 2 ? 2 : 1;
+  return bits == 2 ? 2 : bits == 0 ? 0 : 1;
 }
 CAME8BIT_INLINE constexpr int64_t bytes_of_slice(int64_t slice_len, int bits) {
   return (slice_len * bits + 7) / 8;

@@ -78,7 +78,7 @@ CASES = [
     ),
     # More than small arguments hold.
     ListCase("many parameters", [(3, 40)] * 60, layout="sliced", grad_layout="sliced"),
-    *(case for bits in (4, 2) for case in coarse_cases(bits)),
+    *(case for bits in (4, 2, 0) for case in coarse_cases(bits)),
     ListCase("not finite", [(40, 256)] * 2, bad={0: float("nan")}),
     ListCase("not finite, flat", [(5000,)] * 2, bad={0: float("inf")}, factored=False, bits=32),
 ]

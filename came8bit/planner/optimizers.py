@@ -198,7 +198,7 @@ def _kinds() -> Iterator[OptimizerKind]:
         key = f"{'paged-' if paged else ''}adamw{bits}bit"
         state = partial(_bitsandbytes, bits=bits, paged=paged)
         yield OptimizerKind(key, name, "bitsandbytes", state)
-    for bits in sorted(OPTIM_BITS, reverse=True):
+    for bits in filter(None, OPTIM_BITS):  # without momentum there are groups, but no class
         for paged in (False, True):
             name = f"{'Paged' if paged else ''}CAME{bits}bit"
             key = f"{'paged-' if paged else ''}came{bits}bit"

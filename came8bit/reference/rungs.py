@@ -1,18 +1,20 @@
-"""How momentum is stored: one table of rungs, from fp32 down to 2 bits a value.
+"""How momentum is stored: one table of rungs, from fp32 down to no bits at all.
 
 :data:`RUNGS` maps ``optim_bits`` to a :class:`Rung`. All of them cut every slice of the first
 dimension into blocks of consecutive values, as ``quant.py`` describes for 8 bits, and a slice takes
 whole bytes, so that a row shard owns whole blocks of every rung.
 
-The coarse rungs, 4 and 2 bits, pack several codes into a ``uint8``, the first in the lowest bits,
-and keep bf16 scales. What a coarse code cannot remember is not lost: the step spends it at once
-(``update.py``), so they need no rule for values that only decay. The step hands them 0 where the
-update was exactly zero, and 0 is what they give back:
+The coarse rungs, 4 bits and fewer, pack several codes into a ``uint8``, the first in the lowest
+bits, and keep bf16 scales. What a coarse code cannot remember is not lost: the step spends it at
+once (``update.py``), so they need no rule for values that only decay. The step hands them 0 where
+the update was exactly zero, and 0 is what they give back:
 
 * 4 bits: the square-root code of 8 bits with levels up to 7. The levels are those of the fp32
   absmax; bf16 holds what decoding multiplies by.
 * 2 bits: sign, and whether the magnitude is above the block's mean. The two levels are the means of
   the magnitudes above and below. A block that holds a 0 has a lower level of 0.
+* 0 bits: nothing, so every step spends its whole update, and the instability is the square of the
+  update itself. Codes and scales are tensors without elements.
 
 Sums of 2-bit blocks are exact, so their order does not matter: magnitudes are first rounded to
 ``2**-16`` of the block's scale, and 128 of those fit into the 24 bits of fp32.
@@ -60,9 +62,8 @@ class Rung:
     """One way of storing momentum.
 
     Attributes:
-        bits: of a value; 32 has no codes.
+        bits: of a value; 8 are an ``int8``, fewer are packed into ``uint8``; 32 has no codes.
         block: values that share scales.
-        per_byte: codes in a ``uint8``; 1 means ``int8`` codes of the parameter's shape.
         scales: scales of a block.
         scales_name: name of the buffer that has them.
         scale_dtype: their dtype.
@@ -71,7 +72,6 @@ class Rung:
 
     bits: int
     block: int
-    per_byte: int
     scales: int
     scales_name: str
     scale_dtype: torch.dtype
@@ -80,17 +80,17 @@ class Rung:
     @property
     def code_dtype(self) -> torch.dtype:
         """Of the buffer with the codes."""
-        return torch.int8 if self.per_byte == 1 else torch.uint8
+        return torch.int8 if self.bits == 8 else torch.uint8
 
     def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the codes: ``shape``, or ``(slices, bytes of a slice)``."""
-        if self.per_byte == 1:
+        if self.bits == 8:
             return tuple(shape)
         slices, slice_len = slice_shape(shape)
-        return (slices, -(-slice_len // self.per_byte))
+        return (slices, -(-slice_len * self.bits // 8))
 
     def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return ``(slices, blocks)``, and another dimension where a block has several scales."""
+        """Return ``(slices, blocks)``, and another dimension where a block has not one scale."""
         slices, slice_len = slice_shape(shape)
         blocks = (slices, -(-slice_len // self.block))
         return blocks if self.scales == 1 else (*blocks, self.scales)
@@ -105,6 +105,9 @@ class Rung:
         """
         if not self.spends:
             return quantize_blockwise(m, decaying=idle)
+        if not self.bits:
+            codes = m.new_empty(self.codes_shape(m.shape), dtype=self.code_dtype)
+            return codes, m.new_empty(self.scales_shape(m.shape), dtype=self.scale_dtype)
         encode = _encode_4 if self.bits == 4 else _encode_2
         blocks, valid = _to_blocks(torch.where(idle, 0.0, m), self.block)
         codes, scales = encode(blocks, valid)
@@ -115,6 +118,8 @@ class Rung:
         self, codes: Tensor, scales: Tensor, shape: tuple[int, ...], factor: float = 1.0
     ) -> Tensor:
         """Return fp32 momentum of ``shape``, its scales multiplied by ``factor``."""
+        if not codes.numel():
+            return torch.zeros(shape, device=codes.device)
         scales = scales.to(torch.float32)
         if factor != 1.0:
             scales = scales * fp32(factor)
@@ -127,24 +132,25 @@ class Rung:
 
     def _pack(self, codes: Tensor) -> Tensor:
         slices, slice_len = codes.shape
-        width, size = 8 // self.per_byte, -(-slice_len // self.per_byte)
-        codes = torch.nn.functional.pad(codes, (0, size * self.per_byte - slice_len))
-        codes = (codes & (2**width - 1)).view(slices, size, self.per_byte)
-        shifts = torch.arange(0, 8, width, device=codes.device)
+        per_byte = 8 // self.bits
+        size = -(-slice_len // per_byte)
+        codes = torch.nn.functional.pad(codes, (0, size * per_byte - slice_len))
+        codes = (codes & (2**self.bits - 1)).view(slices, size, per_byte)
+        shifts = torch.arange(0, 8, self.bits, device=codes.device)
         packed: Tensor = (codes << shifts).sum(-1)
         return packed.to(torch.uint8)
 
     def _unpack(self, packed: Tensor) -> Tensor:
-        width = 8 // self.per_byte
-        shifts = torch.arange(0, 8, width, device=packed.device)
-        codes: Tensor = (packed.to(torch.int32).unsqueeze(-1) >> shifts) & (2**width - 1)
+        shifts = torch.arange(0, 8, self.bits, device=packed.device)
+        codes: Tensor = (packed.to(torch.int32).unsqueeze(-1) >> shifts) & (2**self.bits - 1)
         return codes.flatten(1)
 
 
 RUNGS: dict[int, Rung] = {
-    8: Rung(8, BLOCK_SIZE, 1, 1, "absmax", torch.float32, spends=False),
-    4: Rung(4, COARSE_BLOCK, 2, 1, "scales", torch.bfloat16, spends=True),
-    2: Rung(2, COARSE_BLOCK, 4, 2, "scales", torch.bfloat16, spends=True),
+    8: Rung(8, BLOCK_SIZE, 1, "absmax", torch.float32, spends=False),
+    4: Rung(4, COARSE_BLOCK, 1, "scales", torch.bfloat16, spends=True),
+    2: Rung(2, COARSE_BLOCK, 2, "scales", torch.bfloat16, spends=True),
+    0: Rung(0, COARSE_BLOCK, 0, "scales", torch.bfloat16, spends=True),
 }
 """``optim_bits`` -> how momentum is stored; 32, which is not here, is plain fp32."""
 
@@ -167,7 +173,9 @@ def rung_of(exp_avg: Stored, scales: Stored | None) -> Rung | None:
         return None
     if exp_avg.dtype == torch.int8:
         return RUNGS[8]
-    return RUNGS[4] if len(scales.shape) == 2 else RUNGS[2]
+    if len(scales.shape) == 2:
+        return RUNGS[4]
+    return RUNGS[2] if scales.shape[2] else RUNGS[0]
 
 
 def has_nan(codes: Tensor, scales: Tensor | None) -> bool:
@@ -182,18 +190,16 @@ def momentum_shape(buffers: Mapping[str, Stored], shape: tuple[int, ...]) -> tor
     """Return the shape of the parameter whose momentum is in ``buffers``.
 
     Packed codes do not tell: it is ``shape`` if they fit it, else ``(slices, values of a slice)``
-    with the padding of the last byte.
+    with the padding of the last byte, and without codes that of the last block.
     """
     codes, scales = buffers["exp_avg"], buffers.get("scales")
     rung = rung_of(codes, scales)
-    if rung is None:
+    if rung is None or scales is None:
         return torch.Size(codes.shape)
-    if scales is not None and (codes.shape, scales.shape) == (
-        rung.codes_shape(shape),
-        rung.scales_shape(shape),
-    ):
+    if (codes.shape, scales.shape) == (rung.codes_shape(shape), rung.scales_shape(shape)):
         return torch.Size(shape)
-    return torch.Size((codes.shape[0], codes.shape[1] * rung.per_byte))
+    values = codes.shape[1] * 8 // rung.bits if rung.bits else scales.shape[1] * rung.block
+    return torch.Size((codes.shape[0], values))
 
 
 @dataclass(frozen=True)
@@ -213,16 +219,12 @@ class Momentum:
         """Return ``m``, fp32 of the parameter's shape."""
         if self.rung is None or self.scales is None:
             return self.exp_avg
-        if not self.exp_avg.numel():
-            return torch.zeros(self.shape, device=self.exp_avg.device)
         return self.rung.decode(self.exp_avg, self.scales, self.shape)
 
     def decayed(self, beta1: float) -> Tensor:
         """Return ``beta1*m``; of codes the scale of the block is multiplied, not every value."""
         if self.rung is None or self.scales is None:
             return self.exp_avg * fp32(beta1)
-        if not self.exp_avg.numel():
-            return self.load()
         return self.rung.decode(self.exp_avg, self.scales, self.shape, beta1)
 
     def encode(self, m: Tensor, idle: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:

@@ -31,7 +31,7 @@ Group = Mapping[str, Any]
 """A parameter group: its options by name, and ``params``."""
 
 FACTORED_VIEWS = ("smallest", "last_two")
-OPTIM_BITS = (32, 8, 4, 2)
+OPTIM_BITS = (32, 8, 4, 2, 0)
 DEFAULT_MIN_8BIT_SIZE = 4096
 
 

@@ -76,7 +76,7 @@ _PUBLISHED = ("published", (5e-5, 1e-4), "#0060a0", dict(bias_correction=False, 
 _CORRECTED = ("corrected", (1e-3, 1e-3), "#009e73", dict(bias_correction=True, nesterov=False))
 _NESTEROV = ("nesterov", (1e-3, 2e-3), "#d55e00", dict(bias_correction=True, nesterov=True))
 _Rule = tuple[str, tuple[float, float], str, dict[str, Any]]
-_MARKERS = {32: "D", 8: "*", 4: "h", 2: "X"}
+_MARKERS = {32: "D", 8: "*", 4: "h", 2: "X", 0: "d"}
 _BNB = "bitsandbytes.optim.AdamW8bit"
 
 
@@ -117,6 +117,8 @@ OPTIMIZERS = {
     "came8bit": _came("CAME8bit, Nesterov", _NESTEROV, 8),
     "came4bit": _came("CAME4bit, Nesterov", _NESTEROV, 4),
     "came2bit": _came("CAME2bit, Nesterov", _NESTEROV, 2),
+    # Every update acts at once, so another learning rate is best.
+    "came0bit": replace(_came("CAME without momentum", _NESTEROV, 0), tuned_as=""),
 }
 
 

@@ -30,7 +30,7 @@ struct Cpu {
   using Environment = FloatEnvironment;
 
   static Device device() {
-    return {"CPU", [](const Tensor& t) { return t.is_cpu(); }, true};
+    return {"CPU", [](const Tensor& t) { return t.is_cpu(); }};
   }
 
   static void factored(const std::vector<ParamArguments>& all, const Tensors& params,

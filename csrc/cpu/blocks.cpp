@@ -114,8 +114,7 @@ void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffe
 void new_momentum(const Parameter& p, const StepConstants& constants, const Factors& factors,
                   const Piece& piece, bool stores, Buffers& buffers, ToEncode* blocks) {
   const Kernels& table = kernels();
-  const bool decoded = p.scales != nullptr, coded = Blocks::coded(p),
-             full = p.exp_avg_sq != nullptr;
+  const bool decoded = p.coarse(), coded = Blocks::coded(p), full = p.exp_avg_sq != nullptr;
   const Kernels::Momentum momentum =
       (decoded ? (full ? table.momentum_decoded_unfactored : table.momentum_decoded)
        : coded ? (full ? table.momentum8_unfactored : table.momentum8)
@@ -195,16 +194,16 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
     ToEncode blocks[kBlocksPerTask] = {};
     new_momentum(p, constants, factors, piece, true, buffers, blocks);
     // The update spends what a coarse code forgets.
-    if (p.scales != nullptr) encode_coarse(p, factors, piece, blocks, buffers);
+    if (p.coarse()) encode_coarse(p, factors, piece, blocks, buffers);
     for_each_segment(p, factors, buffers, piece, [&](Segment& s, int64_t e, int done) {
       if (!Blocks::coded(p)) s.exp_avg = static_cast<float*>(p.exp_avg) + e;
       s.param = p.param.read(e, s.rows * s.size, buffers.param);
-      s.kept = p.scales ? buffers.kept + done : nullptr;
+      s.kept = p.coarse() ? buffers.kept + done : nullptr;
       s.random = random ? random + done : nullptr;
       apply(constants, s);
       p.param.write(e, s.rows * s.size, s.param);
     });
-    if (p.absmax != nullptr) encode(p, factors, piece, blocks, buffers);
+    if (p.bits == 8) encode(p, factors, piece, blocks, buffers);
   });
 }
 

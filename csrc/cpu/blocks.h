@@ -19,9 +19,9 @@ struct Blocks {
         per_slice((slice_len + size - 1) / size) {}
   explicit Blocks(const Parameter& p)
       : Blocks(coded(p) ? p.slices : p.b * p.n, coded(p) ? p.slice_len : p.k,
-               p.scales ? kCoarseBlock : kBlockSize) {}
+               p.coarse() ? kCoarseBlock : kBlockSize) {}
 
-  static bool coded(const Parameter& p) { return p.absmax != nullptr || p.scales != nullptr; }
+  static bool coded(const Parameter& p) { return p.bits < 32; }
 
   int64_t count() const { return slices * per_slice; }
   int64_t tasks() const { return (count() + kBlocksPerTask - 1) / kBlocksPerTask; }

@@ -105,7 +105,7 @@ struct Kernels {
   // How many elements the cautious mask keeps.
   int (*agreeing)(const float* w, const float* m, int size);
 
-  CoarseCode code4, code2;
+  CoarseCode code4, code2, code0;
 
   // Lane sum of at most kChunk values of g*g, and of u*u for a full second moment.
   float (*sum_g2[kDtypes])(const void* grad, int size);

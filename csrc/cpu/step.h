@@ -23,8 +23,14 @@ inline uint8_t* packed_codes(const Parameter& p, int64_t e) {
   return packed_codes(p, slice, e - slice * p.slice_len);
 }
 
+// How many codes its byte has before that of a value.
+inline int codes_before(const Parameter& p, int64_t in_slice) {
+  return p.bits == 0 ? 0 : static_cast<int>(in_slice % (8 / p.bits));
+}
+
 inline const CoarseCode& coarse_code(const Parameter& p) {
-  return p.bits == 4 ? kernels().code4 : kernels().code2;
+  const Kernels& table = kernels();
+  return p.bits == 4 ? table.code4 : p.bits == 2 ? table.code2 : table.code0;
 }
 inline uint16_t* scales_of(const Parameter& p, int64_t block) {
   return p.scales + block * scales_of_block(p.bits);

@@ -58,7 +58,7 @@ void gather(const StridedRuns& from, int64_t first, int64_t row_stride, int rows
 // Momentum in 8 bits whose blocks do not begin with the rows, or in packed codes.
 void gather_momentum(const Parameter& p, int64_t first, int rows, int cols, GroupBuffer& buffer) {
   const Kernels& table = kernels();
-  const int64_t block_size = p.scales ? kCoarseBlock : kBlockSize;
+  const int64_t block_size = p.coarse() ? kCoarseBlock : kBlockSize;
   for (int i = 0; i < rows; ++i) {
     float* out = buffer.value + i * kChunk;
     int64_t e = first + i * p.k;
@@ -68,10 +68,9 @@ void gather_momentum(const Parameter& p, int64_t first, int rows, int cols, Grou
       const int64_t block = slice * p.blocks_per_slice + of_slice;
       const int size =
           static_cast<int>(std::min({block_size - in_block, p.slice_len - in_slice, end - e}));
-      if (p.scales != nullptr) {
-        coarse_code(p).decode(packed_codes(p, slice, in_slice),
-                              static_cast<int>(in_slice % (8 / p.bits)), scales_of(p, block), 1.0f,
-                              size, out);
+      if (p.coarse()) {
+        coarse_code(p).decode(packed_codes(p, slice, in_slice), codes_before(p, in_slice),
+                              scales_of(p, block), 1.0f, size, out);
       } else {
         table.decode(static_cast<const int8_t*>(p.exp_avg) + e, p.absmax[block], size, out);
       }
@@ -165,8 +164,8 @@ void instability_task(const Parameter& p, const CpuGrid& grid, Workspace& w, flo
   const Tile t(grid, task);
   const int64_t row = t.batch * p.n + t.row;
   const int64_t first = row * p.k + t.col;
-  const bool coded = p.absmax != nullptr && blocks_begin_with_rows(p);
-  const bool decoded = p.scales != nullptr || (p.absmax != nullptr && !coded);
+  const bool coded = p.bits == 8 && blocks_begin_with_rows(p);
+  const bool decoded = p.bits < 32 && !coded;
   const Kernels& table = kernels();
   const auto instability = (coded ? table.instability8 : table.instability32)[p.grad_dtype];
   const int64_t itemsize = coded ? sizeof(int8_t) : sizeof(float);

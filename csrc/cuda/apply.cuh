@@ -199,7 +199,9 @@ __device__ __forceinline__ int apply_tile(const Parameter& p, const StepSettings
       decode_vector(stored, 1.0f, held);
       __syncwarp();  // all lanes have read the old scales before one writes the new
       if (there) {
-        __stcg(reinterpret_cast<decltype(stored.codes)*>(exp_avg_now), stored.codes);
+        if constexpr (kBits<M> > 0) {
+          __stcg(reinterpret_cast<decltype(stored.codes)*>(exp_avg_now), stored.codes);
+        }
         if (tile.lane % kCoarseLanes == 0) store_scales(stored, scale_now);
       }
     }

@@ -74,7 +74,7 @@ std::vector<HostParameter> parameters_of(const std::vector<ParamArguments>& all,
 struct Cuda {
   struct Environment {};
 
-  static Device device() { return {kDeviceName, is_device_tensor, true}; }
+  static Device device() { return {kDeviceName, is_device_tensor}; }
 
   static void factored(const std::vector<ParamArguments>& all, const Tensors& params,
                        const Tensors& grads, const StepSettings& settings) {

@@ -1,4 +1,4 @@
-// The codes of 4 and 2 bits for eight neighbouring values in a thread.
+// The codes of 4, 2 and 0 bits for eight neighbouring values in a thread.
 #pragma once
 
 #include "codec.cuh"
@@ -14,6 +14,9 @@ struct Bits2 {
   uint16_t codes;
   uint32_t scales;  // the lower level in the lower half
 };
+struct Bits0 {
+  uint16_t codes;  // 0, and never in memory: whatever is read or written through it does nothing
+};
 
 template <class M>
 constexpr int kBits = 8 * sizeof(M);  // of int8_t, float
@@ -21,6 +24,8 @@ template <>
 constexpr int kBits<Bits4> = 4;
 template <>
 constexpr int kBits<Bits2> = 2;
+template <>
+constexpr int kBits<Bits0> = 0;
 template <class M>
 constexpr bool kCoarse = kBits<M> < 8;
 template <class M>
@@ -53,6 +58,8 @@ __device__ __forceinline__ void load_scales(const uint16_t* scales, Bits2* m) {
   m->scales = __ldcg(scales) | uint32_t{__ldcg(scales + 1)} << 16;
 }
 
+__device__ __forceinline__ void load_scales(const uint16_t*, Bits0*) {}
+
 // Eight codes, and the scales of their block: each in one access.
 __device__ __forceinline__ void load_vector(const char* codes, const uint16_t* scales, Bits4* m) {
   m->codes = __ldcg(reinterpret_cast<const uint32_t*>(codes));
@@ -62,6 +69,8 @@ __device__ __forceinline__ void load_vector(const char* codes, const uint16_t* s
   m->codes = __ldcg(reinterpret_cast<const uint16_t*>(codes));
   m->scales = __ldcg(reinterpret_cast<const uint32_t*>(scales));
 }
+__device__ __forceinline__ void load_vector(const char*, const uint16_t*, Bits0*) {}
+
 // Scales of a row that has blocks of its own, and in it those before the block of a column.
 template <class M>
 __device__ __forceinline__ int64_t column_scales(int64_t column) {
@@ -81,6 +90,9 @@ __device__ __forceinline__ float decode_one(uint32_t code, const Bits2& m, float
   const uint32_t level_bits = (code & 1u) != 0 ? m.scales & 0xffff0000u : m.scales << 16;
   const float level = bits_float(level_bits) * factor;
   return bits_float(float_bits(level) ^ (code & 2u) << 30);
+}
+__device__ __forceinline__ float decode_one(uint32_t, const Bits0&, float) {
+  return 0.0f;
 }
 // Eight of them, with their scales times `factor`.
 template <class M>
@@ -172,6 +184,11 @@ __device__ __forceinline__ Bits2 encode_block(const float* m, int count, int siz
           scale_bits(levels.low) | uint32_t{scale_bits(levels.high)} << 16};
 }
 
+__device__ __forceinline__ Bits0 encode_block(const float*, int, int, int, Bits0*) {
+  return {};
+}
+
+__device__ __forceinline__ void store_scales(const Bits0&, uint16_t*) {}
 __device__ __forceinline__ void store_scales(const Bits4& m, uint16_t* scales) {
   __stcg(scales, m.scale);
 }

@@ -133,7 +133,7 @@ inline Access access_of(const HostParameter& h, bool factored) {
   const bool vectors = h.bits == 32 || (h.bits == 8 && p.slice_len % kVector == 0);
   if (!factored) return vectors ? kTiles : kOneByOne;
   if (p.k % kVector != 0) return kOneByOne;
-  if (h.bits == 32 || p.whole_blocks) return kTiles;
+  if (h.bits == 32 || h.bits == 0 || p.whole_blocks) return kTiles;
   return h.bits == 8 ? kBlocks : kOneByOne;
 }
 

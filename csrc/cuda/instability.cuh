@@ -125,6 +125,11 @@ __device__ __forceinline__ void load_momenta(const Parameter& p, int64_t e, int 
   }
 }
 
+__device__ __forceinline__ void load_momenta(const Parameter&, int64_t, int, float* m, Bits0*) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) m[i] = 0.0f;
+}
+
 template <class M>
 __device__ __forceinline__ void load_momenta(const Parameter& p, int64_t e, int count, float* m,
                                              M*) {

@@ -33,6 +33,8 @@ void with_type(int type, const Call& call) {
 template <class Call>
 void with_momentum(int bits, const Call& call) {
   switch (bits) {
+    case 0:
+      return call(Type<Bits0>());
     case 2:
       return call(Type<Bits2>());
     case 4:

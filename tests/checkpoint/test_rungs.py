@@ -33,7 +33,7 @@ def trained(bits, steps, paged=False):
     return optimizer
 
 
-@pytest.mark.parametrize(("source", "target"), list(itertools.product([32, 8, 4, 2], repeat=2)))
+@pytest.mark.parametrize(("source", "target"), list(itertools.product([32, 8, 4, 2, 0], repeat=2)))
 def test_every_rung_loads_from_every_other(source, target, tmp_path):
     optimizer = trained(source, 3)
     path = tmp_path / "state.safetensors"
@@ -49,8 +49,8 @@ def test_every_rung_loads_from_every_other(source, target, tmp_path):
     got = from_file.state_dict()["state"][0]
     for name, value in from_dict.state_dict()["state"][0].items():
         assert same_bits(got[name], value), name
-    error = (momentum(got) - momentum(saved)).norm() / momentum(saved).norm()
-    assert error <= {32: 0.0, 8: 0.02, 4: 0.2, 2: 0.6}[target]
+    error = (momentum(got) - momentum(saved)).norm() / momentum(saved).norm().clamp(min=1e-30)
+    assert error <= {32: 0.0, 8: 0.02, 4: 0.2, 2: 0.6, 0: 1.0}[target]
     report = convert_checkpoint(path, tmp_path / "converted", optim_bits=target)
     from_converted = trained(target, 0)
     load_checkpoint(from_converted, tmp_path / "converted")

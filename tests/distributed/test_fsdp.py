@@ -19,7 +19,7 @@ from benchmarks.sharded_cost import collective_bytes
 from came8bit import CAME, PagedCAME8bit, step_in_backward
 
 STATISTICS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col")
-MOMENTUM = {32: torch.float32, 8: torch.int8, 4: torch.uint8, 2: torch.uint8}
+MOMENTUM = {32: torch.float32, 8: torch.int8, 4: torch.uint8, 2: torch.uint8, 0: torch.uint8}
 MESHES = [(1,), (2,), (3,), (4,), (2, 2)]
 
 
@@ -56,7 +56,7 @@ def test_statistics_are_those_of_one_process(ranks, mesh):
         assert_equal(results[0], expected)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 2, 0])
 def test_codes_on_three_ranks(ranks, bits):
     """bf16, stochastic rounding: the same bits on every rank and in every run."""
     options = dict(dtype=torch.bfloat16, optim_bits=bits, count=3)
@@ -70,7 +70,7 @@ def test_codes_on_three_ranks(ranks, bits):
             if wanted.dtype == torch.float32:
                 torch.testing.assert_close(got[key], wanted, rtol=1e-5, atol=1e-7)
             else:  # a code or a bit may be at an edge
-                assert (got[key] != wanted).double().mean() < 0.01, (name, key)
+                assert int((got[key] != wanted).sum()) <= 0.01 * wanted.numel(), (name, key)
 
 
 @pytest.mark.parametrize("mesh", [(2,), (2, 2)], ids=str)
@@ -142,7 +142,7 @@ def test_kinds_of_fully_shard(ranks, kind):
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (4, 2)])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 0])
 def test_resharding_keeps_every_bit(ranks, tmp_path, before, after, bits):
     """From DCP and from the one file that all ranks have written together."""
     folder = str(tmp_path / "state")
@@ -155,7 +155,7 @@ def test_resharding_keeps_every_bit(ranks, tmp_path, before, after, bits):
                 assert torch.equal(got[name], value), (way, name)
 
 
-@pytest.mark.parametrize(("old", "new"), [(8, 4), (32, 8), (2, 32)])
+@pytest.mark.parametrize(("old", "new"), [(8, 4), (32, 8), (2, 32), (8, 0)])
 def test_other_bits(ranks, tmp_path, old, new):
     """Converted by the merge that one process has, to the same bits."""
     folder = str(tmp_path / "state")

@@ -92,7 +92,7 @@ def test_bits_of_the_reference_at_edges(
 
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", [32, 8, 4, 2])
+@pytest.mark.parametrize("bits", [32, 8, 4, 2, 0])
 @pytest.mark.parametrize("factored", [True, False])
 def test_every_pair_of_dtypes(
     factored: bool, bits: int, dtype: torch.dtype, grad_dtype: torch.dtype
@@ -118,6 +118,7 @@ LARGE: list[tuple[tuple[int, ...], dict[str, object]]] = [
     ((5, 300, 520), {"batched": True, "bits": 4}),
     ((9, 300, 640), {"batched": True, "bits": 2}),
     ((4000, 264), {"factored": False, "bits": 2}),
+    ((1500, 3000), {"bits": 0}),
 ]
 
 

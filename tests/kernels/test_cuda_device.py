@@ -96,7 +96,7 @@ def test_the_current_stream_is_used() -> None:
         assert_same_bits(found, other.tensors(), f"{tuple(other.param.shape)}")
 
 
-@pytest.mark.parametrize("bits", [32, 8, 4, 2])
+@pytest.mark.parametrize("bits", [32, 8, 4, 2, 0])
 def test_a_step_does_not_wait(bits: int) -> None:
     """Neither by torch's account nor by the clock: the device is busy for longer than the step."""
     made = CAME(parameters(), lr=torch.tensor(1e-3, device="cuda"), optim_bits=bits)
@@ -116,7 +116,7 @@ def test_a_step_does_not_wait(bits: int) -> None:
     assert seconds < 0.5
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 2, 0])
 def test_steps_in_a_graph(bits: int) -> None:
     """Captured once and replayed, with gradients and lr that change in between."""
     shapes_of = [(p.shape, p.dtype) for p in parameters()]

@@ -202,7 +202,7 @@ def test_edges(
 
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", [32, 8, 4, 2])
+@pytest.mark.parametrize("bits", [32, 8, 4, 2, 0])
 def test_every_pair_of_dtypes(
     shim: Control, path: str, bits: int, dtype: torch.dtype, grad_dtype: torch.dtype
 ) -> None:

@@ -92,7 +92,7 @@ BAD_OPTIONS = [
     ({"min_8bit_size": 1.5}, "got min_8bit_size 1.5, expected an integer >= 0"),
     ({"seed": -1}, "got seed -1, expected an integer in \\[0, 2\\*\\*63\\)"),
     ({"seed": 2**63}, "got seed 9223372036854775808, expected"),
-    ({"optim_bits": 5}, "got optim_bits 5, expected one of \\(32, 8, 4, 2\\)"),
+    ({"optim_bits": 5}, "got optim_bits 5, expected one of \\(32, 8, 4, 2, 0\\)"),
 ]
 
 

@@ -83,7 +83,7 @@ def test_smallest_is_the_smallest(shape, bits, min_8bit_size):
     momentum = [4 * numel]
     if bits < 32 and len(shape) >= 2 and numel >= min_8bit_size:
         slice_len, block = numel // max(1, shape[0]), 256 if bits == 8 else 128
-        code_bytes, scale_bytes = -(-slice_len * bits // 8), {8: 4, 4: 2, 2: 4}[bits]
+        code_bytes, scale_bytes = -(-slice_len * bits // 8), {8: 4, 4: 2, 2: 4, 0: 0}[bits]
         momentum.append(shape[0] * (code_bytes + scale_bytes * -(-slice_len // block)))
     assert layout.nbytes == min(candidates) + min(momentum) + 16
     official = plan(shape, optim_bits=bits, min_8bit_size=min_8bit_size, factored_view="last_two")
@@ -123,7 +123,7 @@ def test_bytes_per_parameter(shapes, parameters, bound):
 
 
 def test_bad_options():
-    with pytest.raises(ValueError, match=r"got optim_bits 5, expected one of \(32, 8, 4, 2\)"):
+    with pytest.raises(ValueError, match=r"got optim_bits 5, expected one of \(32, 8, 4, 2, 0\)"):
         plan((4, 4), optim_bits=5)
     with pytest.raises(ValueError, match="got factored_view 'rows', expected one of"):
         plan((4, 4), factored_view="rows")

@@ -70,7 +70,7 @@ def test_copies_of_the_optimizer_are_complete(how, dtype):
 @settings(max_examples=20, deadline=None)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 12), max_size=4).map(tuple), min_size=1, max_size=4),
-    bits=st.sampled_from([32, 8, 4, 2]),
+    bits=st.sampled_from([32, 8, 4, 2, 0]),
     view=st.sampled_from(["smallest", "last_two"]),
     dtype=st.sampled_from(DTYPES),
     steps=st.integers(0, 2),

@@ -71,16 +71,16 @@ def test_raise_changes_nothing(position):
 @settings(max_examples=25, deadline=None)
 @given(
     shapes=st.lists(st.lists(st.integers(1, 30), max_size=4).map(tuple), min_size=1, max_size=6),
-    bits=st.sampled_from([32, 8, 4, 2]),
+    bits=st.sampled_from([32, 8, 4, 2, 0]),
     dtype=st.sampled_from(DTYPES),
     share=st.floats(0, 1),
     data=st.data(),
 )
 def test_same_bits_for_any_shapes_budgets_and_missing_gradients(shapes, bits, dtype, share, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages, "MIN_PAGE_BYTES", 0)
+        patch.setattr(pages, "MIN_PAGE_BYTES", 1)
         found = [pages.page_layout(plan(s, optim_bits=bits, min_8bit_size=0)) for s in shapes]
-        sizes = [page.nbytes for page in found if page is not None]
+        sizes = [page.nbytes for page in found if page is not None] or [1]
         budget = int(max(sizes) + share * (sum(sizes) - max(sizes)))
         places = st.tuples(st.integers(0, 3), st.integers(0, len(shapes) - 1))
         left_out = data.draw(st.sets(places))

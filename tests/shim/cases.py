@@ -236,7 +236,7 @@ DENSE: dict[str, Any] = {"zeros": 0.0, "options": {"lr": 0.1, "weight_decay": 0.
 
 
 def coarse_cases(bits: int) -> list[ListCase]:
-    """What the codes of 4 and 2 bits have of their own: blocks of 128 values, half a warp."""
+    """What the codes of 4 bits and fewer have of their own: blocks of 128 values, half a warp."""
     case = partial(ListCase, bits=bits)
     fast = [(9, 264), (20, 136), (5, 384), (3, 8)]
     looking_ahead = {"nesterov": True, "cautious": True, "bias_correction": True}
@@ -338,7 +338,7 @@ CASES = [
     # More than one tile, in which sums pass from thread to thread.
     ListCase("flat, long", [(16400,)], factored=False, bits=32, options={"cautious": True}),
     ListCase("flat, not finite", FLAT, factored=False, bad={2: math.nan}, bits=32),
-    *(case for bits in (4, 2) for case in coarse_cases(bits)),
+    *(case for bits in (4, 2, 0) for case in coarse_cases(bits)),
 ]
 
 # Each way through the kernels of the passes; all cases take too long under a sanitizer.

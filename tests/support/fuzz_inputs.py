@@ -112,7 +112,7 @@ OPTIONS: dict[str, list[object]] = {
     "eps": [(1e-30, 1e-16), (1e-45, 1e-45), (1, 1), 1e-8, ("1e-30", "1e-16"), (1e-8, 1e-3)],
     "clip_threshold": [1.0, math.inf, 1e-30, 1e30, "0.5", 3],
     "weight_decay": [0, 0.01, 1, "0.1", 0.5],
-    "optim_bits": [8, 32, 4, 2, "8", 8.0, 16],
+    "optim_bits": [8, 32, 4, 2, 0, "8", 8.0, 16],
     "min_8bit_size": [0, 4096, 1e3, "0", 2**62],
     "rounding": ["stochastic", "nearest", "up"],
     "cautious": [True, False, "true", 1],

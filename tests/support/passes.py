@@ -16,6 +16,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "8 bits": dict(shape=(37, 300)),
     "4 bits": dict(shape=(37, 301), bits=4),
     "2 bits": dict(shape=(37, 301), bits=2),
+    "0 bits": dict(shape=(37, 301), bits=0),
     # Not so many rows that on the shim the order of a row's sum depends on how many are here.
     "32 bits": dict(shape=(30, 1100), bits=32),
     "slabs": dict(shape=(150, 72), bits=32),

@@ -1,4 +1,4 @@
-// Coarse codes of the momentum, of 4 and 2 bits.
+// Coarse codes of the momentum, of 4, 2 and 0 bits.
 #pragma once
 
 #include "codec.h"
@@ -151,6 +151,14 @@ void encode2(const float* x, float largest, int size, uint8_t* codes, uint16_t* 
     store_some(held + j, from_bits(bits(level) | sign), some);
   });
   pack<2>(wide, size, codes);
+}
+
+void decode0(const uint8_t*, int, const uint16_t*, float, int size, float* x) {
+  memset(x, 0, static_cast<size_t>(size) * sizeof *x);
+}
+
+void encode0(const float*, float, int size, uint8_t*, uint16_t*, float* held) {
+  memset(held, 0, static_cast<size_t>(size) * sizeof *held);
 }
 
 }  // namespace

@@ -35,6 +35,7 @@ namespace came8bit {
         agreeing,                                                                           \
         {encode4, decode4},                                                                 \
         {encode2, decode2},                                                                 \
+        {encode0, decode0},                                                                 \
         CAME8BIT_OF_DTYPES(sum_g2),                                                         \
         CAME8BIT_OF_DTYPES(sum_u2),                                                         \
         random_bits,                                                                        \
