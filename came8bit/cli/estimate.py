@@ -56,6 +56,7 @@ def add_parser(subparsers: Any) -> None:
     add("--page-budget", type=_positive, metavar="MIB", help="device memory for came8bit's pages")
     add("--accumulate", action="store_true", help="gradients of several batches are added up")
     add("--fp32-embeddings", action="store_true", help="32-bit state for embeddings")
+    add("--quantize-vectors", action="store_true", help="came8bit's momentum of vectors, too")
     add("--min-8bit-size", type=_whole, metavar="N", help="smaller parameters: 32-bit state")
     add("--activations", type=_positive, metavar="GIB", help="measured, in place of the trace")
     add("--reserve", type=_not_negative, default=1, metavar="GIB", help="leave free (default: 1)")
@@ -163,6 +164,7 @@ def _plan(args: argparse.Namespace) -> report.Plan:
         release=args.step_in_backward,
         accumulation=args.accumulate,
         fp32_embeddings=args.fp32_embeddings,
+        quantize_vectors=args.quantize_vectors,
         min_8bit_size=args.min_8bit_size or planner.Setup.min_8bit_size,
         budget=None if args.page_budget is None else int(args.page_budget * 2**20),
         activations=None if args.activations is None else int(args.activations * planner.GIB),

@@ -44,6 +44,7 @@ class Setup:
         accumulation: whether gradients of several micro-batches are added up, so that they all
             exist during forward and backward.
         fp32_embeddings: see :class:`Options`.
+        quantize_vectors: see :class:`Options`.
         min_8bit_size: see :class:`Options`.
         budget: see :class:`Options`.
         activations: bytes of activations, from a measurement, in place of the trace.
@@ -60,6 +61,7 @@ class Setup:
     release: bool = False
     accumulation: bool = False
     fp32_embeddings: bool = False
+    quantize_vectors: bool = False
     min_8bit_size: int = Options.min_8bit_size
     budget: int | None = None
     activations: int | None = None
@@ -88,7 +90,8 @@ class Setup:
     @property
     def options(self) -> Options:
         """What the optimizers' state depends on."""
-        return Options(self.itemsize, self.min_8bit_size, self.fp32_embeddings, self.budget)
+        names = ("min_8bit_size", "fp32_embeddings", "quantize_vectors", "budget")
+        return Options(self.itemsize, **{name: getattr(self, name) for name in names})
 
     @property
     def traced(self) -> dict[str, Any]:
@@ -353,6 +356,8 @@ def python_lines(model: Model, way: Way) -> list[str]:
     options = ["lr=2e-4"]
     if setup.min_8bit_size != Setup.min_8bit_size:
         options.append(f"min_8bit_size={setup.min_8bit_size}")
+    if setup.quantize_vectors:
+        options.append("quantize_vectors=True")
     if setup.budget is not None and optimizer.key.startswith("paged"):
         options.append(f"page_budget={setup.budget}")
     parameters = "model.parameters()"

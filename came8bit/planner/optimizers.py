@@ -37,12 +37,15 @@ class Options:
         min_8bit_size: parameters with fewer elements keep 32-bit state.
         fp32_embeddings: whether embeddings keep 32-bit state. transformers' ``Trainer`` asks
             bitsandbytes for that; with came8bit it is a parameter group with ``optim_bits=32``.
+        quantize_vectors: whether came8bit's momentum of vectors has codes too. Those of
+            bitsandbytes always have.
         budget: ``page_budget`` of the paged optimizers, bytes of the device; ``None``: the default.
     """
 
     itemsize: int = 2
     min_8bit_size: int = DEFAULT_MIN_8BIT_SIZE
     fp32_embeddings: bool = False
+    quantize_vectors: bool = False
     budget: int | None = None
 
 
@@ -112,6 +115,7 @@ def _came(parameters: Iterable[Parameter], options: Options, *, bits: int, paged
             parameter.shape,
             optim_bits=max(OPTIM_BITS) if wide else bits,
             min_8bit_size=options.min_8bit_size,
+            quantize_vectors=options.quantize_vectors,
         )
         page = page_layout(layout) if paged else None
         on_page = page.buffers if page else ()

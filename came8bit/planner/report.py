@@ -146,6 +146,7 @@ def describe(setup: Setup) -> str:
     words = [setup.dtype, f"batch {setup.batch} x {setup.sequence} tokens", *measures(setup)]
     words += ["gradient accumulation"] if setup.accumulation else []
     words += ["fp32 state for embeddings"] if setup.fp32_embeddings else []
+    words += ["momentum of vectors quantized"] if setup.quantize_vectors else []
     words += [f"{setup.attention} attention"] if setup.attention else []
     return ", ".join(words)
 

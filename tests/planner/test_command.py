@@ -100,6 +100,7 @@ def test_json_has_the_same_in_bytes(capsys):
 
 def test_flags_reach_the_setup(capsys):
     flags = ["--checkpointing", "--step-in-backward", "--fp32-embeddings", "--paged"]
+    flags += ["--quantize-vectors"]
     numbers = ["--page-budget", "512", "--min-8bit-size", "100", "--activations", "0.5"]
     more = ["--dtype", "fp16", "--attention", "eager", "--card", "20"]
     _, text, _ = run(capsys, "gpt2", "--json", *flags, *numbers, *more)
@@ -112,6 +113,7 @@ def test_flags_reach_the_setup(capsys):
         "release": True,
         "accumulation": False,
         "fp32_embeddings": True,
+        "quantize_vectors": True,
         "min_8bit_size": 100,
         "budget": 512 * 2**20,
         "activations": 2**29,

@@ -238,13 +238,17 @@ def test_the_lines_of_python_run():
             return type("Output", (), {"loss": loss})()
 
     model = named("gpt2")
-    setups = [planner.Setup(), planner.Setup(fp32_embeddings=True, min_8bit_size=64, budget=10**9)]
+    setups = [
+        planner.Setup(quantize_vectors=True),
+        planner.Setup(fp32_embeddings=True, min_8bit_size=64, budget=10**9),
+    ]
     for setup in setups:
         for way in planner.ways(model, setup):
             text = "\n".join(planner.python_lines(model, way)).replace("'cuda'", "'cpu'")
             assert ("page_budget=" in text) == (
                 setup.budget is not None and way.estimate.optimizer == "paged-came8bit"
             )
+            assert ("quantize_vectors=True" in text) == setup.quantize_vectors
             small = Small()
             before = small.head.weight.detach().clone().bfloat16()
             names = {"model": small, "batch": {"tokens": torch.tensor([1, 2, 3])}}

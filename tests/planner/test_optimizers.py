@@ -99,12 +99,39 @@ def test_came_with_fp32_embeddings():
 
 
 @pytest.mark.parametrize("bits", OPTIM_BITS[:-1])
-def test_paged_came(bits, tmp_path):
-    made = parameters("fp32")
+def test_vectors_in_codes(bits):
     optimizer = stepped(
-        came8bit.CAME(made.values(), optim_bits=bits, is_paged=True, page_dir=tmp_path)
+        came8bit.CAME(parameters("fp32").values(), optim_bits=bits, quantize_vectors=True)
     )
-    state = planned(f"paged-came{bits}bit").state
+    state = planned(f"came{bits}bit", quantize_vectors=True).state
+    assert state.nbytes == allocated(state_tensors(optimizer))
+    assert (state.nbytes < planned(f"came{bits}bit").state.nbytes) == (bits < 32)
+
+
+def test_a_flat_shard():
+    flat = planner.Model("shard", "", (planner.Parameter("flat", (1 << 20,)),))
+    options = planner.Options(quantize_vectors=True)
+    state = planner.OPTIMIZERS["came8bit"].state(flat.parameters, options)
+    made = torch.nn.Parameter(torch.randn(1 << 20))
+    optimizer = stepped(came8bit.CAME8bit([made], quantize_vectors=True))
+    assert state.nbytes == allocated(state_tensors(optimizer))
+    assert round(state.nbytes / flat.numel, 2) == 5.02
+
+
+@pytest.mark.parametrize("quantize_vectors", [False, True])
+@pytest.mark.parametrize("bits", OPTIM_BITS[:-1])
+def test_paged_came(bits, quantize_vectors, tmp_path):
+    options = {"quantize_vectors": quantize_vectors}
+    optimizer = stepped(
+        came8bit.CAME(
+            parameters("fp32").values(),
+            optim_bits=bits,
+            is_paged=True,
+            page_dir=tmp_path,
+            **options,
+        )
+    )
+    state = planned(f"paged-came{bits}bit", **options).state
     # optimizer.state has what stays on the device, state_dict() everything.
     assert sum(state.device.values()) == allocated(state_tensors(optimizer))
     complete = optimizer.state_dict()["state"].values()
@@ -113,7 +140,7 @@ def test_paged_came(bits, tmp_path):
     assert state.nbytes - gaps == allocated(everything)
     assert sum(state.host.values()) == sum(state.pages)
     assert 0 <= gaps < 256 * 2 * len(SHAPES)
-    assert state.nbytes - gaps == planned(f"came{bits}bit").state.nbytes
+    assert state.nbytes - gaps == planned(f"came{bits}bit", **options).state.nbytes
 
 
 def test_the_budget_of_pages():
