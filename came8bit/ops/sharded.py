@@ -12,6 +12,7 @@ has it; if not, every rank raises and nothing has changed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -107,11 +108,18 @@ def step_sharded(
         member = _Member(group, position, shard, columns, sizes, items.get(position))
         members.setdefault(ranks, []).append(member)
     steps = [_RanksStep(ranks, found) for ranks, found in members.items()]
+    # Two passes change nothing but counters of skips. Unless a sum has to be looked at first, the
+    # second is queued before the host waits, so that the device never does.
+    strict = any(group["nonfinite"] == "raise" for group, _ in work)
     for number in range(_PASSES):
         for step in steps:
             step.sum_up(number)
-        for step in steps:
-            step.check(number)
+        faults = [step.gradients_fault() for step in steps] if number == (not strict) else []
+        for fault in (*faults, *(step.sums_fault(number) for step in steps)):
+            if fault is not None:
+                for step in steps:
+                    step.uncount_skips()
+                raise fault
     for step in steps:
         step.run(_PASSES)
         squares.update(step.squares())
@@ -170,19 +178,27 @@ class _RanksStep:
     def sum_up(self, number: int) -> None:
         """Run a pass, and add what it has summed up over the ranks."""
         sizes = [member.sizes[number] for member in self._members]
-        has_gradient = [float(member.item is not None) for member in self._members]
-        flags = has_gradient if number == 0 else []
-        bucket = torch.zeros(sum(sizes) + len(flags), dtype=torch.float64, device=self._device)
-        self._sums.append(list(bucket[: sum(sizes)].split(sizes)))
+        flags = len(self._members) if number == 0 else 0
+        bucket = torch.zeros(sum(sizes) + flags, dtype=torch.float64, device=self._device)
+        sums, has_gradient = bucket.split([sum(sizes), flags])
+        self._sums.append(list(sums.split(sizes)))
         self.run(number)
         if flags:
-            bucket[sum(sizes) :] = torch.tensor(flags, dtype=torch.float64)
+            first = 0
+            for has_none, found in groupby(member.item is None for member in self._members):
+                count = len(list(found))
+                has_gradient[first : first + count] = float(not has_none)  # no copy to wait for
+                first += count
         if bucket.numel() and self._count > 1:
+            # With parameters on the CPU and ranks on GPUs, this waits: CPU kernels read the sums.
             moved = bucket.to(self._way)
             torch.distributed.all_reduce(moved, group=self._ranks)
             bucket.copy_(moved)
         if flags:
-            self._check_gradients(bucket[sum(sizes) :].tolist())
+            self._has_gradient = has_gradient.to("cpu", non_blocking=True)  # pinned
+            self._copied = None if bucket.device.type == "cpu" else torch.Event(bucket.device)
+            if self._copied is not None:
+                self._copied.record()
 
     def run(self, number: int) -> None:
         """Run a pass over what is here."""
@@ -207,34 +223,52 @@ class _RanksStep:
             return {}
         return {next(iter(found)): torch.stack(list(found.values())).to(torch.float32)}
 
-    def _check_gradients(self, found: Sequence[float]) -> None:
+    def gradients_fault(self) -> Exception | None:
+        """Return the same error on every rank if a parameter has a gradient on some only."""
+        if self._copied is not None:  # wait: the error has to come before anything has changed
+            self._copied.synchronize()
         some = [
             f"{member.position} (shape {member.shard.shape})"
-            for member, count in zip(self._members, found, strict=True)
+            for member, count in zip(self._members, self._has_gradient.tolist(), strict=True)
             if count not in (0, self._count)
         ]
-        if some:
-            raise RuntimeError(
-                f"parameter {', '.join(some)} has a gradient on some ranks only; nothing has been "
-                "changed. Let every rank run the same modules, or set the gradients to zero"
-            )
+        if not some:
+            return None
+        return RuntimeError(
+            f"parameter {', '.join(some)} has a gradient on some ranks only; nothing has been "
+            "changed. Let every rank run the same modules, or set the gradients to zero"
+        )
 
-    def check(self, number: int) -> None:
-        """Raise on every rank if a sum is not finite and its group wants that."""
-        if number >= _PASSES - 1:
+    def uncount_skips(self) -> None:
+        """Take back what the second pass has counted, if it has run."""
+        if len(self._sums) < 2:
             return
-        bad = [
-            f"{member.position} (shape {member.shard.shape})"
+        for member, sums in zip(self._members, self._sums[0], strict=True):
+            if member.item is not None and member.group["nonfinite"] != "propagate":
+                member.item.state["skipped"] -= 1 - sums[0].to(torch.float32).isfinite().long()
+
+    def sums_fault(self, number: int) -> Exception | None:
+        """Return the same error on every rank if a sum is not finite and its group wants one."""
+        strict = [
+            (member, sums[0])
             for member, sums in zip(self._members, self._sums[number], strict=True)
             if member.item is not None and member.group["nonfinite"] == "raise"
-            if not bool(sums[0].to(torch.float32).isfinite())
         ]
-        if bad:
-            what = "gradient" if number == 0 else "preconditioned gradient"
-            raise FloatingPointError(
-                f"the {what} of parameter {', '.join(bad)} is not finite; nothing has been "
-                'changed. nonfinite="skip" would leave such parameters out of the step'
-            )
+        if number >= _PASSES - 1 or not strict:
+            return None  # and do not wait
+        finite = torch.stack([total for _, total in strict]).to(torch.float32).isfinite().tolist()
+        bad = [
+            f"{member.position} (shape {member.shard.shape})"
+            for (member, _), good in zip(strict, finite, strict=True)
+            if not good
+        ]
+        if not bad:
+            return None
+        what = "gradient" if number == 0 else "preconditioned gradient"
+        return FloatingPointError(
+            f"the {what} of parameter {', '.join(bad)} is not finite; nothing has been "
+            'changed. nonfinite="skip" would leave such parameters out of the step'
+        )
 
 
 def _work(item: StepItem) -> Tensor:

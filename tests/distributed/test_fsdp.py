@@ -89,7 +89,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_on_all_ranks(ranks, mesh):
     ("case", "message"),
     [
         ("missing", "RuntimeError: parameter 2 .* has a gradient on some ranks only"),
+        ("missing, skipped", "RuntimeError: parameter 2 .* has a gradient on some ranks only"),
         ("nan", "FloatingPointError: the gradient of parameter 0 .* is not finite"),
+        ("state", "FloatingPointError: the preconditioned gradient of parameter 0 .* not finite"),
     ],
 )
 def test_all_ranks_raise_and_nothing_changes(ranks, case, message):

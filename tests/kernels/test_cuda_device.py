@@ -116,6 +116,29 @@ def test_a_step_does_not_wait(bits: int) -> None:
     assert seconds < 0.5
 
 
+def test_a_sharded_step_waits_at_one_event() -> None:
+    """Where it sees that all ranks have the same gradients; copies and reads do not wait."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", rank=0, world_size=1, store=store)
+    try:
+        mesh = init_device_mesh("cuda", (1,))
+        plain = parameters()
+        cut = [DTensor.from_local(p.detach(), mesh, [Shard(0)]) for p in plain]
+        params = [torch.nn.Parameter(p) for p in cut]
+        for param, one in zip(params[1:], plain[1:], strict=True):  # the first has no gradient
+            param.grad = DTensor.from_local(one.grad, mesh, [Shard(0)])
+        optimizer = CAME8bit(params)
+        optimizer.step()  # makes state and loads kernels, which may wait
+        with no_synchronisation():
+            optimizer.step()
+        assert int(optimizer.state[params[1]]["step"]) == 2
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("bits", [8, 4, 2, 0])
 def test_steps_in_a_graph(bits: int) -> None:
     """Captured once and replayed, with gradients and lr that change in between."""
