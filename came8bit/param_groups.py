@@ -132,8 +132,14 @@ class GlobalOptimManager:
     _instance: GlobalOptimManager | None = None
 
     def __init__(self) -> None:
-        self._options = WeakTensorKeyDictionary()
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Forget all overrides; optimizers that are made stay as they are."""
+        self._options = WeakTensorKeyDictionary()
+        self._modules: weakref.WeakKeyDictionary[nn.Module, dict[str, Options]]
+        self._modules = weakref.WeakKeyDictionary()
 
     @classmethod
     def get_instance(cls) -> GlobalOptimManager:
@@ -168,14 +174,25 @@ class GlobalOptimManager:
             self._options[param] = {**self._options.get(param, {}), **changes}
 
     def register_module_override(self, module: nn.Module, param_name: str, config: Options) -> None:
-        """Give a parameter of ``module`` the options in ``config``."""
+        """Give a parameter of ``module`` the options in ``config``.
+
+        Also the one that has its place when an optimizer is made: ``fully_shard``, ``to_empty`` and
+        ``load_state_dict(assign=True)`` make new ones.
+        """
         param = getattr(module, param_name)
         if param is not None:
             self.override_config(param, key_value_dict=config)
+        known = self._modules.setdefault(module, {})
+        known[param_name] = {**known.get(param_name, {}), **config}
 
     def divide(self, optimizer: Optimizer, group: dict[str, Any]) -> list[dict[str, Any]]:
         """Return what becomes of a new ``group`` of ``optimizer``."""
         self._optimizers.add(optimizer)
+        for module, configs in self._modules.items():
+            for name, config in configs.items():
+                param = getattr(module, name, None)
+                if param is not None and param not in self._options:
+                    self._options[param] = config
         if not self._options or not isinstance(group["params"], list):
             return [group]
         pieces = [{**group, "params": []}]

@@ -97,7 +97,8 @@ def test_muon_for_matrices():
 
 @pytest.fixture
 def manager():
-    return GlobalOptimManager.get_instance()
+    yield (one := GlobalOptimManager.get_instance())
+    one.initialize()
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -144,6 +145,35 @@ def test_overrides_of_a_user_of_bitsandbytes(manager, before, named):
     assert len(optimizer.param_groups) == 3 if before else len(optimizer.param_groups) <= 4
     other = CAME8bit([torch.nn.Parameter(torch.ones(3))])
     assert len(other.param_groups) == 1
+
+
+def test_initialize_forgets_overrides(manager):
+    net = Net()
+    manager.override_config(net.v_proj.weight, "optim_bits", 32)
+    manager.register_module_override(net.embed, "weight", {"optim_bits": 32})
+    manager.initialize()
+    optimizer = CAME8bit(net.parameters(), lr=1e-3)
+    assert len(optimizer.param_groups) == 1
+    manager.override_config(net.v_proj.weight, "optim_bits", 32)  # reaches it all the same
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("how", ["to_empty", "assign"])
+def test_overrides_of_a_module_are_for_parameters_that_it_gets_later(manager, how):
+    with torch.device("meta"):
+        net = Net()
+    manager.register_module_override(net.embed, "weight", {"optim_bits": 32})
+    manager.register_module_override(net.embed, "weight", {"lr": 1e-5})
+    manager.register_module_override(net.o_proj, "weight", {"lr": 1e-5})
+    if how == "to_empty":
+        net.to_empty(device="cpu")
+    else:
+        net.load_state_dict(Net().state_dict(), assign=True)
+    manager.override_config(net.o_proj.weight, "lr", 1e-6)  # the last one decides
+    optimizer = CAME8bit(net.named_parameters(), lr=1e-3)
+    found = options(optimizer, "optim_bits", "lr")
+    expected = {"embed.weight": (32, 1e-5), "o_proj.weight": (8, 1e-6)}
+    assert found == {name: expected.get(name, (8, 1e-3)) for name in found}
 
 
 @pytest.mark.parametrize("why", ["has stepped it", "has a scheduler"])
