@@ -267,3 +267,50 @@ def test_the_callback_of_transformers(tmp_path, parts, rows):
 def test_the_callback_refuses_to_clip(tmp_path):
     with pytest.raises(ValueError, match="set max_grad_norm=0"):
         train_with(tmp_path, in_backward=True, parts=1, max_grad_norm=1.0)
+
+
+# --- TRL ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_trl(tmp_path, kind, in_backward):
+    """SFTTrainer has the argument, DPOTrainer takes it as an attribute."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({c: i for i, c in enumerate("_.abcdefgh")}, unk_token="_"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="_", eos_token=".")
+
+    def llama():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=10, num_attention_heads=2, **sizes))
+
+    args = getattr(trl, f"{kind}Config")(
+        tmp_path, max_steps=6, logging_steps=1, max_grad_norm=0.0, use_cpu=True, bf16=False,
+        report_to=[], disable_tqdm=True, max_length=16,
+    )  # fmt: skip
+    how = (came8bit.CAME8bit, {"lr": 2e-3})
+    if kind == "SFT":
+        rows = {"text": ["a b c d e f g h"] * 16}
+        more = {"optimizer_cls_and_kwargs": how}
+    else:
+        rows = {"prompt": ["a b"] * 16, "chosen": [" c d"] * 16, "rejected": [" h g"] * 16}
+        more = {"ref_model": llama()}
+    trainer = getattr(trl, f"{kind}Trainer")(
+        llama(), args=args, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer,
+        **more,
+    )  # fmt: skip
+    trainer.optimizer_cls_and_kwargs = how
+    if in_backward:
+        from came8bit.integrations.transformers import CAMECallback
+
+        CAMECallback(step_in_backward=True).attach(trainer)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert type(trainer.optimizer.optimizer) is came8bit.CAME8bit
+    assert losses[-1] < 0.8 * losses[0]
