@@ -7,7 +7,7 @@ Groups, checks, lazily made state and the step loop; the arithmetic is behind tw
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
 from .errors import OUTSIDE, explaining
-from .ops.sharded import step_work
-from .ops.step import CaptureWarning, SkipWarning, collect_one, count_skipped, moves
+from .ops.sharded import moving, step_work
+from .ops.step import CaptureWarning, SkipWarning, collect_one, count_skipped
 from .paging.store import store_for
 from .param_groups import GlobalOptimManager
 from .state.layout import DEFAULT_MIN_8BIT_SIZE, Group
@@ -261,7 +261,7 @@ class CAME(StoredOptimizer):
                 ]
                 work.append((group, [item for item in items if item is not None]))
                 first += len(group["params"])
-            self._prepare(work)
+            self._prepare(work, self.param_groups)
         with explaining("Parameters that came before this one have been updated", OUTSIDE):
             step_work(work, self.param_groups, self._store, self._squares)
         self._store.flush()
@@ -274,20 +274,21 @@ class CAME(StoredOptimizer):
         item = collect_one(self._store, param, group, position, first)
         if item is not None:
             work: list[tuple[Group, list[StepItem]]] = [(group, [item])]
-            self._prepare(work)
+            self._prepare(work, ())
             step_work(work, (), self._store, self._squares)
 
-    def _prepare(self, work: list[tuple[Group, list[StepItem]]]) -> None:
+    def _prepare(self, work: list[tuple[Group, list[StepItem]]], groups: Sequence[Group]) -> None:
         """Check what can be checked before the first update, and make missing state.
 
         Items that only make state, as tools do before they save, are taken out of ``work``.
+        ``groups`` are all that take part.
         """
         for group, items in work:
             if group["nonfinite"] == "raise":
                 check_finite(items)
-        moving = [[item for item in items if moves(group, item)] for group, items in work]
+        moved = moving(work, groups, self._store)
         self._store.prepare(work, self.param_groups)
-        for (_, items), kept in zip(work, moving, strict=True):
+        for (_, items), kept in zip(work, moved, strict=True):
             items[:] = kept
 
     def _params(self) -> Iterator[Tensor]:

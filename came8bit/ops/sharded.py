@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..reference import sums_sizes, work_size
 from ..state.layout import Group, plan_state
-from ..state.sharding import Shard, is_sharded, shard_of
+from ..state.sharding import Shard, is_sharded, local, shard_of
 from ..state.store import StateStore, StepItem, Work, may_train
 from . import schema
-from .step import Call, calls_of, step_group
+from .step import Call, calls_of, is_still, step_group
 
 _PASSES = 3  # that have sums
 
@@ -43,6 +43,53 @@ class _Member(NamedTuple):
 def is_split(param: Tensor) -> bool:
     """Return whether other ranks have rows of ``param``, or may have."""
     return is_sharded(param) and shard_of(param).dim is not None
+
+
+def moving(work: Work, groups: Sequence[Group], store: StateStore) -> list[list[StepItem]]:
+    """Return, for each group, the items that are more than an occasion to make state.
+
+    Tools that save or shard state before training (``get_optimizer_state_dict``) take a step with
+    gradients of zero and a learning rate of 0. It must not count as the first, which bias
+    correction and the statistics would remember. A gradient that is zero here may be another on
+    another rank, as that of an embedding is: all ranks look.
+
+    Args:
+        work, groups, store: as those of :func:`step_sharded`.
+    """
+    found = _any_gradients(work, groups, store)
+
+    def moves(group: Group, item: StepItem) -> bool:
+        if item.state or not is_still(group):
+            return True
+        return found[item.position] if is_split(item.param) else bool(item.grad.any())
+
+    return [[item for item in items if moves(group, item)] for group, items in work]
+
+
+def _any_gradients(work: Work, groups: Sequence[Group], store: StateStore) -> dict[int, bool]:
+    """Return whether the gradients of split parameters that have no state are zero on all ranks.
+
+    By position, of those that may train at a learning rate of 0: with a gradient or not, so that
+    all ranks have the same ones.
+    """
+    if not any(is_still(group) for group in groups or [group for group, _ in work]):
+        return {}
+    items = {item.position: item for _, items in work for item in items if is_split(item.param)}
+    owners = {item.position: group for group, items in work for item in items}
+    flags: dict[Any, dict[int, Tensor]] = {}
+    for group, position, param in _candidates(groups, items, owners):
+        if is_still(group) and not store.state.get(param):
+            shard, item = shard_of(param), items.get(position)
+            here = local(item.grad).any() if item else local(param).new_zeros((), dtype=torch.bool)
+            if here.device.type != shard.mesh.device_type:
+                here = here.to(shard.mesh.device_type)
+            flags.setdefault(shard.mesh.get_group(shard.dim), {})[position] = here
+    found: dict[int, bool] = {}
+    for ranks, by_position in flags.items():
+        total = torch.stack(list(by_position.values())).to(torch.int32)
+        torch.distributed.all_reduce(total, group=ranks)
+        found.update(zip(by_position, map(bool, total.tolist()), strict=True))
+    return found
 
 
 def step_work(
@@ -131,8 +178,7 @@ def _candidates(
     """Yield the split parameters that may train, with their group and position."""
     if not groups:
         for position, item in items.items():
-            if item.sharded is not None:
-                yield owners[position], position, item.sharded
+            yield owners[position], position, item.param if item.sharded is None else item.sharded
     position = 0
     for group in groups:
         for param in group["params"]:

@@ -58,19 +58,11 @@ def collect_one(
     return StepItem(param, grad, state, position, stream_of(group, position, first))
 
 
-def moves(group: Group, item: StepItem) -> bool:
-    """Return whether ``item`` is more than an occasion to make state.
-
-    Tools that save or shard state before training (``get_optimizer_state_dict``) take a step with
-    gradients of zero and a learning rate of 0. It must not count as the first, which bias
-    correction and the statistics would remember.
-    """
-    if item.state:
-        return True
+def is_still(group: Group) -> bool:
+    """Return whether the learning rate of ``group`` is 0, without waiting for a device."""
     lr = group["lr"]
-    if isinstance(lr, Tensor):
-        lr = float(lr) if lr.device.type == "cpu" else 1.0
-    return bool(lr) or bool(item.grad.any())
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    return not on_device and float(lr) == 0
 
 
 def step_group(

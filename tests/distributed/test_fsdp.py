@@ -100,6 +100,19 @@ def test_all_ranks_raise_and_nothing_changes(ranks, case, message):
         assert same
 
 
+@pytest.mark.parametrize("in_hooks", [False, True])
+@pytest.mark.parametrize("mesh", [(3,), (2, 2)], ids=str)
+def test_a_warm_up_from_0_with_gradients_on_some_ranks_only(ranks, mesh, in_hooks):
+    """As those of an embedding: what is zero here may be the first gradient of another rank."""
+    expected = runs.warm_up(None, in_hooks)
+    results = ranks.run(runs.warm_up, mesh, in_hooks)
+    for result in results:
+        assert_equal(result, results[0])
+        for name, got in result.items():
+            assert int(got["step"]) == int(expected[name]["step"]) == 3 - (name == "experts")
+            torch.testing.assert_close(got["param"], expected[name]["param"], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("cautious", [False, True])
 def test_three_collectives_of_a_known_size(ranks, cautious):
     """Six parameters in six groups; the sums of the first pass by hand, too."""

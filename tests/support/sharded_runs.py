@@ -63,6 +63,17 @@ def parameters(mesh: Any, dtype: torch.dtype) -> dict[str, nn.Parameter]:
     return {n: nn.Parameter(sharded(x.to(dtype), mesh)) for n, x in start.items()}
 
 
+def outcome(params: dict[str, nn.Parameter], optimizer: CAME) -> dict[str, dict[str, Tensor]]:
+    """Every parameter and its state, whole."""
+    return {
+        name: {
+            "param": whole(param.detach()),
+            **{key: whole(x) for key, x in optimizer.state[param].items()},
+        }
+        for name, param in params.items()
+    }
+
+
 def steps(
     mesh: Any,
     dtype: torch.dtype = torch.float32,
@@ -85,13 +96,30 @@ def steps(
                 grad.view(-1)[-1] = torch.nan
             param.grad = sharded(grad.to(dtype), mesh)
         optimizer.step()
-    return {
-        name: {
-            "param": whole(param.detach()),
-            **{key: whole(x) for key, x in optimizer.state[param].items()},
-        }
-        for name, param in params.items()
-    }
+    return outcome(params, optimizer)
+
+
+def warm_up(mesh: Any, in_hooks: bool) -> dict[str, dict[str, Tensor]]:
+    """Take steps at learning rates from 0 up, the first with gradients in the first row only.
+
+    Of one parameter they are zero everywhere.
+    """
+    params = parameters(mesh, torch.float32)
+    optimizer = CAME(params.items(), **{**OPTIONS, "lr": 0.0})
+    group = optimizer.param_groups[0]
+    for t in range(3):
+        group["lr"] = 1e-3 * t
+        for name, param in params.items():
+            grad = gradient(name, t)
+            if t == 0:
+                grad[0 if name == "experts" else 1 :] = 0.0
+            param.grad = sharded(grad, mesh)
+        if in_hooks:
+            for i, param in enumerate(group["params"]):
+                optimizer.step_parameter(param, group, i)
+        else:
+            optimizer.step()
+    return outcome(params, optimizer)
 
 
 def bytes_sent(mesh: Any, cautious: bool) -> list[int]:
