@@ -286,7 +286,7 @@ class CAME(StoredOptimizer):
         for group, items in work:
             if group["nonfinite"] == "raise":
                 check_finite(items)
-        moved = moving(work, groups, self._store)
+        moved = moving(work, groups)
         self._store.prepare(work, self.param_groups)
         for (_, items), kept in zip(work, moved, strict=True):
             items[:] = kept

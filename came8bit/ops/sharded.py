@@ -45,7 +45,7 @@ def is_split(param: Tensor) -> bool:
     return is_sharded(param) and shard_of(param).dim is not None
 
 
-def moving(work: Work, groups: Sequence[Group], store: StateStore) -> list[list[StepItem]]:
+def moving(work: Work, groups: Sequence[Group]) -> list[list[StepItem]]:
     """Return, for each group, the items that are more than an occasion to make state.
 
     Tools that save or shard state before training (``get_optimizer_state_dict``) take a step with
@@ -54,9 +54,9 @@ def moving(work: Work, groups: Sequence[Group], store: StateStore) -> list[list[
     another rank, as that of an embedding is: all ranks look.
 
     Args:
-        work, groups, store: as those of :func:`step_sharded`.
+        work, groups: as those of :func:`step_sharded`.
     """
-    found = _any_gradients(work, groups, store)
+    found = _any_gradients(work, groups)
 
     def moves(group: Group, item: StepItem) -> bool:
         if item.state or not is_still(group):
@@ -66,11 +66,11 @@ def moving(work: Work, groups: Sequence[Group], store: StateStore) -> list[list[
     return [[item for item in items if moves(group, item)] for group, items in work]
 
 
-def _any_gradients(work: Work, groups: Sequence[Group], store: StateStore) -> dict[int, bool]:
-    """Return whether the gradients of split parameters that have no state are zero on all ranks.
+def _any_gradients(work: Work, groups: Sequence[Group]) -> dict[int, bool]:
+    """Return, by position, whether the gradient of a split parameter is not zero on some rank.
 
-    By position, of those that may train at a learning rate of 0: with a gradient or not, so that
-    all ranks have the same ones.
+    Of those that may train at a learning rate of 0, and have no state. Others take part, so that
+    ranks cannot disagree about the size.
     """
     if not any(is_still(group) for group in groups or [group for group, _ in work]):
         return {}
@@ -78,9 +78,11 @@ def _any_gradients(work: Work, groups: Sequence[Group], store: StateStore) -> di
     owners = {item.position: group for group, items in work for item in items}
     flags: dict[Any, dict[int, Tensor]] = {}
     for group, position, param in _candidates(groups, items, owners):
-        if is_still(group) and not store.state.get(param):
+        if is_still(group):
             shard, item = shard_of(param), items.get(position)
-            here = local(item.grad).any() if item else local(param).new_zeros((), dtype=torch.bool)
+            grad = item.grad if item is not None and not item.state else None
+            none = local(param).new_zeros((), dtype=torch.bool)
+            here = none if grad is None else local(grad).any()
             if here.device.type != shard.mesh.device_type:
                 here = here.to(shard.mesh.device_type)
             flags.setdefault(shard.mesh.get_group(shard.dim), {})[position] = here

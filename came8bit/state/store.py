@@ -370,5 +370,10 @@ def _complaint(saved: Mapping[str, Any], layout: Layout) -> str | None:
 
 
 def _copy(value: Tensor | int, buffer: Buffer, device: torch.device) -> Tensor:
+    if is_sharded(value):
+        raise ValueError(
+            f"got {buffer.name} as a DTensor, for a parameter that is not one; gather the state by "
+            "get_optimizer_state_dict with StateDictOptions(full_state_dict=True)"
+        )
     source = torch.as_tensor(value, dtype=buffer.dtype).detach()
     return torch.empty(buffer.shape, dtype=buffer.dtype, device=device).copy_(source)

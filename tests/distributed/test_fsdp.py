@@ -89,6 +89,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_on_all_ranks(ranks, mesh):
     ("case", "message"),
     [
         ("missing", "RuntimeError: parameter 2 .* has a gradient on some ranks only"),
+        ("missing at lr 0", "RuntimeError: parameter 2 .* has a gradient on some ranks only"),
         ("missing, skipped", "RuntimeError: parameter 2 .* has a gradient on some ranks only"),
         ("nan", "FloatingPointError: the gradient of parameter 0 .* is not finite"),
         ("state", "FloatingPointError: the preconditioned gradient of parameter 0 .* not finite"),
@@ -277,6 +278,15 @@ def test_pages_and_steps_in_backward_are_refused(alone):
         PagedCAME8bit(model.named_parameters())
     with pytest.raises(RuntimeError, match="fully_shard"):
         step_in_backward(CAME(model.named_parameters()))
+
+
+def test_sharded_state_is_not_for_whole_parameters(alone):
+    model, whole = runs.llama(_mesh((1,))), runs.llama(None)
+    optimizer, other = CAME(model.named_parameters()), CAME(whole.named_parameters())
+    optimizer.materialize()
+    with pytest.raises(ValueError, match=r"as a DTensor, .*full_state_dict=True"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
 
 
 def test_several_matrices_a_slice_are_shared_evenly_or_refused(ranks):
