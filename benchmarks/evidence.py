@@ -197,7 +197,9 @@ def _against_adamw(tables: list[Rows]) -> str:
         better = holm([result.p_better for _, _, result in found])
         no_worse = holm([result.p_no_worse for _, _, result in found])
         for (rows, lr, result), p, q in zip(found, better, no_worse, strict=True):
-            said = "better" if p < 0.05 else "no worse" if q < 0.05 else "inside the noise"
+            worse = result.paired.outside_noise and result.paired.difference > 0
+            said = "worse" if worse else "inside the noise"
+            said = "better" if p < 0.05 else "no worse" if q < 0.05 else said
             said = "less than the null control" if p < 0.05 and rows.below_null(result) else said
             said = f"{result.diverged} diverged" if result.diverged else said
             lines.append(

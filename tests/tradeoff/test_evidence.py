@@ -66,6 +66,13 @@ def test_claims(rows):
     assert "1 diverged" in text
 
 
+def test_worse_than_adamw_is_called_so(rows, tmp_path):
+    finals = [("adamw", 1e-3, [2.0, 2.1, 2.2]), ("came8bit", 1e-3, [2.05, 2.151, 2.249])]
+    write(tmp_path, "vit", finals)
+    lines = [line for line in evidence.summary().splitlines() if line.startswith("| vit")]
+    assert sum(line.rstrip("| ").endswith(" worse") for line in lines) == 2
+
+
 def test_a_table_in_part(rows, tmp_path):
     """AdamW's search is done, that of CAME is not; the arm runs at AdamW's learning rate alone."""
     finals = [("adamw", 1e-3, [2.0, 2.1]), ("came8bit", 1e-3, [1.8, 1.95])]
