@@ -1,9 +1,9 @@
 """Damages files in every way it can think of, and has them read; run as a program.
 
-``python fuzz_checkpoints.py KIND SEED COUNT`` prints how many files were refused and how many were
-read. A file is refused with a CheckpointError that names it, or its state is sound. A crash,
-another error, more than 2 GiB or ten seconds of work for a file end the program; its last line
-names the file.
+``python fuzz_checkpoints.py KIND SEED COUNT [SECONDS]`` prints how many files were refused and how
+many were read, of COUNT or as many as it manages in SECONDS. A file is refused with a
+CheckpointError that names it, or its state is sound. A crash, another error, more than 2 GiB or ten
+seconds of work for a file end the program; its last line names the file.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import contextlib
 import copy
 import hashlib
 import io
+import itertools
 import json
+import math
 import random
 import re
 import resource
 import signal
 import sys
 import tempfile
+import time
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -191,7 +194,13 @@ def limited_time(seconds: float) -> Iterator[None]:
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def main(kind: str, seed: int, count: int) -> None:
+def numbers(count: int, seconds: float) -> Iterator[int]:
+    """Count up to ``count``, or for ``seconds``."""
+    end = time.monotonic() + seconds
+    return itertools.takewhile(lambda _: time.monotonic() < end, range(count))
+
+
+def main(kind: str, seed: int, count: int, seconds: float = math.inf) -> None:
     limit_memory(MEMORY)
     warnings.simplefilter("ignore", UserWarning)
     choose = random.Random(f"{kind} {seed}")
@@ -203,7 +212,7 @@ def main(kind: str, seed: int, count: int) -> None:
         path.write_bytes(content)
         sound = read(path, folder)
         assert sound, "the sound file is refused"
-        for number in range(count):
+        for number in numbers(count, seconds):
             made, lies = damaged(content, choose), choose.random() < 0.5
             if lies and kind == "checkpoint":
                 made = damaged_header(content, choose)
@@ -223,4 +232,4 @@ def main(kind: str, seed: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,8 +1,9 @@
 """Hands strange input to the planner, the optimizers and the command line; run as a program.
 
-``python fuzz_inputs.py KIND SEED COUNT`` prints how many inputs were refused and how many were
-taken; :data:`KINDS` has the kinds and what each promises. A broken promise, a crash, more than
-2 GiB or 30 seconds of work for an input end the program; its last line names the input.
+``python fuzz_inputs.py KIND SEED COUNT [SECONDS]`` prints how many inputs were refused and how many
+were taken, of COUNT or as many as it manages in SECONDS; :data:`KINDS` has the kinds and what each
+promises. A broken promise, a crash, more than 2 GiB or 30 seconds of work for an input end the
+program; its last line names the input.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fuzz_checkpoints import VALUES, damaged, limit_memory, limited_time, places
+from fuzz_checkpoints import VALUES, damaged, limit_memory, limited_time, numbers, places
 from problems import assert_same_bits
 
 from came8bit import CAME, save_checkpoint
@@ -244,8 +245,8 @@ KINDS: dict[str, Promise] = {
 }
 
 
-def fuzz(kind: str, seed: int, count: int) -> None:
-    """Try ``count`` inputs, and print how many were refused and taken."""
+def fuzz(kind: str, seed: int, count: int, seconds: float = math.inf) -> None:
+    """Try ``count`` inputs, or for ``seconds``, and print how many were refused and taken."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "here"  # so that ".." is in the temporary folder, too
@@ -257,7 +258,7 @@ def fuzz(kind: str, seed: int, count: int) -> None:
         limit_memory(MEMORY)
         warnings.simplefilter("ignore")
         found = [0, 0]
-        for number in range(count):
+        for number in numbers(count, seconds):
             choose = random.Random(f"{kind} {seed} {number}")
             torch.manual_seed(number)
             print(f"{kind}, seed {seed}, input {number}", file=sys.stderr, flush=True)
@@ -268,4 +269,4 @@ def fuzz(kind: str, seed: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-    fuzz(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    fuzz(sys.argv[1], *map(int, sys.argv[2:]))
