@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import OUTSIDE, explaining
 from .ops.sharded import moving, step_work
-from .ops.step import CaptureWarning, SkipWarning, collect_one, count_skipped
+from .ops.step import CaptureWarning, SkipWarning, check_finite, collect_one, count_skipped
 from .paging.store import store_for
 from .param_groups import GlobalOptimManager
 from .state.layout import DEFAULT_MIN_8BIT_SIZE, Group
@@ -27,7 +27,6 @@ from .stored_optimizer import StoredOptimizer
 from .validation import (
     DEFAULT_SEED,
     FORMAT_VERSION,
-    check_finite,
     check_foreign,
     check_options,
     check_params,
@@ -283,9 +282,7 @@ class CAME(StoredOptimizer):
         Items that only make state, as tools do before they save, are taken out of ``work``.
         ``groups`` are all that take part.
         """
-        for group, items in work:
-            if group["nonfinite"] == "raise":
-                check_finite(items)
+        check_finite(work, self._store, self.param_groups)
         moved = moving(work, groups)
         self._store.prepare(work, self.param_groups)
         for (_, items), kept in zip(work, moved, strict=True):

@@ -7,7 +7,6 @@ schedulers and users write into ``param_groups`` as they like.
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
@@ -22,7 +21,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .overlap import elements_overlap, sharing
 from .state.layout import FACTORED_VIEWS, OPTIM_BITS, Group, plan_state
 from .state.sharding import check_shard, is_sharded, local
-from .state.store import StepItem
 
 FORMAT_VERSION = 1
 """Version of the state; in every group, where tools that rewrite state dicts leave it alone."""
@@ -348,29 +346,6 @@ def moved_error(
         f"parameter {position} has shape {tuple(param.shape)}, its state was made for shape "
         f"{tuple(shape)}; make a new optimizer after changing the shape of a parameter"
     )
-
-
-def check_finite(work: Iterable[StepItem]) -> None:
-    """Look at the norm of every gradient; waits for each device once.
-
-    Raises:
-        FloatingPointError: some are not finite; the message lists them.
-    """
-    by_device: defaultdict[torch.device, list[StepItem]] = defaultdict(list)
-    for item in work:
-        if not is_sharded(item.param):  # all ranks have to look, at the same time
-            by_device[item.grad.device].append(item)
-    bad: list[StepItem] = []
-    for items in by_device.values():
-        norms = torch._foreach_norm([item.grad for item in items], 2, torch.float32)
-        finite = torch.stack(list(norms)).isfinite().tolist()
-        bad += [item for item, good in zip(items, finite, strict=True) if not good]
-    if bad:
-        listed = ", ".join(f"{item.position} (shape {tuple(item.param.shape)})" for item in bad)
-        raise FloatingPointError(
-            f"the gradient of parameter {listed} is not finite; "
-            'nonfinite="skip" would leave such parameters out of the step'
-        )
 
 
 def check_alone(groups: Iterable[Group]) -> None:

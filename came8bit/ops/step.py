@@ -15,8 +15,8 @@ from torch import Tensor
 from ..errors import listed
 from ..reference.rungs import RUNGS, rung_of
 from ..state.layout import Group, find_fault
-from ..state.sharding import local
-from ..state.store import StateStore, StepItem, stream_of
+from ..state.sharding import is_sharded, local
+from ..state.store import StateStore, StepItem, Work, stream_of
 from ..validation import moved_error, unusable_error, usable
 from . import libraries, schema
 
@@ -99,22 +99,64 @@ def step_group(
 _FRESH = "Load a checkpoint, or start again with no state (optimizer.state.pop(param))"
 
 
+def check_finite(work: Work, store: StateStore, groups: Sequence[Group]) -> None:
+    """Look at the norms of the gradients where that is asked for; waits for each device once.
+
+    Raises:
+        FloatingPointError: some are not finite; the message lists them, and parameters and state
+            that are not finite either and so may be the cause.
+    """
+    by_device: defaultdict[torch.device, list[StepItem]] = defaultdict(list)
+    for group, items in work:
+        for item in items:
+            # All ranks have to look at what is sharded, at the same time.
+            if group["nonfinite"] == "raise" and not is_sharded(item.param):
+                by_device[item.grad.device].append(item)
+    bad: list[str] = []
+    for members in by_device.values():
+        norms = torch._foreach_norm([item.grad for item in members], 2, torch.float32)
+        finite = torch.stack(list(norms)).isfinite().tolist()
+        bad += [
+            f"{item.position} (shape {tuple(item.param.shape)})"
+            for item, good in zip(members, finite, strict=True)
+            if not good
+        ]
+    if bad:
+        faults = _faults(store, groups)
+        raise FloatingPointError(
+            f"the gradient of parameter {listed(bad)} is not finite"
+            + (
+                f", probably because of {listed(faults)}. {_FRESH}"
+                if faults
+                else '; nonfinite="skip" would leave such parameters out of the step'
+            )
+        )
+
+
 def blame(store: StateStore, groups: Sequence[Group]) -> str:
     """Say why parameters have been skipped: for their state, for themselves, or for gradients."""
+    faults = _faults(store, groups, only_skipped=True)
+    if faults:
+        return f"for what they are, not for their gradients: {listed(faults)}. {_FRESH}"
+    return "because the gradient was not finite; see skipped_steps() and the option nonfinite"
+
+
+def _faults(store: StateStore, groups: Sequence[Group], *, only_skipped: bool = False) -> list[str]:
+    """Say which parameters no step can go on from, and why."""
     faults, position = [], 0
     for group in groups:
         for param, name in zip(
             group["params"], group.get("param_names") or repeat(""), strict=False
         ):
             state = store.state.get(param) or {}
-            if "skipped" in state and int(state["skipped"]):
-                fault = _fault_of(store, param)
-                if fault:
-                    faults.append(f"parameter {position}{name and f' ({name})'}: {fault}")
+            asked = (
+                int(state.get("skipped", 0)) if only_skipped else state or param.grad is not None
+            )
+            fault = _fault_of(store, param) if asked else None
+            if fault:
+                faults.append(f"parameter {position}{name and f' ({name})'}: {fault}")
             position += 1
-    if faults:
-        return f"for what they are, not for their gradients: {listed(faults)}. {_FRESH}"
-    return "because the gradient was not finite; see skipped_steps() and the option nonfinite"
+    return faults
 
 
 def _fault_of(store: StateStore, param: Tensor) -> str | None:
