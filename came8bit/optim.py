@@ -202,6 +202,7 @@ class CAME(StoredOptimizer):
                 params = [params] if isinstance(params, Tensor) else list(params)
                 param_group["params"] = params
             options = {**self.defaults, **param_group}
+            check_options(options)
             check_params(params, self._params(), options, sharded=self._store.takes_sharded)
             groups = GlobalOptimManager.get_instance().divide(self, param_group)
             for group in groups:

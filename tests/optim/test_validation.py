@@ -1,5 +1,6 @@
 """What configuration files, other optimizers' users and unusual parameters hand over."""
 
+import re
 import warnings
 from decimal import Decimal
 from fractions import Fraction
@@ -141,9 +142,50 @@ def test_wrapper_subclasses_are_refused_by_name():
         CAME8bit([torch.nn.Parameter(inner)])
 
 
+LONG = 1 << 20
+MATRIX = r"Make it a parameter of shape \(1024, 1024\), and view it where it is used, for "
+# Large parameters with options, and what the warning says of them; None if there is none.
+LARGE = [
+    (
+        (LONG,),
+        {},
+        "8.00 bytes per element. Shard with .*ZeroRedundancyOptimizer, or set quant.* 5.02",
+    ),
+    ((LONG,), {"optim_bits": 32}, r"or use CAME8bit\(quantize_vectors=True\) for 5.02"),
+    (
+        (LONG, 1),
+        {},
+        "factored or coded, and its state takes 8.00 bytes per element. " + MATRIX + "1.03",
+    ),
+    ((LONG, 1), {"optim_bits": 32}, MATRIX + "4.02"),
+    ((LONG, 1), {"quantize_vectors": True}, MATRIX + "1.03"),
+    ((LONG, 1), {"factored_view": "last_two"}, "12.00 bytes per element. " + MATRIX + "1.03"),
+    ((1, LONG), {}, "factored, and its state takes 5.02 bytes per element. " + MATRIX + "1.03"),
+    ((LONG, 2), {}, "factored, and its state takes 7.00 bytes"),
+    ((LONG + 7, 1), {}, r"shape \(1, 1048583\), and view it where it is used, for 5.02"),
+    ((LONG,), {"quantize_vectors": True}, None),
+    ((1, LONG), {"quantize_vectors": True}, None),
+    ((LONG - 1, 1), {}, None),
+    ((1024, 1024), {"optim_bits": 32}, None),
+    ((1024, 1024), {"min_8bit_size": LONG + 1}, None),
+]
+
+
+@pytest.mark.parametrize(("shape", "options", "said"), LARGE, ids=str)
+def test_what_is_large_and_takes_much_is_warned_of(shape, options, said):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        CAME([parameter(*shape)], **{"optim_bits": 8, **options})
+    if said is None:
+        assert not caught
+    else:
+        (warning,) = caught
+        assert re.search(said, str(warning.message)), warning.message
+
+
 def test_large_vectors_are_warned_of_once():
-    with pytest.warns(UserWarning, match="ZeroRedundancyOptimizer") as caught:
-        CAME8bit([parameter(1 << 20), parameter(1 << 20)])
+    with pytest.warns(UserWarning, match=r"ZeRO make of matrices \(and 1 more\)") as caught:
+        CAME8bit([parameter(LONG), parameter(LONG), parameter(3)])
     assert len(caught) == 1
 
 
