@@ -34,7 +34,7 @@ class ConvertReport:
         converted: names of those whose momentum is in other bits now.
         errors: ``{name: relative error}`` of the momentum of those that were rounded.
         faults: ``{name: what is wrong}`` of those whose state no optimizer continues; it is in the
-            new file as it was.
+            new file as it was, but that codes of 2 bits have 0 for NaN.
         bytes_read: size of the file that was read.
         bytes_written: size of the new one.
     """
