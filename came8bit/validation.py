@@ -57,7 +57,7 @@ _FOREIGN: dict[str, tuple[object, ...]] = {
     "percentile_clipping": (100,),
 }
 
-_LARGEST = 3.4028235677973366e38  # rounds to infinity in fp32 from here on
+_LARGEST = 1e9  # of lr and weight decay; 1e38 makes a parameter infinite in two steps
 _SMALLEST = 2.0**-150  # rounds to 0 in fp32 up to here
 _ONE = 1.0 - 2.0**-25  # rounds to 1 in fp32 from here on
 _LARGE = 1 << 20  # elements
@@ -142,8 +142,8 @@ def check_options(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"got clip_threshold {threshold!r}, expected a positive number (inf: no clipping)"
         )
-    if not (_is_number(decay) and 0.0 <= float(decay) < _LARGEST):
-        raise ValueError(f"got weight_decay {decay!r}, expected a finite number >= 0")
+    if not (_is_number(decay) and 0.0 <= float(decay) <= _LARGEST):
+        raise ValueError(f"got weight_decay {decay!r}, expected a number from 0 to {_LARGEST:g}")
     for name, allowed in CHOICES.items():
         value = group[name]
         if isinstance(value, (bool, float, Tensor)) or value not in allowed:
@@ -186,14 +186,21 @@ def check_lr(lr: object) -> None:
         value = float(lr)  # type: ignore[arg-type]
     else:
         raise ValueError(f"got lr {lr!r}, expected a number or a tensor with one element")
-    if not 0.0 <= value < _LARGEST:
-        raise ValueError(f"got lr {lr!r}, expected a finite number >= 0")
+    if not 0.0 <= value <= _LARGEST:
+        raise ValueError(f"got lr {lr!r}, expected a number from 0 to {_LARGEST:g}")
 
 
 # Options are checked at every step, and abstract classes take long to ask.
 def _is_number(value: object) -> bool:
-    plain = type(value) is float or type(value) is int
-    return plain or (isinstance(value, Real) and not isinstance(value, bool))
+    if type(value) is float or (type(value) is int and value.bit_length() < 64):
+        return True
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def _is_integer(value: object) -> bool:

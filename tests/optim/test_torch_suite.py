@@ -56,7 +56,7 @@ def inputs(device, dtype=None):
 
 def error_inputs(device, dtype):
     rows = [
-        ({"lr": -1e-2}, ValueError, "got lr -0.01, expected a finite number >= 0"),
+        ({"lr": -1e-2}, ValueError, "got lr -0.01, expected a number from 0 to 1"),
         ({"betas": (1.0, 0.0, 0.0)}, ValueError, "expected three numbers in"),
         ({"betas": (0.9,)}, ValueError, "expected three numbers in"),
         ({"weight_decay": -1}, ValueError, "got weight_decay -1"),

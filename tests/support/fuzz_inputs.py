@@ -131,8 +131,8 @@ OPTIONS: dict[str, list[object]] = {
 }
 STRANGE: list[object] = [
     None, True, "", "nan", "1e400", math.nan, math.inf, -math.inf, -1, -0.0, 1e38, 3.5e38, 1e-320,
-    2**70, 1j, (), [], {}, (1, 2, 3, 4), b"1", object, torch.tensor(math.nan), torch.ones(3),
-    torch.tensor(1e-3, dtype=torch.float64), torch.tensor(2),
+    2**70, 10**400, 1j, (), [], {}, (1, 2, 3, 4), b"1", object, torch.tensor(math.nan),
+    torch.ones(3), torch.tensor(1e-3, dtype=torch.float64), torch.tensor(2),
 ]  # fmt: skip
 SHAPES = [(64, 64), (9, 300), (300,), (), (1, 7), (3, 5, 40), (0, 4), (6, 4, 3, 3), (2, 256)]
 SPECIAL = [math.nan, math.inf, -math.inf, 3.4e38, 1e-45, 1e-38, -0.0, 1e19, 1e-20, 1.0]
