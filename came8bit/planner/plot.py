@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def save(plan: Plan, path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise ValueError(f"--plot {path}: expected a name that ends in .png")
     figure = draw(plan)
-    with atomic_file(path) as file:
+    with warnings.catch_warnings(), atomic_file(path) as file:
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in another script
         figure.savefig(file, format="png", dpi=140)
 
 
@@ -63,7 +65,9 @@ def draw(plan: Plan) -> Any:
     widest = 1.2 * max(each.peak for each in estimates) / GIB
     start = 0.0 if best is None else 1.25
     height = start + len(plan.estimates) * _PAIR
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # not what the user's matplotlibrc says, such as text.usetex
+        matplotlib.rcParams.update(_SETTINGS)
         figure: Any = Figure(figsize=(11, 2.1 + 0.46 * height), layout="constrained")
         axes = figure.add_subplot()
         axes.set(xlim=(0, widest), ylim=(height - 0.3, -0.5), yticks=[])
@@ -148,8 +152,9 @@ def _legend(figure: Any, plan: Plan) -> None:
 
 def _title(plan: Plan) -> str:
     known = plan.estimates[0].activations_known
-    text = f"Training {plan.model.name}, {plan.model.numel / 1e9:.2f} billion parameters"
+    name = printable(plan.model.name, 80)
+    text = f"Training {name}, {plan.model.numel / 1e9:.2f} billion parameters"
     setting = describe(plan.setup) + ("" if known else "; activations are NOT counted")
     if plan.released:
         setting += ". Thin bars: the same with a step in backward"
-    return f"{printable(text)}\n{setting}. Green: fits {plan.fits[plan.chosen].gpu:g} GB"
+    return f"{text}\n{setting}. Green: fits {plan.fits[plan.chosen].gpu:g} GB"

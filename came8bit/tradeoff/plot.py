@@ -37,7 +37,9 @@ _SETTINGS: dict[Any, Any] = {
 def draw(study: Study) -> bytes:
     """Return the picture as a PNG: one block of panels per task with finished runs."""
     tasks = [task for task in study.tasks() if study.ran(task.name)]
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # not what the user's matplotlibrc says, such as text.usetex
+        matplotlib.rcParams.update(_SETTINGS)
         # Figure without pyplot: no window system is asked for, and nothing global is left behind.
         figure: Any = Figure(figsize=(15.5, 8.4 * len(tasks)), layout="constrained")
         blocks = figure.subfigures(len(tasks), 1, squeeze=False, hspace=0.04)

@@ -229,12 +229,18 @@ def test_numbers_out_of_range(capsys, option):
     assert "invalid" in capsys.readouterr().err
 
 
-def test_the_picture_draws_text_as_text(capsys, tmp_path):
-    weights = tmp_path / "$\\foo{.safetensors"
+@pytest.mark.parametrize("name", ["$\\foo{", "a\nb\x1b[2J", "漢字", "z" * 200])
+@pytest.mark.filterwarnings("error")
+def test_the_picture_draws_text_as_text(capsys, tmp_path, name):
+    """Whatever the name, and whatever the user's matplotlibrc says."""
+    import matplotlib
+
+    weights = tmp_path / f"{name}.safetensors"
     save_file({"w": torch.zeros(300, 200)}, weights)
     path = tmp_path / "planner.png"
-    code, text, _ = run(capsys, str(weights), "--plot", str(path))
-    assert code == 0
+    with matplotlib.rc_context({"text.usetex": True}):
+        code, text, err = run(capsys, str(weights), "--plot", str(path))
+    assert (code, err) == (0, "")
     assert "The picture is in" in text
     assert path.read_bytes().startswith(b"\x89PNG")
 
