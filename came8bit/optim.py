@@ -207,10 +207,24 @@ class CAME(StoredOptimizer):
             groups = GlobalOptimManager.get_instance().divide(self, param_group)
             for group in groups:
                 check_options({**self.defaults, **group})
+            self._number_streams(groups, options["stream"], "stream" in param_group)
         for group in groups:
             super().add_param_group(group)
         if self._release is not None:
             self._release.attach(self)
+
+    def _number_streams(self, groups: list[dict[str, Any]], stream: Any, own: bool) -> None:
+        """Let no two parameters of new ``groups``, parts of one, count from the same ``stream``.
+
+        Unless it is the group's ``own``, the stream is that of the optimizer's first parameter.
+        """
+        if stream is None:
+            return
+        at = int(stream) + (0 if own else sum(1 for _ in self._params()))
+        for group in groups:
+            if group.get("stream", stream) == stream:
+                group["stream"] = at % 2**32
+                at += len(group["params"])
 
     # --- step -------------------------------------------------------------------------------------
 

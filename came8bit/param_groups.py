@@ -250,4 +250,6 @@ def _regroup(optimizer: Optimizer, params: Iterable[Tensor], changes: Options) -
         group["params"] = [pair[1] for pair in pairs if id(pair[1]) not in chosen]
         if names:
             group["param_names"] = [pair[0] for pair in pairs if id(pair[1]) not in chosen]
+        if group.get("stream") is not None and "stream" not in changes:
+            new["stream"] = (int(group["stream"]) + len(group["params"])) % 2**32
         optimizer.add_param_group(new)
