@@ -314,9 +314,10 @@ def _lock(path: Path, directory: Path, wanted: int) -> int | None:
         try:
             fd, made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
         except FileExistsError:
-            fd, made = os.open(path, flags), False
-    except FileNotFoundError:
-        return None
+            try:
+                fd, made = os.open(path, flags), False
+            except FileNotFoundError:
+                return None
     except OSError as error:
         raise _cannot_open(error, str(path), directory, wanted) from error
     try:

@@ -334,7 +334,7 @@ def check_paging(is_paged: object, page_dir: object, page_budget: object) -> Pla
         if not isinstance(page_dir, (str, os.PathLike)):
             raise ValueError(f"got page_dir {page_dir!r}, expected the path of a directory")
         directory = Path(page_dir).expanduser().absolute()
-        if not directory.is_dir():
+        if not (os.fspath(page_dir) and directory.is_dir()):
             raise ValueError(f"got page_dir {str(page_dir)!r}, which is not an existing directory")
     if page_budget is not None:
         if isinstance(page_budget, bool) or not isinstance(page_budget, Integral):

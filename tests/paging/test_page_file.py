@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,6 +194,13 @@ def test_the_directory_has_gone_before_the_first_step(tmp_path):
         train(optimizer, 1)
     directory.mkdir()
     train(optimizer, 1)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_a_directory_in_which_no_file_can_be_made():
+    """It is there, and opening a new file says that there is no such file."""
+    with pytest.raises(FileNotFoundError, match=r"cannot open /proc/came8bit-0\.pages"):
+        PageFile(Path("/proc")).reserve([GRANULE])
 
 
 def test_the_directory_has_gone_later(tmp_path):

@@ -294,6 +294,7 @@ BAD = [
     ({"is_paged": True, "page_budget": True}, "got page_budget True, expected a number"),
     ({"is_paged": True, "page_dir": 3}, "got page_dir 3, expected the path of a directory"),
     ({"is_paged": True, "page_dir": "no/such"}, "'no/such', which is not an existing directory"),
+    ({"is_paged": True, "page_dir": ""}, "'', which is not an existing directory"),
 ]
 
 
