@@ -24,7 +24,7 @@ from ..state.layout import Group, plan_state
 from ..state.sharding import Shard, is_sharded, local, shard_of
 from ..state.store import StateStore, StepItem, Work, may_train
 from . import schema
-from .step import Call, calls_of, is_still, step_group
+from .step import Call, calls_of, is_new, is_still, step_group
 
 _PASSES = 3  # that have sums
 
@@ -59,7 +59,7 @@ def moving(work: Work, groups: Sequence[Group]) -> list[list[StepItem]]:
     found = _any_gradients(work, groups)
 
     def moves(group: Group, item: StepItem) -> bool:
-        if item.state or not is_still(group):
+        if not (is_still(group) and is_new(item)):
             return True
         return found[item.position] if is_split(item.param) else bool(item.grad.any())
 
@@ -69,8 +69,8 @@ def moving(work: Work, groups: Sequence[Group]) -> list[list[StepItem]]:
 def _any_gradients(work: Work, groups: Sequence[Group]) -> dict[int, bool]:
     """Return, by position, whether the gradient of a split parameter is not zero on some rank.
 
-    Of those that may train at a learning rate of 0, and have no state. Others take part, so that
-    ranks cannot disagree about the size.
+    Of those that may train at a learning rate of 0, and are new. Others take part, so that ranks
+    cannot disagree about the size.
     """
     if not any(is_still(group) for group in groups or [group for group, _ in work]):
         return {}
@@ -80,7 +80,7 @@ def _any_gradients(work: Work, groups: Sequence[Group]) -> dict[int, bool]:
     for group, position, param in _candidates(groups, items, owners):
         if is_still(group):
             shard, item = shard_of(param), items.get(position)
-            grad = item.grad if item is not None and not item.state else None
+            grad = item.grad if item is not None and is_new(item) else None
             none = local(param).new_zeros((), dtype=torch.bool)
             here = none if grad is None else local(grad).any()
             if here.device.type != shard.mesh.device_type:

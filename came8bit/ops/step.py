@@ -65,6 +65,13 @@ def is_still(group: Group) -> bool:
     return not on_device and float(lr) == 0
 
 
+def is_new(item: StepItem) -> bool:
+    """Return whether no step of the parameter has counted yet; waits for its device."""
+    if item.grad.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return not item.state or not int(local(item.state["step"]))
+
+
 def step_group(
     group: Group, items: Sequence[StepItem], store: StateStore, squares: dict[int, Tensor]
 ) -> None:

@@ -9,6 +9,7 @@ from training import assert_same, snapshot
 
 import came8bit
 from came8bit import CAME8bit, PagedCAME8bit
+from came8bit.param_groups import GlobalOptimManager
 from came8bit.state.store import stream_of
 
 
@@ -27,14 +28,20 @@ def train(net, optimizer, steps, first=0):
 
 
 @pytest.mark.parametrize("cls", [CAME8bit, PagedCAME8bit])
-@pytest.mark.parametrize("how", ["materialize", "get_optimizer_state_dict", "tensor lr"])
+@pytest.mark.parametrize("how", ["materialize", "get_optimizer_state_dict", "tensor lr", "both"])
 def test_state_that_is_made_beforehand_changes_nothing_of_what_follows(cls, how):
     expected = make(cls)
     train(*expected, 3)
     net, optimizer = make(cls)
-    if how == "materialize":
+    if how in ("materialize", "both"):
         optimizer.materialize()
-    else:
+    if how == "both":
+        for param in net.parameters():
+            param.grad = torch.zeros_like(param)
+        optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.01
+    elif how != "materialize":
         if how == "tensor lr":
             optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
         get_optimizer_state_dict(net, optimizer)
@@ -122,6 +129,29 @@ def test_one_optimizer_per_parameter_has_the_bits_of_one_for_all(names):
         assert torch.equal(one, other)
     assert not torch.equal(together[0], together[1])
     assert not torch.equal(together[1], together[2])
+
+
+@pytest.mark.parametrize("how", ["one group", "groups", "added", "divided", "regrouped"])
+def test_no_two_parameters_of_an_optimizer_draw_the_same_bits(how):
+    """Also where the stream that it counts from is set, and whatever the groups."""
+    params = [torch.nn.Parameter(torch.ones(40, 40).bfloat16()) for _ in range(3)]
+    manager = GlobalOptimManager.get_instance()
+    if how == "divided":
+        manager.override_config(params[1], "min_8bit_size", 0)
+    groups = [{"params": [param]} for param in params]
+    optimizer = CAME8bit(
+        {"groups": groups, "added": params[:1]}.get(how, params), lr=1e-3, stream=2**32 - 2
+    )
+    if how == "added":
+        optimizer.add_param_group({"params": params[1:]})
+    if how == "regrouped":
+        manager.override_config(params[0], "min_8bit_size", 0)
+    streams, first = [], 0
+    for group in optimizer.param_groups:
+        members = len(group["params"])
+        streams += [stream_of(group, first + i, first) for i in range(members)]
+        first += members
+    assert sorted(streams) == [0, 2**32 - 2, 2**32 - 1]
 
 
 def test_streams_follow_names_without_wrappers():
