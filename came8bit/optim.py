@@ -306,6 +306,7 @@ class CAME(StoredOptimizer):
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
 
+    @_disable_dynamo
     def materialize(self) -> None:
         """Make the state of every parameter that trains, as before its first step.
 
@@ -325,6 +326,7 @@ class CAME(StoredOptimizer):
         with explaining(_UNCHANGED):
             self._store.prepare(work, self.param_groups)
 
+    @_disable_dynamo
     def step_parameter(self, param: Tensor, group: Group, index: int) -> None:
         """Update one parameter, as soon as its gradient is there; once per parameter and step.
 
@@ -353,6 +355,7 @@ class CAME(StoredOptimizer):
 
     # --- what was measured ------------------------------------------------------------------------
 
+    @_disable_dynamo
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """Return the 2-norm of the gradients that the last step used, all parameters together.
@@ -372,6 +375,7 @@ class CAME(StoredOptimizer):
         device = totals[-1].device
         return torch.cat([total.to(device) for total in totals]).sum().sqrt()
 
+    @_disable_dynamo
     def skipped_steps(self) -> int:
         """Count the updates of single parameters skipped so far, because they were not finite.
 

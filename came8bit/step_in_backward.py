@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -281,6 +282,7 @@ class GradientRelease:
         """Attach a hook to every parameter that has none yet, and drop those that have left."""
         this = weakref.ref(self)
 
+        @_disable_dynamo
         def hook(param: Tensor) -> None:
             release = this()
             if release is not None:

@@ -8,6 +8,7 @@ from copy import deepcopy
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer
 
 from .ops.step import CaptureWarning, SkipWarning
@@ -105,6 +106,7 @@ class StoredOptimizer(Optimizer):
         finally:
             self._optimizer_state_dict_pre_hooks = hooks
 
+    @_disable_dynamo
     def load_state_dict(
         self,
         state_dict: dict[str, Any],

@@ -212,6 +212,35 @@ def test_vectors_keep_their_bits_when_an_older_state_is_loaded():
     new.step()
 
 
+CALLS = {
+    "step_parameter": lambda o, g: o.step_parameter(g["params"][0], g, 0),
+    "materialize": lambda o, g: o.materialize(),
+    "grad_norm": lambda o, g: o.grad_norm(),
+    "skipped_steps": lambda o, g: o.skipped_steps(),
+    "load_state_dict": lambda o, g: o.load_state_dict(o.state_dict()),
+    "backward": lambda o, g: (g["params"][0].sum().backward(), o.step()),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_a_compiled_loop_calls_is_not_compiled(name):
+    net, optimizer = make()
+    train(net, optimizer, 1)
+    release = came8bit.step_in_backward(optimizer) if name == "backward" else None
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = torch.compile(
+        lambda: CALLS[name](optimizer, optimizer.param_groups[0]), backend="eager"
+    )
+    for _ in range(3):
+        compiled()
+    # Of the lambda and of torch's wrapper of step(); of what is here there would be more.
+    assert counters["frames"]["total"] <= 10
+    if release is not None:
+        release.remove()
+
+
 @pytest.mark.parametrize("in_graph", [True, False])
 def test_compiled_models_step_without_recompiling(in_graph):
     """Over a schedule, with the bits of eager steps; in a compiled function it is one break."""
