@@ -6,7 +6,6 @@ schedulers and users write into ``param_groups`` as they like.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -19,8 +18,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .large import warn_of_large_vectors
 from .overlap import elements_overlap, sharing
-from .state.layout import FACTORED_VIEWS, OPTIM_BITS, Group, Layout, plan, plan_state
+from .state.layout import FACTORED_VIEWS, OPTIM_BITS, Group, Layout, plan_state
 from .state.sharding import check_shard, is_sharded, local
 
 FORMAT_VERSION = 1
@@ -60,7 +60,6 @@ _FOREIGN: dict[str, tuple[object, ...]] = {
 _LARGEST = 1e9  # of lr and weight decay; 1e38 makes a parameter infinite in two steps
 _SMALLEST = 2.0**-150  # rounds to 0 in fp32 up to here
 _ONE = 1.0 - 2.0**-25  # rounds to 1 in fp32 from here on
-_LARGE = 1 << 20  # elements
 _LARGEST_EPS = 1.0  # sums of squares stay far from infinity
 _ADAM_EPS = 1e-16  # above it, eps[0] looks like Adam's, which is not added to squares
 
@@ -246,7 +245,7 @@ def check_params(
     known = {id(param) for param in present}
     seen: set[int] = set()
     looked_at: list[tuple[str, Tensor]] = []
-    large: list[tuple[str, Layout]] = []
+    layouts: list[tuple[str, Layout]] = []
     for position, entry in enumerate(params):
         named = isinstance(entry, tuple) and len(entry) == 2
         param = entry[1] if named else entry  # type: ignore[index]
@@ -296,47 +295,14 @@ def check_params(
                 "cannot be updated in place; use param.contiguous()"
             )
         looked_at.append((what, param))
-        if param.numel() >= _LARGE:
-            large.append((what, layout))
+        layouts.append((what, layout))
     pair = sharing([*(("a parameter of another group", p) for p in present), *looked_at])
     if pair is not None:
         raise ValueError(
             f"{pair[0]} and {pair[1]} share memory, so each would undo the other's update; tie "
             "weights by using one nn.Parameter in both places"
         )
-    _warn_of_large_vectors(large, group)
-
-
-def _warn_of_large_vectors(large: Sequence[tuple[str, Layout]], group: Group) -> None:
-    """Warn of what takes much more than matrices do, and can do with less."""
-    bits, found = group["optim_bits"], []
-    for what, layout in large:
-        uncoded = layout.momentum_bits != bits and math.prod(layout.shape) >= group["min_8bit_size"]
-        if uncoded or not (layout.factored or group["quantize_vectors"]):
-            found.append((what, layout))
-    if not found:
-        return
-    what, layout = found[0]
-    numel = math.prod(layout.shape)
-    if len(layout.shape) == 1:
-        kind = "a vector, as FSDP1 and DeepSpeed ZeRO make of matrices"
-        other = plan(layout.shape, optim_bits=min(bits, 8), min_8bit_size=0, quantize_vectors=True)
-        do = "Shard with torch's ZeroRedundancyOptimizer, or "
-        do += "set quantize_vectors=True" if bits < 32 else "use CAME8bit(quantize_vectors=True)"
-    else:
-        kind = "hardly more than a vector"
-        rows = next(rows for rows in range(math.isqrt(numel), 0, -1) if numel % rows == 0)
-        other = plan((rows, numel // rows), optim_bits=bits, min_8bit_size=0)
-        do = f"Make it a parameter of shape {other.shape}, and view it where it is used,"
-    more = f" (and {len(found) - 1} more)" if found[1:] else ""
-    warnings.warn(
-        f"{what} is {kind}{more}: nothing in it is factored"
-        + (" or coded" if layout.momentum_bits == 32 else "")
-        + f", and its state takes {layout.nbytes / numel:.2f} bytes per element. "
-        f"{do} for {other.nbytes / numel:.2f} bytes",
-        UserWarning,
-        stacklevel=4,
-    )
+    warn_of_large_vectors(layouts, group)
 
 
 def usable(param: Tensor, grad: Tensor) -> bool:
@@ -348,11 +314,25 @@ def usable(param: Tensor, grad: Tensor) -> bool:
         and grad.shape == param.shape
         and grad.device == param.device
         and getattr(grad, "placements", None) == getattr(param, "placements", None)
+        and has_memory(param)
+        and has_memory(grad)
     )
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Return whether nobody has freed the storage, as tools do that swap parameters out."""
+    tensor = local(tensor)
+    return not tensor.numel() or tensor.untyped_storage().nbytes() > 0
 
 
 def unusable_error(param: Tensor, grad: Tensor, position: int) -> Exception:
     """Return the error to raise where :func:`usable` says no."""
+    for what, tensor in (("parameter", param), ("gradient", grad)):
+        if tensor.layout == torch.strided and not has_memory(tensor):
+            return ValueError(
+                f"parameter {position} (shape {tuple(param.shape)}): the memory of the {what} has "
+                "been freed; bring it back before the step"
+            )
     message = (
         f"parameter {position} is {param.dtype} of shape {tuple(param.shape)} on {param.device}: "
         f"got a gradient of {grad.dtype}, layout {grad.layout}, shape {tuple(grad.shape)} on "

@@ -193,6 +193,18 @@ def test_large_vectors_are_warned_of_once():
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("what", ["parameter", "gradient"])
+def test_memory_that_was_freed_is_refused(what):
+    """By a tool that swaps parameters out; PyTorch's optimizers end with a segmentation fault."""
+    param = parameter(64, 64)
+    optimizer = CAME8bit([param])
+    param.grad = torch.randn(64, 64)
+    optimizer.step()
+    (param if what == "parameter" else param.grad).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"parameter 0 .* the memory of the {what} has been freed"):
+        optimizer.step()
+
+
 # --- shared memory --------------------------------------------------------------------------------
 
 X = torch.randn(64, 64)
