@@ -7,7 +7,9 @@ follows a Python block is what the block prints; one that follows a command is a
 
 from __future__ import annotations
 
+import argparse
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -118,21 +120,68 @@ def test_shell_can_parse_the_commands_of_a_page(page: Path) -> None:
             assert done.returncode == 0, done.stderr
 
 
-def test_options_of_benchmarks_exist() -> None:
-    source = "".join(
-        path.read_text(encoding="utf-8")
-        for folder in ("benchmarks", "tools", "build_tools")
-        for path in (ROOT / folder).rglob("*.py")
+PROGRAM = r"-m benchmarks\.[\w.]+|\w+/\w+\.py"
+
+
+class Parsed(BaseException):
+    """The arguments of a program are fine, and it has not run."""
+
+
+def programs() -> list[tuple[str, str]]:
+    """Return ``(program, arguments)`` of benchmarks and tools, as docs have them or ``make`` runs.
+
+    ``program`` is what follows ``python``, such as ``-m benchmarks.quant``.
+    """
+    recipes = re.findall(
+        rf"^([\w-]+):.*\n\t\$\(PY(?:THON)?\) ({PROGRAM})(.*)\$\(ARGS\)",
+        (ROOT / "Makefile").read_text(encoding="utf-8"),
+        re.M,
     )
-    found = {
-        option
-        for path in [*PAGES, ROOT / "CONTRIBUTING.md"]
-        for command in commands(path)
-        if re.match(r"make (bench-|gpu-)|python -m benchmarks", command)
-        for option in re.findall(r"(--[a-z][a-z0-9-]*)", command)
-    }
-    assert len(found) > 5
-    assert {option for option in found if f'"{option}"' not in source} == set()
+    by_target = {target: (program, given) for target, program, given in recipes}
+    found = set()
+    for path in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        inline = re.findall(r"`((?:make|python)\s[^`]+)`", path.read_text(encoding="utf-8"))
+        for line in [*commands(path), *map(" ".join, map(str.split, inline))]:
+            for command in line.split(" && "):
+                words = shlex.split(command)
+                arguments = [word[5:] for word in words if word.startswith("ARGS=")]
+                if words[0] == "make" and arguments:
+                    own = [by_target[word] for word in words if word in by_target]
+                    found.update((name, f"{given} {arguments[0]}".strip()) for name, given in own)
+                elif match := re.search(rf"python ({PROGRAM}) ?(.*)", command):
+                    found.add((match[1], match[2]))
+    return sorted(pair for pair in found if "NAME" not in pair[0])
+
+
+@pytest.mark.parametrize(("program", "arguments"), programs())
+def test_arguments_of_benchmarks_and_tools(
+    program: str, arguments: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own parser takes them; one without a parser takes none."""
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def only_parse(parser: Any, *given: Any, **named: Any) -> Any:
+        left = parse(parser, *given, **named)[1]
+        assert not left
+        raise Parsed
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(sys, "argv", [program, *shlex.split(arguments)])
+    name = program.removeprefix("-m ")
+    path = ROOT / (name if name.endswith(".py") else name.replace(".", "/"))
+    if path.is_dir():
+        path /= "__main__.py"
+    if "ArgumentParser" not in path.with_suffix(".py").read_text(encoding="utf-8"):
+        assert not arguments
+        return
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", only_parse)
+    run: Any = runpy.run_module
+    if name.endswith(".py"):
+        monkeypatch.syspath_prepend(str(path.parent))
+        run = runpy.run_path
+    with pytest.raises(Parsed):
+        run(name, run_name="__main__")
 
 
 def test_targets_of_make_exist() -> None:
