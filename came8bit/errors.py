@@ -107,3 +107,9 @@ class CliError(Exception):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+    @classmethod
+    def of(cls, error: Exception) -> CliError:
+        """Return one with the message of ``error``, of the system's errors without their number."""
+        named = isinstance(error, OSError) and error.filename is not None and not error.filename2
+        return cls(f"{error.filename}: {error.strerror}" if named else str(error))  # type: ignore[attr-defined]

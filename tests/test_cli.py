@@ -73,10 +73,23 @@ def test_info_says_what_is_not_installed(capsys, monkeypatch):
 
 
 def test_no_command_is_an_error_that_lists_the_commands(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main([])
-    assert stopped.value.code == 2
-    assert "COMMAND" in capsys.readouterr().err
+    assert main([]) == 2
+    assert "inspect   what is in a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "estimate", "convert"])
+def test_a_file_that_is_not_there_is_named_without_a_number(capsys, command):
+    words = [command, "nofile.json", *(["out"] if command == "convert" else [])]
+    assert main(words) == 2
+    said = f"came8bit {command}: error: nofile.json: No such file or directory\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("words", [["tradeoff", "--preset", "quik"], ["estimate", "--batch=x"]])
+def test_usage_does_not_bury_the_error(capsys, words):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_version(capsys):

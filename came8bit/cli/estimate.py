@@ -32,6 +32,7 @@ def add_parser(subparsers: Any) -> None:
     """Declare the subcommand."""
     parser = subparsers.add_parser(
         "estimate",
+        usage="%(prog)s [options] MODEL",  # all of them would bury the error that follows it
         help="what training a model takes, and what makes it fit a GPU",
         description="Plan the memory of training a model: the cheapest setup that fits each\n"
         "GPU, and the lines of Python for it. Nothing is allocated.",
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         if args.plot is not None:
             plot.save(plan, args.plot)
     except (ValueError, OSError) as error:
-        raise CliError(str(error)) from error
+        raise CliError.of(error) from error
     if args.json:
         print(json.dumps(report.as_json(plan), indent=2, allow_nan=False))
         return 0

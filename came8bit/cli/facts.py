@@ -123,7 +123,7 @@ def inspect(args: argparse.Namespace) -> int:
     try:
         facts = came8bit.inspect_checkpoint(args.file, verify=not args.no_verify)
     except (came8bit.CheckpointError, OSError) as error:
-        raise CliError(str(error)) from error
+        raise CliError.of(error) from error
     print(json.dumps(facts, indent=2, allow_nan=False) if args.json else _content(facts))
     return 1 if facts["damage"] else 0
 
@@ -197,7 +197,7 @@ def convert(args: argparse.Namespace) -> int:
     try:
         report = came8bit.convert_checkpoint(args.source, args.target, optim_bits=args.optim_bits)
     except (ValueError, OSError) as error:
-        raise CliError(str(error)) from error
+        raise CliError.of(error) from error
     text = (
         f"{args.source} ({report.kind}, {report.bytes_read:,} bytes) -> {args.target} "
         f"({report.bytes_written:,} bytes): {report.parameters} parameters, momentum of "

@@ -79,10 +79,10 @@ def add_parser(subparsers: Any) -> None:
     """Declare the subcommand."""
     parser = subparsers.add_parser(
         "tradeoff",
+        usage="%(prog)s [options]",
         help="train with several optimizers; compare loss, bytes of state, memory and time",
-        description="Train the same model from the same seeds on real data with each optimizer, "
-        "and compare validation loss, bytes of optimizer state per parameter, peak memory and "
-        "step time.",
+        description="Train the same model from the same seeds on real data with each optimizer, and"
+        " compare validation loss, bytes of state per parameter, peak memory and step time.",
         epilog="presets: "
         + "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
         + ". Ctrl-C keeps and reports the runs that are finished; the same command with the same "
@@ -306,7 +306,7 @@ def _invalid_is_cli_error(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except ValueError as error:
-        raise CliError(str(error)) from error
+        raise CliError.of(error) from error
 
 
 def _announce(study: Study, folder: Path, moved: Path | None) -> None:
