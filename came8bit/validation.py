@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .large import warn_of_large_vectors
+from .large_parameters import warn_of_large_vectors
 from .overlap import elements_overlap, sharing
 from .state.layout import FACTORED_VIEWS, OPTIM_BITS, Group, Layout, plan_state
 from .state.sharding import check_shard, is_sharded, local
