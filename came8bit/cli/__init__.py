@@ -73,6 +73,7 @@ def _run(words: list[str]) -> int:
     parser = build_parser()
     if not words:
         parser.print_help(sys.stderr)
+        print("\ncame8bit: error: expected a command", file=sys.stderr)
         return 2
     args = parser.parse_args(words)
     args.command_line = words  # reports say how to make them again
