@@ -77,6 +77,12 @@ def test_no_command_is_an_error_that_lists_the_commands(capsys):
     assert "inspect   what is in a checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_a_name_that_no_file_can_have(capsys, command):
+    assert main([command, "a\0b", *(["out"] if command == "convert" else [])]) == 2
+    assert "error: embedded null byte" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["inspect", "estimate", "convert"])
 def test_a_file_that_is_not_there_is_named_without_a_number(capsys, command):
     words = [command, "nofile.json", *(["out"] if command == "convert" else [])]

@@ -122,7 +122,7 @@ def inspect(args: argparse.Namespace) -> int:
     """Print what the file holds; 1 if a tensor is damaged."""
     try:
         facts = came8bit.inspect_checkpoint(args.file, verify=not args.no_verify)
-    except (came8bit.CheckpointError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise CliError.of(error) from error
     print(json.dumps(facts, indent=2, allow_nan=False) if args.json else _content(facts))
     return 1 if facts["damage"] else 0
