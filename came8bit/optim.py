@@ -382,5 +382,5 @@ class CAME(StoredOptimizer):
         Waits for the device. Warns, rarely, and says whether gradients or state are to blame.
         """
         skipped = count_skipped(self._store)
-        self._skip_warning.note(skipped, self, self._store, self.param_groups)
+        self._skip_warning.note(skipped, self, self._store, self.param_groups, stacklevel=5)
         return skipped

@@ -82,7 +82,7 @@ def read_state_dict(
     remarks = replace(found.differences, unused=unused).remarks()
     if remarks:
         warnings.warn(
-            printable(f"load_state_dict: {'; '.join(remarks)}"), UserWarning, stacklevel=3
+            printable(f"load_state_dict: {'; '.join(remarks)}"), UserWarning, stacklevel=5
         )
     return found.groups, loaded
 

@@ -88,8 +88,9 @@ def test_momentum_is_converted(way, source, target, is_paged, piece, monkeypatch
     again = copies(params)
     bits = target(again.items()).param_groups[0]["optim_bits"]
     other = CAME(again.items(), optim_bits=bits, is_paged=is_paged)
-    with pytest.warns(UserWarning, match="momentum of 3 parameters converted from"):
+    with pytest.warns(UserWarning, match="momentum of 3 parameters converted from") as told:
         report = way(optimizer)(other)
+    assert told[0].filename == __file__
     assert other.param_groups[0]["optim_bits"] == bits
     coded = ["embed", "experts", "odd"]
     assert report is None or report.converted == {f"{40 - bits} to {bits} bits": coded}
