@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import math
+import re
 import textwrap
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
         "(headers only), or a folder with one of them",
     )
     add = parser.add_argument
-    add("--gpu", "--card", type=_positive, metavar="GB", help="the GPU's memory")
+    add("--gpu", "--card", type=_gigabytes, metavar="GB", help="the GPU's memory")
     add("--dtype", choices=list(planner.ITEMSIZE), default="bf16", help="default: bf16")
     add("--batch", type=_whole, default=1, metavar="N", help="sequences at once (default: 1)")
     add("--sequence", type=_whole, metavar="N", help="tokens in each (default: 1024, or less)")
@@ -226,6 +227,10 @@ def _not_negative(text: str) -> float:
     return value
 
 
+def _gigabytes(text: str) -> float:
+    return _positive(re.sub(r"(?i)\s*gi?b$", "", text))
+
+
 # argparse names the function in its message: "invalid positive number value: '0'".
 _whole.__name__, _positive.__name__ = "whole number above 0", "positive number"
-_not_negative.__name__ = "number of at least 0"
+_not_negative.__name__, _gigabytes.__name__ = "number of at least 0", "positive number of GB"

@@ -77,7 +77,7 @@ def test_details_name_everything(capsys):
 
 def test_json_has_the_same_in_bytes(capsys):
     code, text, _ = run(
-        capsys, "gpt2", "--json", "--gpu", "4.75", "--batch", "3", "--reserve", ".5"
+        capsys, "gpt2", "--json", "--gpu", "4.75 GB", "--batch", "3", "--reserve", ".5"
     )
     assert code == 0
     facts = json.loads(text)
