@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from came8bit import environment
+from came8bit.atomic_file import atomic_file
 
 Params = list[torch.nn.Parameter]
 
@@ -94,9 +95,8 @@ def load() -> str:
 def write_json(content: object, path: Path) -> None:
     """Write a file of which there is always a whole one, whenever the program is stopped."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    new.replace(path)
+    with atomic_file(path) as file:
+        file.write(f"{json.dumps(content, indent=1)}\n".encode())
 
 
 def append(rows: Iterable[Mapping[str, Any]], path: Path) -> None:

@@ -231,9 +231,10 @@ def fetch(name: str, data: Path) -> dict[str, object]:
     target = data / source.folder
     target.mkdir(parents=True, exist_ok=True)
     for file, content in contents.items():
-        unfinished = target / (file + ".part")
-        unfinished.write_bytes(content)
-        os.replace(unfinished, target / file)
+        with tempfile.TemporaryDirectory(dir=target) as temporary:  # a name that nobody can guess
+            unfinished = Path(temporary) / "part"
+            unfinished.write_bytes(content)
+            os.replace(unfinished, target / file)
     return {
         "package": package,
         "version": version,
