@@ -109,8 +109,8 @@ def add_parser(subparsers: Any) -> None:
     add("--data-dir", metavar="DIR", type=Path, default=Path("data"))
 
     group = parser.add_argument_group("training (the preset decides what is not given)")
-    numbers(int, 1, TUNE_SEEDS[0] // 2, "--seeds", "--slow-seeds")
-    numbers(int, 0, TUNE_SEEDS[0] // 2, "--first-seed", default=0)
+    numbers(int, 1, TUNE_SEEDS[0], "--seeds", "--slow-seeds")
+    numbers(int, 0, TUNE_SEEDS[0], "--first-seed", default=0)
     numbers(int, 1, 10**6, "--steps", "--batch-size", "--accumulate", "--context", "--eval-items")
     numbers(int, 1, 1024, "--layers", "--heads")
     numbers(int, 1, 65536, "--width")
@@ -212,6 +212,8 @@ def study_config(args: argparse.Namespace) -> StudyConfig:
                     f"--tune, or --lr {name}=LR"
                 )
     seeds = range(args.first_seed, args.first_seed + (args.seeds or len(config.seeds)))
+    if seeds.stop > TUNE_SEEDS[0]:
+        raise CliError(f"got seeds up to {seeds[-1]}; from {TUNE_SEEDS[0]} on they are for --tune")
     return replace(
         config,
         tasks=tuple(tasks),
@@ -277,7 +279,8 @@ def run(args: argparse.Namespace) -> int:
         with contextlib.ExitStack() as stack:
             folder = None
             if main_process:
-                folder = Folder(args.out or _default(config.preset))
+                now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+                folder = Folder(args.out or Path(f"results/tradeoff-{config.preset}-{now}"))
                 _invalid_is_cli_error(stack.enter_context, folder)
                 study.runs = [] if args.fresh else _invalid_is_cli_error(folder.read, study)
                 _announce(study, folder.path, None if study.runs else folder.set_aside())
@@ -343,10 +346,6 @@ def _conclude(study: Study, folder: Folder, command_line: list[str]) -> None:
         folder.write("tradeoff.png", plot.draw(study))
         files.insert(0, "tradeoff.png")
     print(f"in {folder.path}: {', '.join(files)}  ({study.seconds / 60:.1f} minutes)")
-
-
-def _default(preset: str) -> Path:
-    return Path("results") / f"tradeoff-{preset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 class Progresses:

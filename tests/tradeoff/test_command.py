@@ -69,7 +69,7 @@ NUMBERS += ["--eval-items", "--layers", "--heads", "--width"]
     [
         *((option, ["0", "-1", "nan", "inf", "1.5", "1e3", "x", "9" * 30]) for option in NUMBERS),
         *((option, ["-1", "nan", "1.5"]) for option in ("--warmup-steps", "--eval-every")),
-        ("--first-seed", ["-1", "nan", "1.5", "501"]),
+        ("--first-seed", ["-1", "nan", "1.5", "1001"]),
         *((f"{option}", ["-1", "nan", "inf", "x"]) for option in ("--weight-decay", "--margin")),
         ("--equal-lr", ["-1e-3", "nan", "inf"]),
         ("--lr", [f"came8bit={lr}" for lr in ("nan", "inf", "0", "-1e-3", "", "1e-3,1e-4")]),
