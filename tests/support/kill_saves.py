@@ -92,10 +92,10 @@ def at_random_instants(folder: Path, save: Save, kills: int) -> dict[str, object
         pid = os.fork()
         if pid == 0:
             try:
-                turn = kill
+                first = turn = kill // 2  # both versions are seen even if no second save ends
                 while True:
                     save(turn % 2, path)
-                    if turn == kill:
+                    if turn == first:
                         os.write(writing, b"!")
                     turn += 1
             finally:
