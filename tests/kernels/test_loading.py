@@ -180,7 +180,8 @@ def test_nothing_found_because_the_sources_shadow_it(
     fresh: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fresh, "find", lambda names: None)
-    monkeypatch.setattr(fresh, "build_info", lambda: {"kernels": True, "reason": ""})
+    note = {"kernels": True, "reason": "", "cuda": {"built": True, "reason": ""}}
+    monkeypatch.setattr(fresh, "build_info", lambda: note)
     assert "start Python in another folder" in refusal(fresh)
 
 
