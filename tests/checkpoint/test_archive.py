@@ -166,7 +166,8 @@ def test_a_member_that_is_there_twice_is_refused(path, refused):
 def test_another_archive_in_front_is_refused(path, refused):
     """Readers that count from the front, or from the end, would see two different files."""
     path.write_bytes(path.read_bytes() * 2)
-    refused(path, "does not lie where torch.save puts it")
+    # Where Python itself looks at the place of the zip64 record, it is first to refuse.
+    refused(path, "does not lie where torch.save puts it|damaged .*zip64 end of central directory")
 
 
 @pytest.mark.parametrize("count", [1, 3, 100])
