@@ -197,7 +197,8 @@ def test_wheels_are_unpacked_beside_the_build(report):
     info = "lunar_optimizer-1.0.dist-info"
     with zipfile.ZipFile(report.wheels / "lunar_optimizer-1.0-py3-none-any.whl", "w") as file:
         file.writestr("lunar_optimizer.py", "answer = 42\n")
-        file.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: x\nVersion: 1.0\n")
+        metadata = "Metadata-Version: 2.1\nName: lunar_optimizer\nVersion: 1.0\n"
+        file.writestr(f"{info}/METADATA", metadata)
         file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         file.writestr(f"{info}/RECORD", f"lunar_optimizer.py,,\n{info}/METADATA,,\n")
     report.peers.start()
