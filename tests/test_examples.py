@@ -112,7 +112,8 @@ def test_accelerate_with_two_processes(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.strip().split("\n")
+    # In torch 2.10, gloo says there who is connected.
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
     assert len(lines) == 4
     assert len(set(lines)) == 1
 
