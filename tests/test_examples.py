@@ -94,7 +94,9 @@ runs = [train(8, folder / "whole")]
 train(4, folder / "parts")
 runs.append(train(8, folder / "parts"))
 for losses, model in runs:
-    print(losses[-4:], *(float(p.detach().double().sum()) for p in model.parameters()), flush=True)
+    sums = [float(p.detach().double().sum()) for p in model.parameters()]
+    # In one piece: torchrun's processes do not buffer, and share the standard output.
+    sys.stdout.write(str((losses[-4:], sums)) + "\\n")
 """
 
 
