@@ -52,20 +52,36 @@ CAME8BIT_INLINE uint64_t exclusive_or(uint64_t a, uint64_t b, uint64_t c) {
   return a ^ b ^ c;
 }
 
-// Replaces the counter by four random words. W is a 64-bit integer or a vector of them; a word is
-// the lower half, and the upper half is rubbish that `multiply` ignores.
-template <class W>
-CAME8BIT_INLINE void philox(W& c0, W& c1, W& c2, W& c3, uint64_t seed) {
-  uint32_t k0 = static_cast<uint32_t>(seed);
-  uint32_t k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const W product0 = multiply(c0, kPhiloxM0), product1 = multiply(c2, kPhiloxM1);
-    c0 = exclusive_or(high_half(product1), c1, W(k0));
-    c1 = product1;
-    c2 = exclusive_or(high_half(product0), c3, W(k1));
-    c3 = product0;
+// The keys of a round, at first those of the first one.
+struct PhiloxKeys {
+  uint32_t k0, k1;
+
+  CAME8BIT_INLINE explicit PhiloxKeys(uint64_t seed)
+      : k0(static_cast<uint32_t>(seed)), k1(static_cast<uint32_t>(seed >> 32)) {}
+  CAME8BIT_INLINE void next() {
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
+  }
+};
+
+// One round over the counter, or over what earlier rounds have made of it. W is a 64-bit integer or
+// a vector of them; a word is the lower half, and the upper half is rubbish that `multiply`
+// ignores.
+template <class W>
+CAME8BIT_INLINE void philox_round(W& c0, W& c1, W& c2, W& c3, W k0, W k1) {
+  const W product0 = multiply(c0, kPhiloxM0), product1 = multiply(c2, kPhiloxM1);
+  c0 = exclusive_or(high_half(product1), c1, k0);
+  c1 = product1;
+  c2 = exclusive_or(high_half(product0), c3, k1);
+  c3 = product0;
+}
+
+// Replaces the counter by four random words.
+template <class W>
+CAME8BIT_INLINE void philox(W& c0, W& c1, W& c2, W& c3, uint64_t seed) {
+  PhiloxKeys keys(seed);
+  for (int round = 0; round < kPhiloxRounds; ++round, keys.next()) {
+    philox_round(c0, c1, c2, c3, W(keys.k0), W(keys.k1));
   }
 }
 

@@ -222,6 +222,21 @@ def test_a_row_shard_draws_what_the_whole_parameter_draws(
     assert not torch.equal(whole.param, elsewhere.param)
 
 
+@pytest.mark.parametrize("before", [8, 72, 200, 256])
+def test_counters_grow_beyond_32_bits(before: int) -> None:
+    """The upper word of a counter, which eight elements share, is drawn with, too."""
+    for isa in kernel_isas():
+        libraries.set_cpu_isa(isa)
+        got = make_problem(
+            (2, 300), dtype=torch.bfloat16, offset=2**35 - before, generator=generator()
+        )
+        expected = got.copy()
+        grad = random_grad((2, 300), torch.bfloat16, generator(1))
+        got.run_op(grad)
+        expected.run_reference(grad)
+        assert_same_bits(got.tensors(), expected.tensors(), f"{isa}, {before}")
+
+
 @pytest.mark.parametrize("what", ["index", "seed", "step"])
 def test_every_word_of_the_counter_matters(what: str) -> None:
     """Same gradient, same statistics, other bits."""

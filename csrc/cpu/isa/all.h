@@ -25,4 +25,12 @@
 #define CAME8BIT_LAMBDA
 #endif
 
+#if defined(__clang__)
+#define CAME8BIT_ROLLED _Pragma("nounroll")
+#elif defined(__GNUC__)
+#define CAME8BIT_ROLLED _Pragma("GCC unroll 1")
+#else
+#define CAME8BIT_ROLLED
+#endif
+
 #include "table.h"

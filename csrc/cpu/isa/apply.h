@@ -120,8 +120,8 @@ CAME8BIT_INLINE void store_param(float* p, F value, const uint16_t*, int size) {
   store_some(p, value, size);
 }
 CAME8BIT_INLINE void store_param(Bf16* p, F value, const uint16_t* random, int size) {
-  const I pattern = bits(value);
-  if (random == nullptr && !any(beyond_bf16(pattern))) {
+  if (random == nullptr && !any_nan(value)) {
+    const I pattern = bits(value);
     store_some(p, pattern + to_nearest_bf16(pattern), size);
     return;
   }
@@ -202,17 +202,64 @@ void apply(const StepConstants& c, const Segment& s) {
 
 // --- random bits ------------------------------------------------------------------------------
 
-const uint16_t* random_bits(const StepConstants& c, uint64_t element, int size, uint16_t* buffer) {
-  const uint64_t first = element / kDraw * 8;
-  const uint64_t last = (element + static_cast<uint64_t>(size) - 1) / 8;
-  uint16_t* out = buffer;
-  for (uint64_t counter = first; counter <= last; counter += 8, out += kDraw) {
-    W c0 = consecutive(counter);
-    W c1 = high_half(c0), c2(c.index), c3(c.step);
-    philox(c0, c1, c2, c3, c.seed);
-    store_words(out, c0, c1, c2, c3);
+constexpr int kOfCounter = 8;  // elements
+// Vectors of counters that go through the rounds together: each operation waits for the one before.
+constexpr int kTogether = 3;
+static_assert(kDraw >= kCounters * kOfCounter, "room in the buffer");
+
+// In memory, where each is an operand of one instruction.
+struct KeyVectors {
+  W k0[kPhiloxRounds], k1[kPhiloxRounds];
+
+  CAME8BIT_INLINE explicit KeyVectors(uint64_t seed) {
+    PhiloxKeys keys(seed);
+    for (int round = 0; round < kPhiloxRounds; ++round, keys.next()) {
+      k0[round] = W(keys.k0);
+      k1[round] = W(keys.k1);
+    }
   }
-  return buffer + (element - first * 8);
+};
+
+// Bits for `vectors` times kCounters counters whose upper halves are equal.
+template <int vectors>
+CAME8BIT_INLINE void draw(const StepConstants& c, const KeyVectors& keys, uint64_t counter,
+                          uint16_t* out) {
+  W c0[vectors], c1[vectors], c2[vectors], c3[vectors];
+  for (int i = 0; i < vectors; ++i) {
+    c0[i] = consecutive(counter + static_cast<uint64_t>(i * kCounters));
+    c1[i] = W(counter >> 32);
+    c2[i] = W(c.index);
+    c3[i] = W(c.step);
+  }
+  const auto round = [&](int r) CAME8BIT_LAMBDA {
+    for (int i = 0; i < vectors; ++i) {
+      philox_round(c0[i], c1[i], c2[i], c3[i], keys.k0[r], keys.k1[r]);
+    }
+  };
+  // Half of what these do is the same for all counters, and done once.
+  round(0);
+  round(1);
+  CAME8BIT_ROLLED  // else GCC mixes the rounds, and keeps words in memory
+      for (int r = 2; r < kPhiloxRounds; ++r) round(r);
+  for (int i = 0; i < vectors; ++i) {
+    store_words(out + i * kCounters * kOfCounter, c0[i], c1[i], c2[i], c3[i]);
+  }
+}
+
+const uint16_t* random_bits(const StepConstants& c, uint64_t element, int size, uint16_t* buffer) {
+  const KeyVectors keys(c.seed);
+  const uint64_t first = element / kOfCounter / kCounters * kCounters;
+  const uint64_t last = (element + static_cast<uint64_t>(size) - 1) / kOfCounter;
+  uint16_t* out = buffer;
+  for (uint64_t counter = first; counter <= last;) {
+    const uint64_t together = counter + kTogether * kCounters - 1;
+    const bool many = together <= last && together >> 32 == counter >> 32;
+    many ? draw<kTogether>(c, keys, counter, out) : draw<1>(c, keys, counter, out);
+    const int drawn = (many ? kTogether : 1) * kCounters;
+    counter += drawn;
+    out += drawn * kOfCounter;
+  }
+  return buffer + (element - first * kOfCounter);
 }
 
 }  // namespace

@@ -84,10 +84,13 @@ CAME8BIT_INLINE F decode_usual(const int8_t* codes, F absmax, int size) {
 }
 
 CAME8BIT_INLINE bool has_nan(const int8_t* codes, int size) {
-  if (size < kLanes) return any(load_part(codes, size) == I(kNanCode));
-  int8_t smallest = 0;
-  for (int j = 0; j < size; ++j) smallest = codes[j] < smallest ? codes[j] : smallest;
-  return smallest == kNanCode;
+  int j = 0;
+  for (; j + 64 <= size; j += 64) {
+    if (one_of_64_is(codes + j, kNanCode)) return true;
+  }
+  M found = F(0.0f) < F(0.0f);
+  for (; j < size; j += kLanes) found = found | (load_some(codes + j, size - j) == I(kNanCode));
+  return any(found);
 }
 
 void decode(const int8_t* codes, float absmax, int size, float* x) {

@@ -22,13 +22,14 @@ struct I {
   CAME8BIT_INLINE explicit I(int32_t x) : a(_mm256_set1_epi32(x)), b(_mm256_set1_epi32(x)) {}
 };
 
-// Eight lanes of 64 bits, for random numbers.
+// Four lanes of 64 bits, for random numbers.
 struct W {
-  __m256i a, b;
+  __m256i v;
   W() = default;
-  CAME8BIT_INLINE W(__m256i x, __m256i y) : a(x), b(y) {}
-  CAME8BIT_INLINE explicit W(uint64_t x) : a(_mm256_set1_epi64x(static_cast<long long>(x))), b(a) {}
+  CAME8BIT_INLINE W(__m256i x) : v(x) {}
+  CAME8BIT_INLINE explicit W(uint64_t x) : v(_mm256_set1_epi64x(static_cast<long long>(x))) {}
 };
+constexpr int kCounters = 4;
 
 struct M {
   __m256 a, b;
@@ -137,6 +138,9 @@ CAME8BIT_INLINE I with_sign(I x, F sign) {
 CAME8BIT_INLINE bool any(M m) {
   return _mm256_movemask_ps(_mm256_or_ps(m.a, m.b)) != 0;
 }
+CAME8BIT_INLINE bool any_nan(F x) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(x.a, x.b, _CMP_UNORD_Q)) != 0;
+}
 // Square root of 0 ... 2^14 with an error below 0.05; NaN for NaN.
 CAME8BIT_INLINE F rough_root(F x) {
   const __m256 tiny = _mm256_set1_ps(1e-20f);
@@ -144,15 +148,13 @@ CAME8BIT_INLINE F rough_root(F x) {
           _mm256_mul_ps(x.b, _mm256_rsqrt_ps(_mm256_max_ps(tiny, x.b)))};
 }
 CAME8BIT_INLINE W multiply(W x, uint32_t factor) {
-  const __m256i m = _mm256_set1_epi64x(factor);
-  return {_mm256_mul_epu32(x.a, m), _mm256_mul_epu32(x.b, m)};
+  return _mm256_mul_epu32(x.v, _mm256_set1_epi64x(factor));
 }
 CAME8BIT_INLINE W high_half(W x) {
-  return {_mm256_srli_epi64(x.a, 32), _mm256_srli_epi64(x.b, 32)};
+  return _mm256_srli_epi64(x.v, 32);
 }
 CAME8BIT_INLINE W exclusive_or(W x, W y, W z) {
-  return {_mm256_xor_si256(_mm256_xor_si256(x.a, y.a), z.a),
-          _mm256_xor_si256(_mm256_xor_si256(x.b, y.b), z.b)};
+  return _mm256_xor_si256(_mm256_xor_si256(x.v, y.v), z.v);
 }
 
 CAME8BIT_INLINE __m128i load_128(const void* p) {
@@ -184,6 +186,13 @@ CAME8BIT_INLINE __m256i load_codes(const int8_t* p) {
 }
 CAME8BIT_INLINE I load(const int8_t* p) {
   return {load_codes(p), load_codes(p + 8)};
+}
+CAME8BIT_INLINE bool one_of_64_is(const int8_t* p, int8_t code) {
+  const __m256i* codes = reinterpret_cast<const __m256i*>(p);
+  const __m256i wanted = _mm256_set1_epi8(code);
+  const __m256i found = _mm256_or_si256(_mm256_cmpeq_epi8(_mm256_loadu_si256(codes), wanted),
+                                        _mm256_cmpeq_epi8(_mm256_loadu_si256(codes + 1), wanted));
+  return _mm256_movemask_epi8(found) != 0;
 }
 CAME8BIT_INLINE I load(const int32_t* p) {
   return bits(load(reinterpret_cast<const float*>(p)));
@@ -264,22 +273,17 @@ CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed_codes(a, b));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), packed_codes(c, d));
 }
-// The counters that philox is given in its eight lanes, such that its words are stored in order.
+// The counters that philox is given in its lanes, such that its words are stored in order.
 CAME8BIT_INLINE W consecutive(uint64_t first) {
-  const __m256i base = _mm256_set1_epi64x(static_cast<long long>(first));
-  return {_mm256_add_epi64(base, _mm256_setr_epi64x(0, 2, 1, 3)),
-          _mm256_add_epi64(base, _mm256_setr_epi64x(4, 6, 5, 7))};
+  return _mm256_add_epi64(_mm256_set1_epi64x(static_cast<long long>(first)),
+                          _mm256_setr_epi64x(0, 2, 1, 3));
 }
-CAME8BIT_INLINE void store_words_256(uint16_t* p, __m256i w0, __m256i w1, __m256i w2, __m256i w3) {
-  const __m256i a = _mm256_blend_epi32(w0, _mm256_slli_epi64(w1, 32), 0xaa);
-  const __m256i b = _mm256_blend_epi32(w2, _mm256_slli_epi64(w3, 32), 0xaa);
+// Four 32-bit words for each of four counters.
+CAME8BIT_INLINE void store_words(uint16_t* p, W w0, W w1, W w2, W w3) {
+  const __m256i a = _mm256_blend_epi32(w0.v, _mm256_slli_epi64(w1.v, 32), 0xaa);
+  const __m256i b = _mm256_blend_epi32(w2.v, _mm256_slli_epi64(w3.v, 32), 0xaa);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_unpacklo_epi64(a, b));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm256_unpackhi_epi64(a, b));
-}
-// Four 32-bit words for each of eight counters.
-CAME8BIT_INLINE void store_words(uint16_t* p, W w0, W w1, W w2, W w3) {
-  store_words_256(p, w0.a, w1.a, w2.a, w3.a);
-  store_words_256(p + 32, w0.b, w1.b, w2.b, w3.b);
 }
 
 // 16 -> 8 -> 4 -> 2 -> 1, adding the upper half to the lower.

@@ -34,6 +34,7 @@ struct W {
   CAME8BIT_INLINE W(__m512i x) : v(x) {}
   CAME8BIT_INLINE explicit W(uint64_t x) : v(_mm512_set1_epi64(static_cast<long long>(x))) {}
 };
+constexpr int kCounters = 8;
 
 struct M {
   __mmask16 v;
@@ -136,6 +137,9 @@ CAME8BIT_INLINE I with_sign(I a, F sign) {
 CAME8BIT_INLINE bool any(M m) {
   return m.v != 0;
 }
+CAME8BIT_INLINE bool any_nan(F a) {
+  return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0;
+}
 // Square root of 0 ... 2^14 with an error below 0.05; NaN for NaN.
 CAME8BIT_INLINE F rough_root(F a) {
   return _mm512_mul_ps(a.v, _mm512_rsqrt14_ps(_mm512_max_ps(_mm512_set1_ps(1e-20f), a.v)));
@@ -162,6 +166,9 @@ CAME8BIT_INLINE F load(const Half* p) {
 }
 CAME8BIT_INLINE I load(const int8_t* p) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+CAME8BIT_INLINE bool one_of_64_is(const int8_t* p, int8_t code) {
+  return _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(p), _mm512_set1_epi8(code)) != 0;
 }
 CAME8BIT_INLINE I load(const int32_t* p) {
   return _mm512_loadu_si512(p);
@@ -261,7 +268,7 @@ CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)));
 }
-// The counters that philox is given in its eight lanes, such that its words are stored in order.
+// The counters that philox is given in its lanes, such that its words are stored in order.
 CAME8BIT_INLINE W consecutive(uint64_t first) {
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   return _mm512_add_epi64(_mm512_set1_epi64(static_cast<long long>(first)), order);

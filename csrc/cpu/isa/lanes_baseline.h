@@ -62,6 +62,7 @@ struct W {
     for (uint64_t& lane : v) lane = x;
   }
 };
+constexpr int kCounters = 8;
 
 struct M {
   Bool v[kParts];
@@ -178,6 +179,9 @@ CAME8BIT_INLINE int count(M m) {
 CAME8BIT_INLINE bool any(M m) {
   return count(m) != 0;
 }
+CAME8BIT_INLINE bool any_nan(F a) {
+  return count(a == a) != kLanes;
+}
 CAME8BIT_INLINE W multiply(W a, uint32_t factor) {
   for (uint64_t& lane : a.v) lane = came8bit::multiply(lane, factor);
   return a;
@@ -195,6 +199,11 @@ CAME8BIT_INLINE F load(const float* p) {
   F out;
   memcpy(&out, p, sizeof out);
   return out;
+}
+CAME8BIT_INLINE bool one_of_64_is(const int8_t* p, int8_t code) {
+  bool found = false;
+  for (int i = 0; i < 64; ++i) found |= p[i] == code;
+  return found;
 }
 CAME8BIT_INLINE I load(const int32_t* p) {
   return bits(load(reinterpret_cast<const float*>(p)));
@@ -252,7 +261,7 @@ CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
   store(p + 32, c);
   store(p + 48, d);
 }
-// The counters that philox is given in its eight lanes, such that its words are stored in order.
+// The counters that philox is given in its lanes, such that its words are stored in order.
 CAME8BIT_INLINE W consecutive(uint64_t first) {
   W out;
   for (uint64_t i = 0; i < 8; ++i) out.v[i] = first + i;
