@@ -22,6 +22,8 @@ struct Buffers {
 struct Piece {
   int64_t block, first;  // numbers of its first block and its first element
   int size, block_size;
+
+  int blocks() const { return (size + block_size - 1) / block_size; }
 };
 
 // With `together`, as many blocks as fit: of one slice, or of slices that are blocks.
@@ -74,28 +76,33 @@ void for_each_block(const Piece& piece, const Run& run) {
 template <class Run>
 void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffers,
                       const Piece& piece, int begin, int end, const Run& run) {
+  const auto from = [](auto* x, int64_t i) { return x != nullptr ? x + i : nullptr; };
   int64_t row = (piece.first + begin) / p.k, column = (piece.first + begin) % p.k;
   for (int done = begin; done < end; column = 0) {
     const int64_t e = piece.first + done;
-    Segment s = {};
+    const int64_t batch_column = (p.b == 1 ? 0 : row / p.n * p.k) + column;
+    Segment s;  // not zeroed first, which would take as long as a kernel's start
     s.size = static_cast<int>(std::min<int64_t>(p.k - column, end - done));
     s.rows = 1;
     if (piece.block_size == p.k) {
       s.rows = static_cast<int>(std::min<int64_t>((end - done) / p.k, p.n - row % p.n));
     }
     s.block_size = piece.block_size;
+    s.param = nullptr;
     s.grad = p.grad.contiguous() ? p.grad.at(e) : buffers.grad + done * p.grad.itemsize();
-    if (factors.row_gain != nullptr) {
-      const int64_t batch_column = (p.b == 1 ? 0 : row / p.n * p.k) + column;
-      s.row_gain = factors.row_gain + row;
-      s.col_factor = factors.col + batch_column;
-      s.update_row = factors.update_row ? factors.update_row + row : nullptr;
-      s.update_col = factors.update_col ? factors.update_col + batch_column : nullptr;
-    } else {
-      s.exp_avg_sq = p.exp_avg_sq + e;
-    }
+    s.row_gain = from(factors.row_gain, row);
+    s.col_factor = from(factors.col, batch_column);
+    s.update_row = from(factors.update_row, row);
+    s.update_col = from(factors.update_col, batch_column);
+    s.exp_avg_sq = from(p.exp_avg_sq, e);
+    s.new_exp_avg_sq = nullptr;
+    s.old_exp_avg = nullptr;
+    s.absmax = nullptr;
+    s.decay = 1.0f;
     s.exp_avg = buffers.momentum + done;
     s.w = buffers.w + done;
+    s.kept = nullptr;
+    s.random = nullptr;
     run(s, e, done);
     done += s.rows * s.size;
     row += s.rows;
@@ -128,7 +135,7 @@ void new_momentum(const Parameter& p, const StepConstants& constants, const Fact
   for_each_segment(p, factors, buffers, piece, [&](Segment& s, int64_t e, int done) {
     const int64_t block = done / piece.block_size;
     s.grad = p.grad.read(e, s.rows * s.size, buffers.grad + done * p.grad.itemsize());
-    s.decay = decoded ? 1.0f : constants.beta1;
+    if (!decoded) s.decay = constants.beta1;
     if (decoded) {
       s.old_exp_avg = s.exp_avg;
     } else if (coded) {
@@ -191,7 +198,8 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
     const uint64_t element = p.offset + static_cast<uint64_t>(piece.first);
     const uint16_t* random =
         draws ? table.random_bits(constants, element, piece.size, buffers.random) : nullptr;
-    ToEncode blocks[kBlocksPerTask] = {};
+    ToEncode blocks[kBlocksPerTask];
+    std::fill_n(blocks, piece.blocks(), ToEncode{});
     new_momentum(p, constants, factors, piece, true, buffers, blocks);
     // The update spends what a coarse code forgets.
     if (p.coarse()) encode_coarse(p, factors, piece, blocks, buffers);
@@ -212,7 +220,8 @@ int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const
   Buffers buffers;
   int64_t total = 0;
   for_each_piece(p, task, [&](const Piece& piece) {
-    ToEncode blocks[kBlocksPerTask] = {};
+    ToEncode blocks[kBlocksPerTask];
+    std::fill_n(blocks, piece.blocks(), ToEncode{});
     new_momentum(p, constants, factors, piece, false, buffers, blocks);
     total += kernels().agreeing(buffers.w, buffers.momentum, piece.size);
   });
