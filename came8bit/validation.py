@@ -313,10 +313,14 @@ def usable(param: Tensor, grad: Tensor) -> bool:
         and grad.layout == torch.strided
         and grad.shape == param.shape
         and grad.device == param.device
-        and getattr(grad, "placements", None) == getattr(param, "placements", None)
+        and _placements(grad) == _placements(param)
         and has_memory(param)
         and has_memory(grad)
     )
+
+
+def _placements(tensor: Any) -> Any:
+    return tensor.placements if is_sharded(tensor) else None
 
 
 def has_memory(tensor: Tensor) -> bool:

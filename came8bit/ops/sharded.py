@@ -58,12 +58,15 @@ def moving(work: Work, groups: Sequence[Group]) -> list[list[StepItem]]:
     """
     found = _any_gradients(work, groups)
 
-    def moves(group: Group, item: StepItem) -> bool:
-        if not (is_still(group) and is_new(item)):
+    def moves(item: StepItem) -> bool:
+        if not is_new(item):
             return True
         return found[item.position] if is_split(item.param) else bool(item.grad.any())
 
-    return [[item for item in items if moves(group, item)] for group, items in work]
+    return [
+        [item for item in items if moves(item)] if is_still(group) else items
+        for group, items in work
+    ]
 
 
 def _any_gradients(work: Work, groups: Sequence[Group]) -> dict[int, bool]:
