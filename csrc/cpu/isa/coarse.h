@@ -10,73 +10,42 @@ namespace {
 // Codes of `bits` bits as bytes, with room for what fills the last packed byte.
 typedef int8_t WideCodes[kCoarseBlock + 8];
 
-// The lowest `bits` bits of eight bytes, one behind the other.
-template <int bits>
-CAME8BIT_INLINE uint64_t squeezed(uint64_t x) {
-  if (bits == 4) {
-    x &= 0x0f0f0f0f0f0f0f0fu;
-    x = (x | x >> 4) & 0x00ff00ff00ff00ffu;
-    x = (x | x >> 8) & 0x0000ffff0000ffffu;
-    return x | x >> 16;
-  }
-  x &= 0x0303030303030303u;
-  x = (x | x >> 6) & 0x000f000f000f000fu;
-  x = (x | x >> 12) & 0x000000ff000000ffu;
-  return x | x >> 24;
-}
-
-#if defined(__BYTE_ORDER__)
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first code is in the lowest bits");
-#endif
-
 template <int bits>
 CAME8BIT_INLINE void pack(WideCodes& wide, int size, uint8_t* codes) {
+  int j = 0;
+  for (; j + 64 <= size; j += 64) pack_64<bits>(wide + j, codes + j * bits / 8);
+  if (j == size) return;
   memset(wide + size, 0, 8);
-  const int bytes = (size * bits + 7) / 8;
-  // As many bytes as a code has bits hold eight codes.
-  const auto eight = [&](int i) CAME8BIT_LAMBDA {
-    uint64_t codes_of_eight;
-    memcpy(&codes_of_eight, wide + i * (8 / bits), sizeof codes_of_eight);
-    return squeezed<bits>(codes_of_eight);
-  };
-  int i = 0;
-  for (; i + bits <= bytes; i += bits) {
-    const uint64_t packed = eight(i);
-    memcpy(codes + i, &packed, bits);
-  }
-  if (i < bytes) {
-    const uint64_t packed = eight(i);
-    memcpy(codes + i, &packed, static_cast<size_t>(bytes - i));
+  for (; j < size; j += 8 / bits) {
+    int byte = 0;
+    for (int k = 0; k < 8 / bits; ++k) byte |= (wide[j + k] & ((1 << bits) - 1)) << k * bits;
+    codes[j * bits / 8] = static_cast<uint8_t>(byte);
   }
 }
 
 // What each of the sixteen patterns of four bits stands for; of two bits, each four times.
-struct Levels4 {
-  alignas(64) float value[16];
-  explicit CAME8BIT_INLINE Levels4(float scale) {
-    alignas(64) const float number[16] = {0, 1, 2, 3, 4, 5, 6, 7, 0, -7, -6, -5, -4, -3, -2, -1};
-    store(value, came8bit::decode4(load(number), F(scale)));
-    value[kNanCode4 + 16] = NAN;
-  }
-};
-struct Levels2 {
-  alignas(64) float value[16];
-  CAME8BIT_INLINE Levels2(float low, float high) {
-    alignas(64) const float is_high[16] = {0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1};
-    alignas(64) const float sign[16] = {0, 0, -0.0f, -0.0f, 0, 0, -0.0f, -0.0f,
-                                        0, 0, -0.0f, -0.0f, 0, 0, -0.0f, -0.0f};
-    const F level = select(load(is_high) > F(0.0f), F(high), F(low));
-    store(value, from_bits(bits(level) ^ bits(load(sign))));
-  }
-};
+CAME8BIT_INLINE F levels4(float scale) {
+  alignas(64) const float number[16] = {0, 1, 2, 3, 4, 5, 6, 7, NAN, -7, -6, -5, -4, -3, -2, -1};
+  static_assert(kNanCode4 + 16 == 8, "the place of NaN");
+  return came8bit::decode4(load(number), F(scale));
+}
+CAME8BIT_INLINE F levels2(float low, float high) {
+  alignas(64) const float is_high[16] = {0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1};
+  alignas(64) const float sign[16] = {0, 0, -0.0f, -0.0f, 0, 0, -0.0f, -0.0f,
+                                      0, 0, -0.0f, -0.0f, 0, 0, -0.0f, -0.0f};
+  const F level = select(load(is_high) > F(0.0f), F(high), F(low));
+  return from_bits(bits(level) ^ bits(load(sign)));
+}
 
 template <int bits>
-CAME8BIT_INLINE void decode_packed(const uint8_t* codes, int skip, const float (&value)[16],
-                                   int size, float* x) {
+CAME8BIT_INLINE void decode_packed(const uint8_t* codes, int skip, F levels, int size, float* x) {
   int j = 0;
   for (; skip == 0 && j + kLanes <= size; j += kLanes) {
-    store(x + j, look_up(value, load_packed<bits>(codes + j * bits / 8)));
+    store(x + j, look_up(levels, load_packed<bits>(codes + j * bits / 8)));
   }
+  if (j == size) return;
+  alignas(64) float value[kLanes];
+  store(value, levels);
   for (; j < size; ++j) {
     const int at = (j + skip) * bits;
     x[j] = value[codes[at / 8] >> at % 8 & ((1 << bits) - 1)];
@@ -85,7 +54,7 @@ CAME8BIT_INLINE void decode_packed(const uint8_t* codes, int skip, const float (
 
 void decode4(const uint8_t* codes, int skip, const uint16_t* scale, float factor, int size,
              float* x) {
-  decode_packed<4>(codes, skip, Levels4(scale_of(*scale) * factor).value, size, x);
+  decode_packed<4>(codes, skip, levels4(scale_of(*scale) * factor), size, x);
 }
 
 void encode4(const float* x, float largest, int size, uint8_t* codes, uint16_t* scale,
@@ -97,17 +66,17 @@ void encode4(const float* x, float largest, int size, uint8_t* codes, uint16_t* 
       : encode_block<false, false>(x, nullptr, largest, kLargestSquare4, size, wide);
   for (int i = 0; i < size; ++i) wide[i] = wide[i] < kNanCode4 ? kNanCode4 : wide[i];
   *scale = scale_bits(largest < kSmallestAbsmax ? 0.0f : largest);
-  const Levels4 levels(scale_of(*scale));
+  const F levels = levels4(scale_of(*scale));
   for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
-    store_some(held + j, look_up(levels.value, load_some(wide + j, some)), some);
+    store_some(held + j, look_up(levels, load_some(wide + j, some)), some);
   });
   pack<4>(wide, size, codes);
 }
 
 void decode2(const uint8_t* codes, int skip, const uint16_t* scales, float factor, int size,
              float* x) {
-  const Levels2 levels(scale_of(scales[0]) * factor, scale_of(scales[1]) * factor);
-  decode_packed<2>(codes, skip, levels.value, size, x);
+  const F levels = levels2(scale_of(scales[0]) * factor, scale_of(scales[1]) * factor);
+  decode_packed<2>(codes, skip, levels, size, x);
 }
 
 void encode2(const float* x, float largest, int size, uint8_t* codes, uint16_t* scales,
@@ -117,33 +86,39 @@ void encode2(const float* x, float largest, int size, uint8_t* codes, uint16_t* 
   const F sizes(static_cast<float>(size)), zero(0.0f);
   // Lanes past the end hold 0.
   alignas(64) float whole[kCoarseBlock];
-  F sum(zero), above_sum(zero);
-  int not_zero = 0, above_count = 0;
-  for (int j = 0; j < size; j += kLanes) {
-    const F value = abs(load_some(x + j, size - j));
+  F sum(zero), above_sum(zero), above_count(zero);
+  M none = zero < zero;
+  bool has_zero = false;
+  for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
+    const F value = abs(load_some(x + j, some));
     const F magnitude = select(value < F(INFINITY), value, zero);
-    not_zero += count(magnitude > zero);
+    const M is_zero = magnitude == zero;
+    if (some == kLanes) {
+      none = none | is_zero;
+    } else {
+      has_zero = count(is_zero) > kLanes - some;
+    }
     const F units = nearest_whole(magnitude * F(unit.inverse));
     store(whole + j, units);
     sum = sum + units;
-  }
+  });
   const float total = sum_lanes(sum);
   for (int j = 0; j < size; j += kLanes) {
     const F units = load(whole + j);
     const M above = units * sizes > F(total);
-    above_count += count(above);
+    above_count = above_count + select(above, F(1.0f), zero);
     above_sum = above_sum + select(above, units, zero);
   }
-  const Levels levels =
-      levels_of_block(total, static_cast<float>(size), sum_lanes(above_sum),
-                      static_cast<float>(above_count), not_zero < size, unit.unit);
+  const Levels levels = levels_of_block(total, static_cast<float>(size), sum_lanes(above_sum),
+                                        sum_lanes(above_count), has_zero || any(none), unit.unit);
   scales[0] = scale_bits(levels.low);
   scales[1] = scale_bits(levels.high);
 
   alignas(64) WideCodes wide;
   const F low(levels.low), high(levels.high);
+  const F mean(levels.high > levels.low ? total : INFINITY);  // times the number of values
   for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
-    const M above = (load(whole + j) * sizes > F(total)) & (high > low);
+    const M above = load(whole + j) * sizes > mean;
     const F level = select(above, high, low);
     const M negative = (load_some(x + j, some) < zero) & (level > zero);
     const I sign = select(negative, I(INT32_MIN), I(0));

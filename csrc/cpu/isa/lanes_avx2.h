@@ -243,24 +243,43 @@ CAME8BIT_INLINE void store(int8_t* p, I x) {
 // Sixteen packed codes of `n` bits in the lowest bits of the lanes; above them is rubbish.
 template <int n>
 CAME8BIT_INLINE I load_packed(const uint8_t* p) {
-  int32_t words[2];
-  memcpy(words, p, 2 * n);
+  const auto word = [](const uint8_t* four) {
+    int32_t out;
+    memcpy(&out, four, sizeof out);
+    return _mm256_set1_epi32(out);
+  };
   const __m256i lane = _mm256_setr_epi32(0, n, 2 * n, 3 * n, 4 * n, 5 * n, 6 * n, 7 * n);
-  const __m256i first = _mm256_set1_epi32(words[0]);
-  if (n == 4) {
-    return {_mm256_srlv_epi32(first, lane), _mm256_srlv_epi32(_mm256_set1_epi32(words[1]), lane)};
-  }
+  const __m256i first = word(p);
+  if (n == 4) return {_mm256_srlv_epi32(first, lane), _mm256_srlv_epi32(word(p + 4), lane)};
   return {_mm256_srlv_epi32(first, lane),
           _mm256_srlv_epi32(first, _mm256_add_epi32(lane, _mm256_set1_epi32(8 * n)))};
 }
 // Of sixteen values those that the lowest four bits of the lanes say.
-CAME8BIT_INLINE __m256 look_up(const float (&value)[16], __m256i index) {
-  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(value), index);
-  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(value + 8), index);
+CAME8BIT_INLINE __m256 look_up(F value, __m256i index) {
+  const __m256 low = _mm256_permutevar8x32_ps(value.a, index);
+  const __m256 high = _mm256_permutevar8x32_ps(value.b, index);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
-CAME8BIT_INLINE F look_up(const float (&value)[16], I index) {
+CAME8BIT_INLINE F look_up(F value, I index) {
   return {look_up(value, index.a), look_up(value, index.b)};
+}
+// Packs 64 codes of 4 or 2 bits, the lowest bits of bytes.
+template <int n>
+CAME8BIT_INLINE void pack_64(const int8_t* wide, uint8_t* codes) {
+  const __m256i* bytes = reinterpret_cast<const __m256i*>(wide);
+  const __m256i mask = _mm256_set1_epi8((1 << n) - 1), pair = _mm256_set1_epi16(1 | 256 << n);
+  const __m256i a = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_loadu_si256(bytes), mask), pair);
+  const __m256i b =
+      _mm256_maddubs_epi16(_mm256_and_si256(_mm256_loadu_si256(bytes + 1), mask), pair);
+  if (n == 4) {
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0xd8);
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), packed);
+  }
+  const __m256i four = _mm256_set1_epi32(1 | 16 << 16);
+  const __m256i words = _mm256_packs_epi32(_mm256_madd_epi16(a, four), _mm256_madd_epi16(b, four));
+  const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, words),
+                                                     _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm256_castsi256_si128(packed));
 }
 // 32 codes. The packs work within 128 bits, and leave groups of four in the order 0 2 4 6 1 3 5 7.
 CAME8BIT_INLINE __m256i packed_codes(I a, I b) {

@@ -258,8 +258,19 @@ CAME8BIT_INLINE I load_packed(const uint8_t* p) {
   return _mm512_srlv_epi32(_mm512_set1_epi32(words[0]), shift);
 }
 // Of sixteen values those that the lowest four bits of the lanes say.
-CAME8BIT_INLINE F look_up(const float (&value)[16], I index) {
-  return _mm512_permutexvar_ps(index.v, _mm512_loadu_ps(value));
+CAME8BIT_INLINE F look_up(F value, I index) {
+  return _mm512_permutexvar_ps(index.v, value.v);
+}
+// Packs 64 codes of 4 or 2 bits, the lowest bits of bytes.
+template <int n>
+CAME8BIT_INLINE void pack_64(const int8_t* wide, uint8_t* codes) {
+  const __m512i bytes = _mm512_and_si512(_mm512_loadu_si512(wide), _mm512_set1_epi8((1 << n) - 1));
+  const __m512i pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(1 | 256 << n));
+  if (n == 4) {
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm512_cvtepi16_epi8(pairs));
+  }
+  const __m512i fours = _mm512_madd_epi16(pairs, _mm512_set1_epi32(1 | 16 << 16));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(fours));
 }
 // 64 codes; saturates.
 CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {

@@ -249,11 +249,23 @@ CAME8BIT_INLINE void store(int8_t* p, I a) {
 template <int n>
 CAME8BIT_LANES(I, int32_t, load_packed(const uint8_t* p), p[i * n / 8] >> i * n % 8)
 // Of sixteen values those that the lowest four bits of the lanes say.
-CAME8BIT_LANES(F, float, look_up(const float (&value)[16], IntLanes index), value[index[i] & 15])
-CAME8BIT_INLINE F look_up(const float (&value)[16], I index) {
-  return look_up(value, IntLanes(index));
+CAME8BIT_LANES(F, float, look_up(FloatLanes value, IntLanes index), value[index[i] & 15])
+CAME8BIT_INLINE F look_up(F value, I index) {
+  return look_up(FloatLanes(value), IntLanes(index));
 }
 #undef CAME8BIT_LANES
+// Packs 64 codes of 4 or 2 bits, the lowest bits of bytes.
+template <int n>
+CAME8BIT_INLINE void pack_64(const int8_t* wide, uint8_t* codes) {
+  constexpr int per_byte = 8 / n;
+  for (int i = 0; i < 8 * n; ++i) {
+    int byte = 0;
+    for (int k = 0; k < per_byte; ++k) {
+      byte |= (wide[i * per_byte + k] & ((1 << n) - 1)) << k * n;
+    }
+    codes[i] = static_cast<uint8_t>(byte);
+  }
+}
 // 64 codes; saturates.
 CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
   store(p, a);
