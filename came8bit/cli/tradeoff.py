@@ -56,7 +56,7 @@ _HELP = {
     "--text": "train on these files",
     "--corpus": f"without --text, from: {', '.join(CORPORA)}; stdlib, the default, is the source "
     "code of Python's standard library, the others come from `make data`",
-    "--data-dir": "where `make data` put them",
+    "--data-dir": "where `make data` put them (data)",
     "--seeds": "number of seeds",
     "--first-seed": "the others follow it (default: %(default)s)",
     "--slow-seeds": "for what is slow on a CPU",
@@ -106,7 +106,7 @@ def add_parser(subparsers: Any) -> None:
     add("--tasks", metavar="NAME,...", type=_names(TASKS))
     add("--text", metavar="FILE", type=Path, nargs="+")
     add("--corpus", metavar="NAME", choices=CORPORA, default="stdlib")
-    add("--data-dir", metavar="DIR", type=Path, default=Path("data"))
+    add("--data-dir", metavar="DIR", type=Path)
 
     group = parser.add_argument_group("training (the preset decides what is not given)")
     numbers(int, 1, TUNE_SEEDS[0], "--seeds", "--slow-seeds")

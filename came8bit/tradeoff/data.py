@@ -87,18 +87,21 @@ def load(
     tasks: Sequence[TaskConfig],
     files: Sequence[Path] | None,
     corpus: str,
-    data_dir: Path,
+    data_dir: Path | None,
     needed: bool = True,
 ) -> tuple[dict[str, Data], dict[str, str]]:
-    """Load the data of each task.
+    """Load the data of each task, from ``data_dir`` or else from the folder ``data``.
 
     Returns:
         Task → its data, and task → why it has none; the latter for images only, and unless they are
         ``needed``.
 
     Raises:
-        ValueError: If data cannot be read, or are too small for the task.
+        ValueError: If data cannot be read, or are too small for the task, or ``data_dir`` is none.
     """
+    folder = Path("data") if data_dir is None else data_dir
+    if data_dir is not None and not data_dir.is_dir():
+        raise ValueError(f"--data-dir {data_dir} is not a folder: run `make data`, or leave it out")
     readers = {"mails": load_mails, "images": load_images}
     loaded: dict[str, Data] = {}
     data: dict[str, Data] = {}
@@ -108,7 +111,7 @@ def load(
         try:
             if kind not in loaded:
                 reader = readers.get(kind, partial(load_text, files, corpus))
-                loaded[kind] = reader(data_dir)
+                loaded[kind] = reader(folder)
         except ValueError as error:
             if kind == "text" or needed:
                 raise

@@ -36,6 +36,7 @@ def refused(words, capsys):
         (["--text", "pipe"], "pipe: is not a regular file"),
         (["--text", "large"], "large: has more than the 1,073,741,824 bytes"),
         (["--corpus", "gcide", "--data-dir", "nowhere"], "make data"),
+        (["--data-dir", "nowhere"], "not a folder"),
         (["--optimizers", "adamw,sgdw"], "got 'sgdw', expected some of adamw, nadamw, "),
         (["--optimizers", ","], "got none"),
         (["--tasks", "sound"], "expected some of text, "),
