@@ -45,7 +45,7 @@ def is_split(param: Tensor) -> bool:
     return is_sharded(param) and shard_of(param).dim is not None
 
 
-def moving(work: Work, groups: Sequence[Group]) -> list[list[StepItem]]:
+def moving(work: Work, groups: Sequence[Group]) -> list[Sequence[StepItem]]:
     """Return, for each group, the items that are more than an occasion to make state.
 
     Tools that save or shard state before training (``get_optimizer_state_dict``) take a step with

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..reference.quant import slice_shape
 from .layout import Buffer, Layout
 
-
 # Looking for an attribute that is not there takes long, and a step asks about every tensor.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
