@@ -60,7 +60,8 @@ class CAME4bit(CAME):
 class CAME2bit(CAME):
     """:class:`CAME` with momentum in 2 bits, about 0.29 bytes of state per parameter.
 
-    As :class:`CAME4bit`, with the sign and two levels of magnitude for a block of 128 values.
+    As :class:`CAME4bit`, with the sign and two levels of magnitude for a block of 128 values. For
+    training from scratch: fine-tuning a pretrained model ended clearly above :class:`CAME8bit`.
     """
 
     _optim_bits = 2
