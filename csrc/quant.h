@@ -31,6 +31,14 @@ CAME8BIT_INLINE constexpr int64_t bytes_of_slice(int64_t slice_len, int bits) {
   return (slice_len * bits + 7) / 8;
 }
 
+// The byte that holds the first 8/bits codes of `wide`, which are the lowest bits of bytes.
+template <int bits>
+CAME8BIT_INLINE uint8_t packed_byte(const int8_t* wide) {
+  int byte = 0;
+  for (int i = 0; i < 8 / bits; ++i) byte |= (wide[i] & ((1 << bits) - 1)) << i * bits;
+  return static_cast<uint8_t>(byte);
+}
+
 // 4 bits: levels up to 7, as two's complement.
 constexpr int kNanCode4 = -8;
 constexpr float kInverse7 = 1.0f / 7.0f;

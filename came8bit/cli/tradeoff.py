@@ -56,7 +56,7 @@ _HELP = {
     "--text": "train on these files",
     "--corpus": f"without --text, from: {', '.join(CORPORA)}; stdlib, the default, is the source "
     "code of Python's standard library, the others come from `make data`",
-    "--data-dir": "where `make data` put them (data)",
+    "--data-dir": "where `make data` put them (default: data)",
     "--seeds": "number of seeds",
     "--first-seed": "the others follow it (default: %(default)s)",
     "--slow-seeds": "for what is slow on a CPU",

@@ -193,10 +193,8 @@ def momentum_shape(buffers: Mapping[str, Stored], shape: tuple[int, ...]) -> tor
     with the padding of the last byte, and without codes that of the last block.
     """
     codes, scales = buffers["exp_avg"], buffers.get("scales")
-    if scales is None:  # fp32, or codes of a byte
-        return torch.Size(codes.shape)
     rung = rung_of(codes, scales)
-    if rung is None:
+    if rung is None or scales is None:
         return torch.Size(codes.shape)
     if (codes.shape, scales.shape) == (rung.codes_shape(shape), rung.scales_shape(shape)):
         return torch.Size(shape)

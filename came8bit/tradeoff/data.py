@@ -97,10 +97,11 @@ def load(
         ``needed``.
 
     Raises:
-        ValueError: If data cannot be read, or are too small for the task, or ``data_dir`` is none.
+        ValueError: If data cannot be read or are too small, or ``data_dir`` is no folder.
     """
-    folder = Path("data") if data_dir is None else data_dir
-    if data_dir is not None and not data_dir.is_dir():
+    if data_dir is None:
+        data_dir = Path("data")
+    elif not data_dir.is_dir():
         raise ValueError(f"--data-dir {data_dir} is not a folder: run `make data`, or leave it out")
     readers = {"mails": load_mails, "images": load_images}
     loaded: dict[str, Data] = {}
@@ -111,7 +112,7 @@ def load(
         try:
             if kind not in loaded:
                 reader = readers.get(kind, partial(load_text, files, corpus))
-                loaded[kind] = reader(folder)
+                loaded[kind] = reader(data_dir)
         except ValueError as error:
             if kind == "text" or needed:
                 raise

@@ -11,7 +11,7 @@ namespace came8bit {
 constexpr int kLanes = 16;
 constexpr int kChunk = 1024;  // columns of a tile; lane sums are formed per chunk
 constexpr int kPiece = 512;   // elements that sweep C takes through its passes together
-constexpr int kDraw = 64;     // at most so many elements get random bits together with others
+constexpr int kDraw = 64;     // room for random bits that are drawn along with a piece's
 constexpr int kGroup = 4;     // rows whose column sums are added as (x0 + x1) + (x2 + x3)
 
 // Rows x at most kChunk columns of a gradient, row-major with `stride` elements between rows.

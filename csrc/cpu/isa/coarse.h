@@ -16,11 +16,7 @@ CAME8BIT_INLINE void pack(WideCodes& wide, int size, uint8_t* codes) {
   for (; j + 64 <= size; j += 64) pack_64<bits>(wide + j, codes + j * bits / 8);
   if (j == size) return;
   memset(wide + size, 0, 8);
-  for (; j < size; j += 8 / bits) {
-    int byte = 0;
-    for (int k = 0; k < 8 / bits; ++k) byte |= (wide[j + k] & ((1 << bits) - 1)) << k * bits;
-    codes[j * bits / 8] = static_cast<uint8_t>(byte);
-  }
+  for (; j < size; j += 8 / bits) codes[j * bits / 8] = packed_byte<bits>(wide + j);
 }
 
 // What each of the sixteen patterns of four bits stands for; of two bits, each four times.

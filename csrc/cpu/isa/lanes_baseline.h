@@ -257,14 +257,7 @@ CAME8BIT_INLINE F look_up(F value, I index) {
 // Packs 64 codes of 4 or 2 bits, the lowest bits of bytes.
 template <int n>
 CAME8BIT_INLINE void pack_64(const int8_t* wide, uint8_t* codes) {
-  constexpr int per_byte = 8 / n;
-  for (int i = 0; i < 8 * n; ++i) {
-    int byte = 0;
-    for (int k = 0; k < per_byte; ++k) {
-      byte |= (wide[i * per_byte + k] & ((1 << n) - 1)) << k * n;
-    }
-    codes[i] = static_cast<uint8_t>(byte);
-  }
+  for (int i = 0; i < 8 * n; ++i) codes[i] = packed_byte<n>(wide + i * 8 / n);
 }
 // 64 codes; saturates.
 CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
