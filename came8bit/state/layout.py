@@ -190,11 +190,17 @@ def state_bytes(shapes: Iterable[Iterable[int]], **options: Any) -> int:
     return sum(plan(shape, **options).nbytes for shape in shapes)
 
 
+# With 2**40 elements of this size their squares, or the statistics of 2**40 rows, still add up to a
+# finite fp32 number. Momentum is a mean of clipped u, so real ones are far below.
+_LARGEST = dict.fromkeys(("exp_avg", "absmax", "scales"), 2.0**43)
+_LARGEST |= dict.fromkeys(("exp_avg_sq_row", "exp_avg_res_row", "exp_avg_res_col"), 2.0**86)
+
+
 def find_fault(state: Mapping[str, Any]) -> str | None:
     """Say what makes a state one that no step can go on from, or return ``None``.
 
     Statistics are means of squares and scales are magnitudes: finite and not negative. Momentum
-    is finite.
+    is finite. None is so large that the sums of a step overflow.
     """
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.is_meta or not value.numel() or name in COUNTERS:
@@ -211,6 +217,8 @@ def find_fault(state: Mapping[str, Any]) -> str | None:
                 return f"{name} has " + ("NaN" if math.isnan(low) else "infinite values")
             if low < 0 and name != "exp_avg":
                 return f"{name} has negative values"
+            if max(-low, high) > _LARGEST.get(name, math.inf):
+                return f"{name} has values of {max(-low, high):.3g}, with which a step overflows"
             if name == "exp_avg" and _is_codes(value, max(-low, high)):
                 return (
                     f"{name} has codes of 8 bits in place of numbers (a distributed checkpoint has "

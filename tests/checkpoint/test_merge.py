@@ -299,6 +299,9 @@ FAULTS = {
     "infinite scale": ("absmax", torch.inf, "infinite values"),
     "NaN codes": ("exp_avg", -128, "codes of NaN"),
     "NaN ratio": ("rms_ratio", torch.nan, "NaN"),
+    "huge momentum": ("exp_avg", -1e14, r"values of 1e\+14, with which a step overflows"),
+    "huge scale": ("absmax", 3e38, r"values of 3e\+38"),
+    "huge statistics": ("exp_avg_res_row", 3e38, r"values of 3e\+38"),
 }
 
 

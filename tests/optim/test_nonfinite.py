@@ -8,6 +8,7 @@ import torch
 from training import assert_same, parameter, snapshot, start, with_gradient
 
 from came8bit import CAME, CAME8bit, PagedCAME8bit
+from came8bit.state.layout import _LARGEST
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -74,6 +75,7 @@ def test_raise_names_what_made_the_gradients_bad(stateless):
 MATRIX, VECTOR = (64, 64), (300,)
 BAD_STEPS = [
     (MATRIX, 32, "exp_avg", math.nan, 64 * 64),
+    (MATRIX, 32, "exp_avg", 3e38, 64 * 64),
     (MATRIX, 8, "exp_avg", -128, 64 * 64),
     (MATRIX, 8, "absmax", math.inf, 64 * 64),
     (MATRIX, 4, "scales", math.nan, 64 * 64),
@@ -105,6 +107,25 @@ def test_a_step_on_bad_state(shape, bits, name, value, then):
     else:
         assert int(optimizer.state[param]["skipped"]) == 0
         assert int((~param.isfinite()).sum()) == then
+
+
+@pytest.mark.parametrize("shape", [MATRIX, VECTOR])
+@pytest.mark.parametrize("bits", [32, 8, 4, 2])
+def test_the_largest_values_that_may_be_loaded_do_not_overflow(shape, bits):
+    param = with_gradient(*shape)
+    optimizer = CAME([param], optim_bits=bits, min_8bit_size=0, quantize_vectors=bits < 32)
+    optimizer.step()
+    state = optimizer.state[param]
+    for name in state.keys() & _LARGEST.keys():
+        if state[name].is_floating_point():
+            state[name].fill_(_LARGEST[name])
+    other = CAME([param], optim_bits=bits, min_8bit_size=0, quantize_vectors=bits < 32)
+    other.load_state_dict(optimizer.state_dict())
+    for _ in range(3):
+        other.step()
+    assert other.skipped_steps() == 0
+    assert param.isfinite().all()
+    assert all(value.isfinite().all() for value in other.state[param].values())
 
 
 def test_propagate_computes_with_what_is_there():
