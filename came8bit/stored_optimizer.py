@@ -127,8 +127,8 @@ class StoredOptimizer(Optimizer):
 
         Args:
             state_dict: of an optimizer of this package.
-            allow_missing: let parameters that were not saved, or whose saved state has NaN or
-                infinity, start without state.
+            allow_missing: let parameters that were not saved, had another shape, or whose saved
+                state cannot be continued, start without state. Needs names on both sides.
             allow_unused: leave out what was saved for parameters that this optimizer does not have.
 
         Raises:

@@ -91,8 +91,8 @@ def load_checkpoint(
     Args:
         optimizer: one of this package's, over the model that was saved.
         path: of the file.
-        allow_missing: let parameters that the file does not have, or whose saved state is damaged
-            by NaN or infinity, start without state. Needs names on both sides.
+        allow_missing: let parameters that the file does not have, or has in another shape, or
+            whose saved state cannot be continued, start without state. Needs names on both sides.
         allow_unused: leave out what the file has for parameters that the optimizer does not have.
 
     Returns:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import listed
+from ..reference.rungs import momentum_shape
 from ..state.layout import Group, Layout, plan_state, possible_layouts
 from ..state.store import fit
 from ..validation import ADDED_OPTIONS, FORMAT_VERSION, check_options
@@ -121,7 +122,7 @@ def merge(
 
     By name if both sides have unique names, else by position; with ``strict_names=False`` also
     where the names differ. Saved options win; those that are not saved, and the ``kept`` ones,
-    stay.
+    stay. With ``allow_missing`` a parameter whose saved namesake has another shape is missing, too.
 
     Raises:
         ValueError: they do not fit together; the message says where.
@@ -147,7 +148,7 @@ def merge(
             by_name = False
             renamed = [name for name in names if name not in saved_names]
     if not by_name:
-        _compare_sizes(own_groups, saved_groups, saved)
+        _compare_sizes(own_groups, saved_groups, saved, allow_missing or allow_unused)
         order = range(len(members))
         unsure = [] if names else _alike(saved, [param for param, _ in members])
     partners = _pair_groups(saved_groups, saved, own_groups, order)
@@ -164,12 +165,17 @@ def merge(
         Pair(param, position, _label(names, saved, position, place), place)
         for position, ((param, _), place) in enumerate(zip(members, order, strict=True))
     ]
-    _compare_shapes(pairs, saved)
+    apart = by_name and allow_missing
+    if not apart:
+        _compare_shapes(pairs, saved, by_name)
     for position, pair in enumerate(pairs):
         if pair.saved is not None:
             one, group = saved[pair.saved], groups[members[position][1]]
             bits = saved_groups[one.group].get("optim_bits", group["optim_bits"])
-            pairs[position] = _fitted(pair, one, group, same=bits == group["optim_bits"])
+            if apart and not _same_shape(pair, one):
+                pairs[position] = replace(pair, saved=None)
+            else:
+                pairs[position] = _fitted(pair, one, group, same=bits == group["optim_bits"])
     differences = _differences(pairs, saved, "name" if by_name else "position")
     differences = replace(differences, wrappers=wrappers, unsure=unsure, renamed=renamed)
     return Merge(pairs, groups, partners, differences)
@@ -186,7 +192,8 @@ def check_versions(groups: Sequence[Group], has_state: bool) -> None:
         raise ValueError(
             "no group has a format_version, so came8bit did not write this state (the first "
             f"group's keys are {sorted(map(str, groups[0]))}); the state of another optimizer "
-            "cannot be continued, start with a fresh one and warm up again"
+            "cannot be continued, start with a fresh one and warm up again (load_checkpoint reads "
+            "files of came-pytorch)"
         )
     for index, version in enumerate(versions):
         known = type(version) is int and 1 <= version <= FORMAT_VERSION
@@ -241,7 +248,10 @@ def _alike(saved: Sequence[SavedParameter], params: Sequence[Tensor]) -> list[st
 
 
 def _compare_sizes(
-    own_groups: Sequence[Group], saved_groups: Sequence[Group], saved: Sequence[SavedParameter]
+    own_groups: Sequence[Group],
+    saved_groups: Sequence[Group],
+    saved: Sequence[SavedParameter],
+    parts: bool,
 ) -> None:
     own = [len(group["params"]) for group in own_groups]
     counts = Counter(one.group for one in saved)
@@ -251,6 +261,7 @@ def _compare_sizes(
             f"got groups of {found} parameters, expected groups of {own} in this order (not both "
             "sides have unique names, so the order decides); build the optimizer over the model "
             "that was saved, with the same groups"
+            + (" (parts of a state need named_parameters() on both sides)" if parts else "")
         )
 
 
@@ -286,7 +297,15 @@ def _divided(own_groups: Sequence[Group], saved_groups: Sequence[Group]) -> Valu
     )
 
 
-def _compare_shapes(pairs: Sequence[Pair], saved: Sequence[SavedParameter]) -> None:
+def _same_shape(pair: Pair, saved: SavedParameter) -> bool:
+    """Return whether what was saved is of a parameter of this shape, as far as it tells."""
+    shape = tuple(pair.param.shape)
+    if saved.shape is None and "exp_avg" in saved.state:
+        return momentum_shape(saved.state, shape) == shape
+    return saved.shape in (None, shape)
+
+
+def _compare_shapes(pairs: Sequence[Pair], saved: Sequence[SavedParameter], by_name: bool) -> None:
     wrong = []
     for pair in pairs:
         shape = None if pair.saved is None else saved[pair.saved].shape
@@ -295,7 +314,12 @@ def _compare_shapes(pairs: Sequence[Pair], saved: Sequence[SavedParameter]) -> N
     if wrong:
         raise ValueError(
             f"the saved state is for other parameters: got shapes {listed(wrong)}; build the "
-            "optimizer over the model that was saved, with its parameters in the same order"
+            "optimizer over the model that was saved, "
+            + (
+                "or pass allow_missing=True to start these without state"
+                if by_name
+                else "with its parameters in the same order"
+            )
         )
 
 

@@ -178,12 +178,13 @@ def order_of(
     missing = [name for name, position in zip(own, order, strict=True) if position is None]
     unused = [name for position, name in enumerate(saved) if position not in used]
     refused = (missing and not allow_missing) or (unused and not allow_unused)
-    if refused or (own and saved and not used):
+    nothing = own and saved and not used
+    if refused or nothing:
+        otherwise = ", or pass allow_missing=True or allow_unused=True to load what both have"
         raise ValueError(
             "the saved state is for other parameters: "
             f"not saved: {listed(missing)}; not in the optimizer: {listed(unused)}. Build the "
-            "optimizer over the model that was saved, or pass allow_missing=True or "
-            "allow_unused=True to load what both have"
+            "optimizer over the model that was saved" + ("" if nothing else otherwise)
         )
     return order, wrappers
 

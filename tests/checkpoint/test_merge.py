@@ -164,6 +164,24 @@ def test_what_both_have_is_loaded_on_request(way):
     train({**again, **fresh}, other, 1)
 
 
+@pytest.mark.parametrize("bits", [32, 8, 4, 2])
+def test_a_parameter_of_another_shape_starts_without_state_on_request(way, bits):
+    """More tokens, for example."""
+    params, optimizer = trained(CAME, optim_bits=bits)
+    rows, columns = params["embed"].shape
+    again = {**copies(params), "embed": torch.zeros(rows + 8, columns, requires_grad=True)}
+    other = CAME(again.items(), optim_bits=bits)
+    load, before = way(optimizer), snapshot(other)
+    for options in ({}, {"allow_unused": True}):
+        with pytest.raises(ValueError, match=rf"embed.*\({rows + 8}, {columns}\)"):
+            load(other, **options)
+        assert_same(before, snapshot(other))
+    with pytest.warns(UserWarning, match=r"1 parameters start without state \(embed\)"):
+        load(other, allow_missing=True)
+    assert set(other.state) == set(again.values()) - {again["embed"]}
+    train(again, other, 1)
+
+
 def test_groups_that_are_new_or_gone(way):
     params = parameters()
     halves = [["embed", "bias"], ["odd", "scale"]]
@@ -192,6 +210,15 @@ def test_without_names_the_order_decides_and_nothing_is_left_out(way):
     params, optimizer = trained()
     other = CAME8bit(list(copies(params).values())[:-1])
     with pytest.raises(ValueError, match=r"groups of \[7\] parameters, expected groups of \[6\]"):
+        way(optimizer)(other)
+    with pytest.raises(ValueError, match=r"parts of a state need named_parameters\(\) on both"):
+        way(optimizer)(other, allow_missing=True, allow_unused=True)
+
+
+def test_nothing_in_common_is_refused_whatever_is_allowed(way):
+    _, optimizer = trained()
+    other = CAME8bit([("lora", torch.zeros(8, 8, requires_grad=True))])
+    with pytest.raises(ValueError, match="over the model that was saved; nothing has been"):
         way(optimizer)(other, allow_missing=True, allow_unused=True)
 
 
