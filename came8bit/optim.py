@@ -18,7 +18,14 @@ from torch.nn.parameter import is_lazy
 
 from .errors import OUTSIDE, explaining
 from .ops.sharded import moving, step_work
-from .ops.step import CaptureWarning, SkipWarning, check_finite, collect_one, count_skipped
+from .ops.step import (
+    CaptureWarning,
+    SkipWarning,
+    blaming_state,
+    check_finite,
+    collect_one,
+    count_skipped,
+)
 from .paging.store import store_for
 from .param_groups import GlobalOptimManager
 from .state.layout import DEFAULT_MIN_8BIT_SIZE, Group
@@ -263,7 +270,7 @@ class CAME(StoredOptimizer):
         Args:
             untouched: what has been changed when a check refuses the step, for the error.
         """
-        with explaining(untouched):
+        with explaining(untouched), blaming_state(self._store, self.param_groups):
             self._store.drop_others(self._params())
             work: list[tuple[Group, list[StepItem]]] = []
             first = 0
@@ -276,7 +283,12 @@ class CAME(StoredOptimizer):
                 work.append((group, [item for item in items if item is not None]))
                 first += len(group["params"])
             self._prepare(work, self.param_groups)
-        with explaining("Parameters that came before this one have been updated", OUTSIDE):
+        with (
+            explaining(
+                "Parameters that came before this one have been updated", (*OUTSIDE, ValueError)
+            ),
+            blaming_state(self._store, self.param_groups),
+        ):
             step_work(work, self.param_groups, self._store, self._squares)
         self._store.flush()
 
@@ -285,11 +297,12 @@ class CAME(StoredOptimizer):
         """Update ``param``, a member of ``group``; errors do not say what has been changed."""
         groups = takewhile(lambda other: other is not group, self.param_groups)
         first = sum(len(other["params"]) for other in groups)
-        item = collect_one(self._store, param, group, position, first)
-        if item is not None:
-            work: list[tuple[Group, list[StepItem]]] = [(group, [item])]
-            self._prepare(work, ())
-            step_work(work, (), self._store, self._squares)
+        with blaming_state(self._store, self.param_groups):
+            item = collect_one(self._store, param, group, position, first)
+            if item is not None:
+                work: list[tuple[Group, list[StepItem]]] = [(group, [item])]
+                self._prepare(work, ())
+                step_work(work, (), self._store, self._squares)
 
     def _prepare(self, work: list[tuple[Group, list[StepItem]]], groups: Sequence[Group]) -> None:
         """Check what can be checked before the first update, and make missing state.

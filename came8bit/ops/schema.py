@@ -122,11 +122,21 @@ _library.impl("quantize_blockwise", _quantize, _DEFAULT)
 _library.impl("dequantize_blockwise", _dequantize, _DEFAULT)
 
 
-def _step_fake(params: list[Tensor], grads: list[Tensor], *rest: object) -> None:
+def _step_fake(params: list[Tensor], grads: list[Tensor], *rest: object, **named: object) -> None:
+    """Refuse state that has been sent to the meta device; it would bring the call here."""
     torch._check(
         len(params) == len(grads),
         lambda: f"got {len(grads)} gradients for {len(params)} parameters",
     )
+    for values in (grads, *rest, *named.values()):
+        if isinstance(values, list) and any(isinstance(value, Tensor) for value in values):
+            torch._check(
+                all(value.is_meta == params[0].is_meta for value in values),
+                lambda: (
+                    f"got a gradient or state on the meta device for parameters on "
+                    f"{params[0].device}; bring it back before the step"
+                ),
+            )
 
 
 for name in _KERNELS:

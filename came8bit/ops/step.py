@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from ..errors import listed
 from ..reference.rungs import RUNGS, rung_of
-from ..state.layout import Group, find_fault
+from ..state.layout import Group, find_fault, plan_state, possible_layouts
 from ..state.sharding import is_sharded, local
-from ..state.store import StateStore, StepItem, Work, stream_of
+from ..state.store import StateStore, StepItem, Work, fit, stream_of
 from ..validation import moved_error, unusable_error, usable
 from . import libraries, schema
 
@@ -101,6 +102,40 @@ def step_group(
                 + (f": {fault}. {_FRESH}" if fault else "; lower the loss scale or clip gradients")
                 + ". That parameter was left alone, others of its group have been updated"
             )
+
+
+@contextmanager
+def blaming_state(store: StateStore, groups: Sequence[Group]) -> Iterator[None]:
+    """Turn an error that state of the wrong kind has caused into one that names it.
+
+    Only something else can have put it there, so a step does not look before it fails.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+        fault = _misfit(store, groups)
+        if fault is None:
+            raise
+        raise ValueError(f"{fault}. {_FRESH}") from error
+
+
+def _misfit(store: StateStore, groups: Sequence[Group]) -> str | None:
+    """Say which parameter has state that is not of its shape and dtype, and why."""
+    members = ((param, group) for group in groups for param in group["params"])
+    for position, (param, group) in enumerate(members):
+        if store.state.get(param) and not is_sharded(param):
+            layouts = [plan_state(param, group), *possible_layouts(param.shape)]
+            with suppress(AttributeError, LookupError, RuntimeError, TypeError):
+                state = store.state[param]
+                state = state if "exp_avg" in state else store.read(param)
+                try:
+                    fit(state, layouts)
+                except ValueError as error:
+                    return (
+                        f"the state of parameter {position} (shape {tuple(param.shape)}) does not "
+                        f"fit: {error}"
+                    )
+    return None
 
 
 _FRESH = "Load a checkpoint, or start again with no state (optimizer.state.pop(param))"

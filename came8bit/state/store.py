@@ -233,10 +233,17 @@ def stream_of(group: Group, position: int, first: int) -> int:
         group: of the parameter.
         position: of the parameter in the optimizer.
         first: of the group's first parameter.
+
+    Raises:
+        ValueError: the group has names, but not for all of its parameters.
     """
     names = group.get("param_names")
     if group["stream"] is not None:
         return (int(group["stream"]) + position - first) % 2**32
+    if names and len(names) <= position - first:
+        raise ValueError(
+            f"got {len(names)} names in a group of more parameters; add_param_group() adds them"
+        )
     return _name_stream(names[position - first]) if names else position
 
 
