@@ -157,10 +157,7 @@ def write_checkpoint(
     """
     if sys.byteorder != "little":
         raise CheckpointError("checkpoints are little-endian; this processor is not")
-    groups = [
-        {key: encode(value, f"group {index}: option {key!r}") for key, value in group.items()}
-        for index, group in enumerate(groups)
-    ]
+    groups = [_encode_group(group, index) for index, group in enumerate(groups)]
     _check_user(user)
     size = reserved_bytes(Header(groups, entries, user))
     written: list[Entry] = []
@@ -177,6 +174,16 @@ def write_checkpoint(
         file.seek(0)
         file.write(header_bytes(header, size, digest))
     return 8 + size + begin
+
+
+def _encode_group(group: Mapping[Any, Any], index: int) -> dict[str, Any]:
+    for key in group:
+        if not isinstance(key, str):  # JSON would write a number as a string
+            raise CheckpointError(
+                f"group {index}: got an option called {key!r}, expected a string; remove it from "
+                "the parameter group"
+            )
+    return {key: encode(value, f"group {index}: option {key!r}") for key, value in group.items()}
 
 
 def _write_state(

@@ -18,6 +18,7 @@ from came8bit import (
     CAME8bit,
     CAME32bit,
     CheckpointError,
+    convert_checkpoint,
     load_checkpoint,
     quantize_blockwise,
     save_checkpoint,
@@ -222,6 +223,20 @@ def test_saved_options_win_and_missing_ones_stay(path):
     assert (got["note"], got["cautious"]) == ("kept", True)
     assert report.options[0]["lr"] == (2e-4, 0.5)
     assert "eps" not in report.options[0]
+
+
+@pytest.mark.parametrize("key", [(), 7, None])
+def test_options_have_names(path, key):
+    _, optimizer = trained()
+    optimizer.param_groups[0][key] = 1
+    with pytest.raises(CheckpointError, match=r"an option called .*, expected a string"):
+        save_checkpoint(optimizer, path)
+    assert not path.exists()
+    source = path.with_suffix(".pt")
+    torch.save(optimizer.state_dict(), source)
+    with pytest.raises(CheckpointError, match=f"{source}: group 0: got an option called"):
+        convert_checkpoint(source, path)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
