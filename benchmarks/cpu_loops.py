@@ -60,6 +60,11 @@ def innermost_loops(lines: list[str]) -> Iterator[Loop]:
             yield [line for line in lines[first : last + 1] if re.match(r"\s+[a-z]", line)]
 
 
+def vector_instructions(loop: Loop) -> int:
+    """Return how many instructions work on vectors: their names begin with v."""
+    return sum(line.lstrip().startswith("v") for line in loop)
+
+
 def moves(loop: Loop) -> list[int]:
     """Return by how many bytes the loop moves its pointers."""
     found = (re.match(r"\s+(add|sub)q\s+\$(-?\d+), %r", line) for line in loop)
@@ -93,17 +98,18 @@ def main() -> None:
         (name, loop)
         for name, lines in functions(assembly(arguments.isa))
         for loop in innermost_loops(lines)
-        if moves(loop) and sum(line.lstrip().startswith("v") for line in loop) >= _SMALLEST
+        if moves(loop) and vector_instructions(loop) >= _SMALLEST
     ]
     names = subprocess.run(
         ["c++filt"], input="\n".join(name for name, _ in found), capture_output=True, text=True
     ).stdout.splitlines()
     print("instructions, vector ones, moves, cycles:", *cpus)
     for name, (_, loop) in zip(names, found, strict=True):
-        vector = sum(line.lstrip().startswith("v") for line in loop)
         times = "  ".join(f"{cycles(loop, cpu, arguments.mca):6.1f}" for cpu in cpus)
         short = name.replace("(anonymous namespace)::", "").partition("(")[0].split("::", 2)[-1]
-        print(f"{len(loop):4d} {vector:4d}  {moves(loop)!s:14}  {times}  {short}")
+        print(
+            f"{len(loop):4d} {vector_instructions(loop):4d}  {moves(loop)!s:14}  {times}  {short}"
+        )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -120,21 +120,19 @@ def blaming_state(store: StateStore, groups: Sequence[Group]) -> Iterator[None]:
 
 
 def _misfit(store: StateStore, groups: Sequence[Group]) -> str | None:
-    """Say which parameter has state that is not of its shape and dtype, and why."""
+    """Say which parameter has state that is not of its shape and dtype, and why.
+
+    Only what is at hand is looked at: not what is in pages elsewhere, nor what is sharded.
+    """
     members = ((param, group) for group in groups for param in group["params"])
     for position, (param, group) in enumerate(members):
-        if store.state.get(param) and not is_sharded(param):
-            layouts = [plan_state(param, group), *possible_layouts(param.shape)]
-            with suppress(AttributeError, LookupError, RuntimeError, TypeError):
-                state = store.state[param]
-                state = state if "exp_avg" in state else store.read(param)
-                try:
-                    fit(state, layouts)
-                except ValueError as error:
-                    return (
-                        f"the state of parameter {position} (shape {tuple(param.shape)}) does not "
-                        f"fit: {error}"
-                    )
+        state = store.state.get(param) or {}
+        if "exp_avg" in state and not is_sharded(param):
+            try:
+                fit(state, [plan_state(param, group), *possible_layouts(param.shape)])
+            except ValueError as error:
+                shape = tuple(param.shape)
+                return f"the state of parameter {position} (shape {shape}) does not fit: {error}"
     return None
 
 

@@ -24,7 +24,7 @@ _LONGEST_CONFIG = 10_000_000  # bytes
 _DEEPEST = 50
 _MOST_EXPERTS = 65_536  # layers * experts: each is a module, made one by one
 #: Largest numbers of a config.json by the words in their keys; the last holds for all others. What
-#: is built so many times is bounded lower than what is so wide: tracing takes 0.2 s a layer.
+#: is built so many times is bounded lower than what is so wide: tracing takes 0.3 s a layer.
 _BOUNDS = (
     (re.compile(r"layers?$|blocks$|depths?$|stages$"), 200),
     (re.compile(r"head|expert|group|label|num_beam"), 100_000),

@@ -35,11 +35,8 @@ _STDLIB_WITHOUT = {"site-packages", "dist-packages", "__pycache__", "test", "tes
 _STDLIB_WITHOUT |= {"encodings", "lib2to3"}
 
 #: Files of the task on mails, below the data folder: texts with labels, and the pretrained model.
-_MAILS, _TOKENIZER, _WEIGHTS = (
-    "mails/mails.jsonl",
-    "minilm/tokenizer.json",
-    "minilm/model.safetensors",
-)
+_MAILS = "mails/mails.jsonl"
+_TOKENIZER, _WEIGHTS = "minilm/tokenizer.json", "minilm/model.safetensors"
 
 _FASHION_MNIST = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),

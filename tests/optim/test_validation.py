@@ -275,12 +275,17 @@ CHANGES = {
 }
 
 
+CHANGED = [
+    (change, name)
+    for change in CHANGES
+    for name in ("absmax", "exp_avg_sq_row", "exp_avg_res_col", "step")
+    if (change, name) != ("cut", "step")  # a counter with one element is one
+]
+
+
 @pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("name", ["absmax", "exp_avg_sq_row", "exp_avg_res_col", "step"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "name"), CHANGED)
 def test_state_of_the_wrong_kind_is_named(change, name, paged):
-    if (change, name) == ("cut", "step"):
-        pytest.skip("a counter with one element is one")
     first, second = with_gradient(64, 64), with_gradient(64, 80)
     optimizer = CAME([first, second], optim_bits=8, is_paged=paged)
     optimizer.step()
