@@ -18,9 +18,15 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .large_parameters import warn_of_large_vectors
 from .overlap import elements_overlap, sharing
-from .state.layout import FACTORED_VIEWS, OPTIM_BITS, Group, Layout, plan_state
+from .state.layout import (
+    FACTORED_VIEWS,
+    OPTIM_BITS,
+    Group,
+    Layout,
+    plan_state,
+    warn_of_large_vectors,
+)
 from .state.sharding import check_shard, is_sharded, local
 
 FORMAT_VERSION = 1
