@@ -26,7 +26,7 @@ from .ops.step import (
     collect_one,
     count_skipped,
 )
-from .paging.store import store_for
+from .paging import store_for
 from .param_groups import GlobalOptimManager
 from .state.layout import DEFAULT_MIN_8BIT_SIZE, Group
 from .state.store import StepItem, may_train

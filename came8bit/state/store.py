@@ -1,7 +1,7 @@
 """Where state lives: the interface of every store, and the store of ordinary tensors.
 
 An optimizer hands :class:`StepItem` to its store and gets complete state back, wherever that is
-kept; :class:`DenseStore` keeps it beside the parameters, :class:`came8bit.paging.store.PagedStore`
+kept; :class:`DenseStore` keeps it beside the parameters, :class:`came8bit.paging.PagedStore`
 outside their device.
 """
 

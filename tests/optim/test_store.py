@@ -11,7 +11,7 @@ from training import assert_same, parameter
 
 import came8bit
 from came8bit import CAME8bit, PagedCAME8bit
-from came8bit.paging.store import PagedStore
+from came8bit.paging import PagedStore
 from came8bit.state.store import DenseStore, StateStore
 
 SHAPES = [(40, 300), (7,), (64, 80)]
