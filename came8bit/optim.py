@@ -30,7 +30,7 @@ from .paging import store_for
 from .param_groups import GlobalOptimManager
 from .state.layout import DEFAULT_MIN_8BIT_SIZE, Group
 from .state.store import StepItem, may_train
-from .stored_optimizer import StoredOptimizer
+from .state_dict import StoredOptimizer
 from .validation import (
     DEFAULT_SEED,
     FORMAT_VERSION,
