@@ -6,17 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from problems import arguments_of, assert_same_bits, make_problem
+from problems import arguments_of, assert_same_bits, generator, make_problem
 from strategies import laid_out
 from torch import Tensor
 
 from came8bit.ops import schema
 
 pytestmark = pytest.mark.kernels
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 Arguments = dict[str, object]

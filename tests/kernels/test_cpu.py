@@ -20,6 +20,7 @@ from peak import step_peak
 from problems import (
     Problem,
     assert_same_bits,
+    generator,
     make_problem,
     near_code_edges,
     random_grad,
@@ -31,10 +32,6 @@ from came8bit.ops import libraries, schema
 from came8bit.reference import quant
 
 pytestmark = pytest.mark.kernels
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 # --- kernel against reference ---------------------------------------------------------------------

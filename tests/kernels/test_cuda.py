@@ -26,7 +26,7 @@ from on_gpu import (
 )
 from passes import CASES as PASSES
 from passes import KINDS, Passes, cut, cuts, run_passes
-from problems import assert_same_bits, make_problem, near_code_edges, random_grad
+from problems import assert_same_bits, generator, make_problem, near_code_edges, random_grad
 from shim.cases import CASES, GROUP, SMALL, ListCase
 from strategies import DTYPES, Case, cases
 
@@ -47,10 +47,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setenv(SMALL, "0" if request.param == "sweeps" else str(2**40))
     name: str = request.param
     return name
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def check_case(case: Case, steps: int) -> None:

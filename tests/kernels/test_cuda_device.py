@@ -15,7 +15,7 @@ import pytest
 import torch
 from on_gpu import check_kernels, check_step, needs_gpu, needs_real_gpu, to_gpu
 from passes import KINDS, Passes, run_all
-from problems import Problem, assert_same_bits, make_problem, random_grad, run_ops
+from problems import Problem, assert_same_bits, generator, make_problem, random_grad, run_ops
 from shim.cases import GROUP, run_reference
 
 from came8bit import CAME, CAME8bit
@@ -41,10 +41,6 @@ def no_synchronisation() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def problems() -> list[Problem]:

@@ -9,6 +9,7 @@ from problems import (
     Problem,
     arguments_of,
     assert_same_bits,
+    generator,
     make_problem,
     operator_of,
     random_grad,
@@ -27,10 +28,6 @@ STEPS = {
     "unfactored, 8 bits": dict(shape=(40, 300), factored=False),
     "unfactored, 32 bits": dict(shape=(700,), factored=False, bits=32),
 }
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def problems_of(kind: str, dtype: torch.dtype = torch.float32) -> list[Problem]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from passes import CASES, KINDS, Passes, cut, cuts, run_all
-from problems import Problem, assert_same_bits, make_problem, random_grad
+from problems import Problem, assert_same_bits, generator, make_problem, random_grad
 from shim.cases import SHIM_TREE
 from shim.library import kernels, plain
 from torch import Tensor
@@ -38,10 +38,6 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
     plain().configure()
     with kernels():
         yield Way(SHIM_TREE, None)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def steps(whole: Problem, dtype: torch.dtype, count: int = 3) -> Iterator[Tensor]:

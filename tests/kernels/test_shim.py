@@ -20,12 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DENSE, case_of
-from problems import (
-    assert_same_bits,
-    make_problem,
-    near_code_edges,
-    random_grad,
-)
+from problems import assert_same_bits, generator, make_problem, near_code_edges, random_grad
 from shim import large
 from shim.build import ADDRESS, HERE, PLAIN, REPOSITORY, THREAD, Build, run_python
 from shim.cases import (
@@ -36,7 +31,6 @@ from shim.cases import (
     ListCase,
     check_codec,
     check_codec_of,
-    generator,
     run_shim_reference,
     step,
 )

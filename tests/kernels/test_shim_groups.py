@@ -6,8 +6,15 @@ import sys
 
 import pytest
 import torch
-from problems import Problem, arguments_of, assert_same_bits, make_problem, random_grad
-from shim.cases import GROUP, SMALL, generator, run_shim_reference, step
+from problems import (
+    Problem,
+    arguments_of,
+    assert_same_bits,
+    generator,
+    make_problem,
+    random_grad,
+)
+from shim.cases import GROUP, SMALL, run_shim_reference, step
 from shim.control import Control
 from shim.library import kernels
 from strategies import DTYPES

@@ -162,10 +162,6 @@ class ListCase:
         return param.numel() > 0 and param.dim() > (0 if self.bits == 32 else 1)
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def step(problems: list[Problem], grads: list[torch.Tensor], **options: object) -> None:
     """One operator call on the shim, in memory that nothing has put in order."""
     with kernels(), uninitialised_memory_is_nan():

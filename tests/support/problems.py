@@ -109,6 +109,11 @@ def run_ops(problems: list[Problem], grads: list[Tensor], **changes: object) -> 
         problem.grad_square = square.clone()
 
 
+def generator(seed: int = 0) -> torch.Generator:
+    """A new generator of random numbers."""
+    return torch.Generator().manual_seed(seed)
+
+
 def make_problem(
     shape: tuple[int, ...],
     *,
