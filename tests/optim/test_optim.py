@@ -94,15 +94,6 @@ def test_gradient_strides_do_not_matter():
     assert torch.equal(expanded, full)
 
 
-def test_transposed_view_changes_its_base():
-    base = torch.randn(24, 16)
-    param = base.t().requires_grad_()
-    old = base.clone()
-    run(CAME8bit([param], lr=1e-2), param, [torch.randn(16, 24)])
-    assert not torch.equal(base, old)
-    assert torch.equal(base.t(), param)
-
-
 @pytest.mark.parametrize("grad_dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_gradients_of_another_float_type(grad_dtype):
     param, wanted = start((16, 24), torch.bfloat16), start((16, 24), torch.bfloat16)
@@ -171,18 +162,19 @@ def test_meta_parameters_are_accepted_until_they_step():
     assert not torch.equal(first, before)
 
 
-def test_a_parameter_that_changed_shape_or_type_is_refused():
-    param = with_gradient(8, 8)
-    optimizer = CAME8bit([param])
+@pytest.mark.parametrize("bits", [32, 8, 4, 2, 0])
+def test_a_parameter_that_changed_shape_or_type_is_refused(bits):
+    param = with_gradient(64, 128)
+    optimizer = CAME([param], optim_bits=bits)
     optimizer.step()
     param.grad = None
-    param.data = torch.ones(4, 16)
-    param.grad = torch.ones(4, 16)
-    with pytest.raises(ValueError, match=r"shape \(4, 16\), its state was made for shape"):
+    param.data = torch.ones(128, 64)
+    param.grad = torch.ones(128, 64)
+    with pytest.raises(ValueError, match=r"has shape \(128, 64\).* made for shape \(64, 128\)"):
         optimizer.step()
     param.grad = None
-    param.data = torch.ones(8, 8, dtype=torch.float64)
-    param.grad = torch.ones(8, 8, dtype=torch.float64)
+    param.data = torch.ones(64, 128, dtype=torch.float64)
+    param.grad = torch.ones(64, 128, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"parameter 0 is torch.float64"):
         optimizer.step()
 
