@@ -164,26 +164,6 @@ def test_deviation_7_decay_and_update_are_rounded_once():
     assert torch.equal(param, wanted.bfloat16())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_deviation_8_stochastic_rounding_is_unbiased(dtype):
-    torch.manual_seed(0)
-    value = torch.randn(64) * 0.1
-    draws = torch.stack(
-        [
-            round_stochastic(
-                value, dtype, random_bits(64, seed=1, index=0, step=s, device=value.device)
-            ).double()
-            for s in range(1, 2001)
-        ]
-    )
-    spacing = draws.amax(0) - draws.amin(0)
-    error = (draws.mean(0) - value.double()).abs()
-    # Five standard errors of a Bernoulli variable of at most 1/2 * spacing over 2,000 draws.
-    assert (error <= 5 * 0.5 * spacing / 2000**0.5 + 1e-12).all()
-    neighbours = (draws.amax(0) >= value) & (draws.amin(0) <= value)
-    assert neighbours.all()
-
-
 def test_stochastic_rounding_is_what_the_optimizer_applies():
     """Reproduced from the written rule: seed, position, the parameter's own step, element."""
     torch.manual_seed(0)
@@ -201,11 +181,17 @@ def test_stochastic_rounding_is_what_the_optimizer_applies():
     assert first not in optimizer.state
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [
+        *((8, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        *((bits, torch.float32) for bits in (4, 2, 0)),
+    ],
+)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_deviation_9_nonfinite_gradient_is_skipped(dtype, bad):
+def test_deviation_9_nonfinite_gradient_is_skipped(bits, dtype, bad):
     poisoned, healthy = start((64, 128), dtype), start((64, 128), dtype)
-    optimizer = CAME8bit([poisoned, healthy], lr=LR)
+    optimizer = CAME([poisoned, healthy], lr=LR, optim_bits=bits)
     for g in gradients((64, 128), steps=3):
         poisoned.grad, healthy.grad = g.to(dtype, copy=True), g.to(dtype, copy=True)
         optimizer.step()
@@ -252,51 +238,6 @@ def test_deviation_11_row_factor_does_not_overflow():
     r = torch.tensor([[1e-32, 1e30]])
     assert reference.row_factor(r, r.mean(-1), 1.0).isfinite().all()
     assert (r.mean() / r).sqrt().isinf().any()
-
-
-def test_deviation_12_bias_correction_is_what_it_says():
-    """Against a float64 run of the corrected rule, written out."""
-    shape, betas = (32, 24), (0.9, 0.999, 0.9999)
-    grads = list(gradients(shape, steps=20))
-    param = start(shape)
-    p = param.detach().double()
-    run(CAME32bit([param], lr=LR, bias_correction=True), param, grads)
-    r = torch.zeros(32, dtype=torch.float64)
-    c, big_r, big_c = torch.zeros(24).double(), r.clone(), torch.zeros(24).double()
-    m = torch.zeros(shape, dtype=torch.float64)
-    start_value = p.clone()
-    for t, g in enumerate(grads, 1):
-        g = g.double()
-        correction = [1 - beta**t for beta in betas]
-        r = betas[1] * r + (1 - betas[1]) * (g * g).mean(1)
-        c = betas[1] * c + (1 - betas[1]) * (g * g).mean(0)
-        u = g * (r.mean() / r).sqrt()[:, None] / (c / correction[1]).sqrt()
-        u = u / max(1.0, u.square().mean().sqrt().item())
-        m = betas[0] * m + (1 - betas[0]) * u
-        s = (u - m) ** 2 + 1e-16
-        big_r = betas[2] * big_r + (1 - betas[2]) * s.mean(1)
-        big_c = betas[2] * big_c + (1 - betas[2]) * s.mean(0)
-        confidence = (big_r.mean() / big_r).sqrt()[:, None] / (big_c / correction[2]).sqrt()
-        p = p - LR * (m / correction[0]) * confidence
-    error = (param.double() - p).norm()
-    rounding = tolerances.PARITY_ROUNDING * p.norm()
-    assert error <= tolerances.PARITY_DISTANCE * (p - start_value).norm() + rounding
-
-
-def test_first_updates_are_large_without_bias_correction():
-    """RMS of the update over lr: 11.1 at step 1, 2.5 at 100, 0.8 at 1000; about 1 corrected."""
-    shape = (64, 64)
-    param, corrected = start(shape), start(shape)
-    optimizers = CAME32bit([param], lr=LR), CAME32bit([corrected], lr=LR, bias_correction=True)
-    rms = {}
-    for t, g in enumerate(gradients(shape, steps=100), 1):
-        before, corrected_before = param.detach().clone(), corrected.detach().clone()
-        run(optimizers[0], param, [g])
-        run(optimizers[1], corrected, [g])
-        rms[t] = (param - before).square().mean().sqrt().item() / LR
-        assert (corrected - corrected_before).square().mean().sqrt().item() / LR < 1.5
-    assert rms[1] == pytest.approx(11.1, rel=0.01)
-    assert rms[100] == pytest.approx(2.5, rel=0.1)
 
 
 @pytest.mark.parametrize("bits", [8, 32])
