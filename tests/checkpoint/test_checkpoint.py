@@ -189,9 +189,6 @@ def test_one_side_without_names_goes_by_position(path):
     assert load_checkpoint(other, path).matched_by == "position"
     assert "param_names" not in other.param_groups[0]
     other.add_param_group({"params": [start((3,))]})  # names would be demanded otherwise
-    short = CAME8bit(list(copies(params).values())[:-1])
-    with pytest.raises(CheckpointError, match=r"groups of \[7\] parameters, expected .*\[6\]"):
-        load_checkpoint(short, path)
 
 
 def test_names_that_are_not_unique_are_no_names(path):

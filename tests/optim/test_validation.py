@@ -62,7 +62,6 @@ def test_what_a_configuration_file_means(given, meant):
 
 REFUSED = [
     ({"lr": True}, ValueError, "got lr True, expected a number"),
-    ({"lr": "fast"}, ValueError, "got lr 'fast', expected a number"),
     ({"weight_decay": False}, ValueError, "got weight_decay False"),
     ({"optim_bits": True}, ValueError, "got optim_bits=True, expected 8"),
     ({"optim_bits": 8.5}, ValueError, "got optim_bits=8.5, expected 8"),
@@ -75,7 +74,6 @@ REFUSED = [
     ({"weight_decay": 1e38}, ValueError, r"expected a number from 0 to 1e\+09"),
     ({"lr": 10**400}, ValueError, "got lr 1000.*, expected a number"),
     ({"eps": (10**400, 1e-16)}, ValueError, "expected two finite positive numbers"),
-    ({"betas": (0.9,)}, ValueError, "expected three numbers"),
     ({"betas": (0.9, 0.99, True)}, ValueError, "expected three numbers"),
     ({"amsgrad": True}, TypeError, "got amsgrad=True, which CAME does not have"),
     ({"percentile_clipping": 5}, TypeError, "pass percentile_clipping=100"),

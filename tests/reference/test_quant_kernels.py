@@ -50,9 +50,7 @@ def tensors(draw) -> torch.Tensor:
     )
     shape = draw(shapes)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    layout = draw(
-        st.sampled_from(["contiguous", "transposed", "every second", "slice", "expanded"])
-    )
+    layout = draw(st.sampled_from(LAYOUTS))
     if layout == "transposed":
         x = torch.randn(shape[::-1], generator=generator).permute(tuple(range(len(shape)))[::-1])
     elif layout == "every second" and shape:

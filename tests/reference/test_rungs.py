@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from code_blocks import all_bf16, fp32, in_blocks, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,25 +22,6 @@ SCALES = (1e-36, 1e-31, 2.0**-100, 1e-20, 3.1e-5, 1 / 3, 1.0, 1 + 2.0**-23, 1.99
 
 def encode(rung, m):
     return rung.encode(m, torch.zeros(m.shape, dtype=torch.bool))
-
-
-def all_bf16():
-    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
-    return patterns.view(torch.bfloat16).to(torch.float32)
-
-
-def in_blocks(absmax):
-    """All finite bf16 values up to ``absmax``, sorted, in blocks that begin with it."""
-    values = all_bf16()
-    values = values[values.abs() <= absmax].sort().values
-    values = torch.nn.functional.pad(values, (0, -len(values) % (COARSE_BLOCK - 1)))
-    rows = values.view(-1, COARSE_BLOCK - 1)
-    return torch.cat([torch.full((len(rows), 1), absmax), rows], dim=1)
-
-
-def same_bits(x, y):
-    as_int = torch.int16 if x.dtype == torch.bfloat16 else torch.int32
-    return torch.equal(x.view(as_int), y.view(as_int))
 
 
 def check_laws(rung, m):
@@ -62,7 +44,7 @@ def check_laws(rung, m):
 @pytest.mark.parametrize("rung", COARSE, ids=lambda rung: f"{rung.bits} bits")
 @pytest.mark.parametrize("scale", SCALES)
 def test_laws_over_all_bf16(rung, scale):
-    m = in_blocks(torch.tensor(scale, dtype=torch.float64).float().item())
+    m = in_blocks(all_bf16(), fp32(scale), COARSE_BLOCK)
     _, _, values = check_laws(rung, m)
     # Monotone: every block is sorted behind its first value, but for the padding of the last.
     assert (values[:-1, 1:].diff(dim=1) >= 0).all()

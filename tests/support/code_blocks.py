@@ -5,13 +5,9 @@ from __future__ import annotations
 import torch
 
 from came8bit.ops import libraries
-from came8bit.reference.quant import (
-    BLOCK_SIZE,
-    SMALLEST_ABSMAX,
-)
+from came8bit.reference.quant import BLOCK_SIZE, SMALLEST_ABSMAX
 
 U = 2.0**-24  # unit roundoff of fp32
-
 
 ISAS = libraries.supported_cpu_isas()
 
@@ -63,11 +59,10 @@ def all_bf16() -> torch.Tensor:
     return patterns.view(torch.bfloat16).to(torch.float32)
 
 
-def in_blocks(values: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """Those of ``values`` that fit, sorted, in blocks of 256 that begin with ``absmax``."""
+def in_blocks(values: torch.Tensor, absmax: torch.Tensor, size: int = BLOCK_SIZE) -> torch.Tensor:
+    """Those of ``values`` that fit, sorted, in blocks of ``size`` that begin with ``absmax``."""
     values = values[values.abs() <= absmax].sort().values
-    values = torch.nn.functional.pad(values, (0, -len(values) % (BLOCK_SIZE - 1)))
-    values = values.view(-1, BLOCK_SIZE - 1)
+    values = torch.nn.functional.pad(values, (0, -len(values) % (size - 1))).view(-1, size - 1)
     return torch.cat([absmax.expand(len(values), 1), values], dim=1)
 
 
@@ -79,7 +74,7 @@ def all_levels(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal dtype, shape and bits, the sign of 0 and of NaN included."""
-    as_int = {torch.float32: torch.int32}.get(a.dtype, a.dtype)
+    as_int = {torch.float32: torch.int32, torch.bfloat16: torch.int16}.get(a.dtype, a.dtype)
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(as_int), b.view(as_int))
 
 
