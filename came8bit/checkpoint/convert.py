@@ -49,10 +49,7 @@ class ConvertReport:
 
 
 def convert_checkpoint(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    *,
-    optim_bits: int | None = None,
+    source: str | os.PathLike[str], target: str | os.PathLike[str], *, optim_bits: int | None = None
 ) -> ConvertReport:
     """Write what is in ``source`` to ``target`` with momentum in other bits.
 

@@ -40,12 +40,7 @@ FILE_VERSION = 1
 LARGEST_HEADER = 100_000_000
 """What the safetensors library reads at most."""
 
-DTYPE_NAMES = {
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-}
+DTYPE_NAMES = {torch.int8: "I8", torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}
 NO_DIGEST = "0" * 64
 _LARGEST_COUNT = 2**63 - 1
 

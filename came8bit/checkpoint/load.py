@@ -15,14 +15,7 @@ import torch
 from ..errors import CheckpointError, listed, printable
 from ..optim import CAME
 from ..state.layout import find_fault, plan
-from ..state_dict.merge import (
-    OWN_OPTIONS,
-    Merge,
-    Pair,
-    SavedParameter,
-    merge,
-    same_option,
-)
+from ..state_dict.merge import OWN_OPTIONS, Merge, Pair, SavedParameter, merge, same_option
 from ..state_dict.values import Differences, convert_momentum
 from ..validation import ADDED_OPTIONS
 from .format import Entry, dtype_name

@@ -34,10 +34,7 @@ import torch
 CPU_ISAS = ("baseline", "avx2", "avx512")
 
 #: Options that a device's kernels do not have yet, with the value: the reference runs instead.
-REFERENCE_ONLY: dict[str, tuple[tuple[str, object], ...]] = {
-    "cpu": (),
-    "cuda": (),
-}
+REFERENCE_ONLY: dict[str, tuple[tuple[str, object], ...]] = {"cpu": (), "cuda": ()}
 
 #: The stable ABI that the libraries are built for.
 OLDEST_TORCH = (2, 10)

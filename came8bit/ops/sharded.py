@@ -98,10 +98,7 @@ def _any_gradients(work: Work, groups: Sequence[Group]) -> dict[int, bool]:
 
 
 def step_work(
-    work: Work,
-    groups: Sequence[Group],
-    store: StateStore,
-    squares: dict[int, Tensor],
+    work: Work, groups: Sequence[Group], store: StateStore, squares: dict[int, Tensor]
 ) -> None:
     """Update the parameters in ``work``, first those that are split between ranks.
 
@@ -123,10 +120,7 @@ def step_work(
 
 
 def step_sharded(
-    work: Work,
-    groups: Sequence[Group],
-    store: StateStore,
-    squares: dict[int, Tensor],
+    work: Work, groups: Sequence[Group], store: StateStore, squares: dict[int, Tensor]
 ) -> None:
     """Update the parameters in ``work`` that are split between ranks.
 

@@ -328,8 +328,7 @@ def factored_step_(
     state = (exp_avg_sq_row, exp_avg_sq_col, exp_avg_res_row, exp_avg_res_col, rms_ratio)
     common = (param, grad, exp_avg, absmax, *state, step, skipped, index, offset)
     return _take(
-        FactoredStep(*common, param.numel(), 0, hyper, tree, work),
-        sums_sizes(0, hyper.cautious),
+        FactoredStep(*common, param.numel(), 0, hyper, tree, work), sums_sizes(0, hyper.cautious)
     )
 
 
@@ -359,6 +358,5 @@ def unfactored_step_(
     work = torch.empty(work_size(0, 0, 0), dtype=torch.float32, device=param.device)
     common = (param, grad, exp_avg, absmax, exp_avg_sq, step, skipped, index, offset)
     return _take(
-        UnfactoredStep(*common, param.numel(), 0, hyper, tree, work),
-        sums_sizes(-1, hyper.cautious),
+        UnfactoredStep(*common, param.numel(), 0, hyper, tree, work), sums_sizes(-1, hyper.cautious)
     )

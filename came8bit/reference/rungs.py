@@ -34,13 +34,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .quant import (
-    BLOCK_SIZE,
-    dequantize_blockwise,
-    quantize_blockwise,
-    root_levels,
-    slice_shape,
-)
+from .quant import BLOCK_SIZE, dequantize_blockwise, quantize_blockwise, root_levels, slice_shape
 from .rounding import fp32
 
 COARSE_BLOCK = 128

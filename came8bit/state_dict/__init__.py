@@ -121,11 +121,7 @@ class StoredOptimizer(Optimizer):
 
     @_disable_dynamo
     def load_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        *,
-        allow_missing: bool = False,
-        allow_unused: bool = False,
+        self, state_dict: dict[str, Any], *, allow_missing: bool = False, allow_unused: bool = False
     ) -> None:
         """Continue from what :meth:`state_dict` returned; nothing is shared with ``state_dict``.
 

@@ -6,14 +6,7 @@ import sys
 
 import pytest
 import torch
-from problems import (
-    Problem,
-    arguments_of,
-    assert_same_bits,
-    generator,
-    make_problem,
-    random_grad,
-)
+from problems import Problem, arguments_of, assert_same_bits, generator, make_problem, random_grad
 from shim.cases import GROUP, SMALL, run_shim_reference, step
 from shim.control import Control
 from shim.library import kernels

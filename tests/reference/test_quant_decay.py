@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from code_blocks import (
-    LEVEL_ERROR,
-    SCALES,
-    all_levels,
-    fp32,
-)
+from code_blocks import LEVEL_ERROR, SCALES, all_levels, fp32
 from problems import make_problem, random_grad
 
 from came8bit.reference import quant
-from came8bit.reference.quant import (
-    CODE_MAPS,
-    dequantize_blockwise,
-    quantize_blockwise,
-)
+from came8bit.reference.quant import CODE_MAPS, dequantize_blockwise, quantize_blockwise
 
 
 @pytest.mark.parametrize("code", sorted(CODE_MAPS))

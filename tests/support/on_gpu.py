@@ -72,11 +72,7 @@ def step(problems: list[Problem], grads: list[Tensor], **options: object) -> Non
 
 
 def check_step(
-    got: list[Problem],
-    expected: list[Problem],
-    grads: list[Tensor],
-    what: str,
-    **options: object,
+    got: list[Problem], expected: list[Problem], grads: list[Tensor], what: str, **options: object
 ) -> None:
     """Step both, and compare parameters and all state to the last bit."""
     step(got, grads, **options)

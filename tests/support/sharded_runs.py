@@ -75,11 +75,7 @@ def outcome(params: dict[str, nn.Parameter], optimizer: CAME) -> dict[str, dict[
 
 
 def steps(
-    mesh: Any,
-    dtype: torch.dtype = torch.float32,
-    count: int = 5,
-    spoiled: int = -1,
-    **options: Any,
+    mesh: Any, dtype: torch.dtype = torch.float32, count: int = 5, spoiled: int = -1, **options: Any
 ) -> dict[str, dict[str, Tensor]]:
     """Take steps with given gradients; return every parameter and its state, whole.
 

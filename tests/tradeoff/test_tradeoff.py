@@ -114,16 +114,7 @@ def test_isolated_runs_measure_their_own_memory(text_file, tmp_path):
     """In bf16, too: accelerate allows one precision per process."""
     folder = tmp_path / "out"
     words = ["tradeoff", "--text", str(text_file), "--out", str(folder), "--cpu", *SMALL]
-    words += [
-        "--width",
-        "256",
-        "--layers",
-        "2",
-        "--seeds",
-        "1",
-        "--optimizers",
-        "adamw,came8bit",
-    ]
+    words += ["--width", "256", "--layers", "2", "--seeds", "1", "--optimizers", "adamw,came8bit"]
     words += ["--mixed-precision", "bf16", "--equal-lr", "0"]
     assert main(words) == 0
     adamw, ours = read(folder)["runs"][:2]
@@ -145,15 +136,7 @@ def test_several_processes_do_not_change_the_run(text_file, tmp_path):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         launch += ["--nproc_per_node", str(processes)]
         words = ["-m", "came8bit", "tradeoff", "--text", str(text_file), "--out", str(folder)]
-        words += [
-            "--cpu",
-            "--in-process",
-            "--optimizers",
-            "adamw,came8bit",
-            *SMALL,
-            "--seeds",
-            "1",
-        ]
+        words += ["--cpu", "--in-process", "--optimizers", "adamw,came8bit", *SMALL, "--seeds", "1"]
         done = subprocess.run(
             [*launch, *words],
             env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
@@ -308,11 +291,7 @@ def test_a_real_sigint_stops_the_study_and_its_child(text_file, tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         study = subprocess.Popen(
-            words,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
     finally:
         signal.signal(signal.SIGINT, before)
@@ -369,13 +348,7 @@ def test_images_from_end_to_end(tmp_path):
     """Vision transformer, convolutions and denoising, at sizes of a second or two."""
     write_fashion_mnist(tmp_path / "data" / "fashion-mnist")
     words = ["tradeoff", "--tasks", "vision,cnn,ddpm", "--data-dir", str(tmp_path / "data")]
-    words += [
-        "--out",
-        str(tmp_path / "out"),
-        "--in-process",
-        "--optimizers",
-        "adamw,came8bit",
-    ]
+    words += ["--out", str(tmp_path / "out"), "--in-process", "--optimizers", "adamw,came8bit"]
     words += [*SMALL, "--cpu", "--width", "16", "--batch-size", "16", "--seeds", "1"]
     assert main([*words, "--lr", "adamw=1e-3", "--lr", "came8bit=1e-3"]) == 0
     content = read(tmp_path / "out")
