@@ -96,8 +96,7 @@ def by_reference(start: Tensor, grads: list[Tensor], beta3: float, way: str) -> 
     param = start.clone()
     with expected(WAYS[way]):
         for g in grads:
-            rest = {name: tensor for name, tensor in state.items() if name != "exp_avg"}
-            reference.factored_step_(param, g, state["exp_avg"], None, *rest.values(), 0, 0, hyper)
+            reference.factored_step_(param=param, grad=g, **state, index=0, offset=0, hyper=hyper)
     names = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col")
     return param, [state[name].flatten() for name in names]
 

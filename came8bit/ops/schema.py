@@ -66,6 +66,17 @@ def _warn_of_reference(tensors: Sequence[Tensor]) -> None:
         libraries.warn_once()
 
 
+_OF_ONE = {
+    "params": "param",
+    "grads": "grad",
+    "param_index": "index",
+    "element_offset": "offset",
+    "full_numel": "numel",
+    "full_rows": "rows",
+}
+"""Arguments that the reference, which takes one parameter, knows by other names."""
+
+
 def _by_reference(name: str, run: Callable[..., Any]) -> Callable[..., None]:
     """Return ``run``, which takes one parameter, as a kernel of the operator ``name``."""
     names = [a.name for a in getattr(torch.ops.came8bit, name).default._schema.arguments]
@@ -74,12 +85,13 @@ def _by_reference(name: str, run: Callable[..., Any]) -> Callable[..., None]:
     def kernel(*values: Any, **named: Any) -> None:
         given = {**dict(zip(names, values, strict=False)), **named}
         grad_squares = given.pop("grad_squares", None)  # the dispatcher leaves defaults out
-        lists = [given.pop(name) for name in names[:scalars]]
+        lists = {_OF_ONE.get(name, name): given.pop(name) for name in names[:scalars]}
         hyper = reference.Hyper(**given)
-        _warn_of_reference(lists[0])
-        for i in range(len(lists[0])):
+        _warn_of_reference(lists["param"])
+        for i in range(len(lists["param"])):
             # Only absmax may be empty; in the first and the last pass also reduced and sums.
-            total = run(*(column[i] if column else None for column in lists), hyper)
+            one = {name: column[i] if column else None for name, column in lists.items()}
+            total = run(**one, hyper=hyper)
             if grad_squares is not None:
                 grad_squares[i] = total
 
@@ -89,10 +101,9 @@ def _by_reference(name: str, run: Callable[..., Any]) -> Callable[..., None]:
 def _run_pass(step: Callable[..., Any], name: str) -> Callable[..., None]:
     """Return the pass ``name`` of the reference."""
 
-    def run(*values: Any) -> None:
-        *operands, reduced, sums, work, hyper = values
+    def run(*, reduced: Tensor | None, sums: Tensor | None, **operands: Any) -> None:
         between = [x for x in (reduced, sums) if x is not None]
-        getattr(step(*operands, hyper, reference.CPU_TREE, work), name)(*between)
+        getattr(step(**operands, tree=reference.CPU_TREE), name)(*between)
 
     return run
 

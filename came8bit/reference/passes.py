@@ -11,7 +11,9 @@ rounded to fp32 once after that. Of whole matrices (``rows`` 0) column sums need
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,46 +60,31 @@ def work_size(b: int, n: int, k: int) -> int:
     return SCALARS + 5 * b * (n + k)
 
 
+@dataclass(kw_only=True, eq=False)
 class FactoredStep(Step):
-    """A step of ``b`` matrices of ``n`` rows and ``k`` columns.
+    """A step of ``b`` matrices of ``n`` rows and ``k`` columns; ``b`` is 1 where rows are cut.
 
-    Args, beside those of :func:`factored_step_`:
-        numel: elements of the full parameter.
-        rows: of the full parameter, if its rows are on several ranks (``b`` is 1 then); else 0.
-        work: fp32, of :func:`work_size`, for what stays here between the passes.
+    Attributes:
+        exp_avg_sq_row, exp_avg_res_row: fp32 ``(b, n)``.
+        exp_avg_sq_col, exp_avg_res_col: fp32 ``(b, k)``.
+        rms_ratio: fp32 0-d, :func:`~.update.next_rms_ratio` of the previous step (1 at first).
     """
 
-    def __init__(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        absmax: Tensor | None,
-        exp_avg_sq_row: Tensor,
-        exp_avg_sq_col: Tensor,
-        exp_avg_res_row: Tensor,
-        exp_avg_res_col: Tensor,
-        rms_ratio: Tensor,
-        step: Tensor,
-        skipped: Tensor,
-        index: int,
-        offset: int,
-        numel: int,
-        rows: int,
-        hyper: Hyper,
-        tree: Tree,
-        work: Tensor,
-    ) -> None:
-        super().__init__(
-            param, grad, exp_avg, absmax, step, skipped, index, offset, numel, hyper, tree, work
-        )
-        self.sq_row, self.sq_col = exp_avg_sq_row, exp_avg_sq_col
-        self.res_row, self.res_col = exp_avg_res_row, exp_avg_res_col
-        self.rms_ratio, self.split = rms_ratio, rows > 0
-        (self.b, n), self.k = exp_avg_sq_row.shape, exp_avg_sq_col.shape[1]
+    exp_avg_sq_row: Tensor
+    exp_avg_sq_col: Tensor
+    exp_avg_res_row: Tensor
+    exp_avg_res_col: Tensor
+    rms_ratio: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.split = self.rows > 0
+        self.sq_row, self.sq_col = self.exp_avg_sq_row, self.exp_avg_sq_col
+        self.res_row, self.res_col = self.exp_avg_res_row, self.exp_avg_res_col
+        (self.b, n), self.k = self.sq_row.shape, self.sq_col.shape[1]
         self.shape = (self.b, n, self.k)
-        self.rows = rows or n
-        of_rows, of_cols = work[SCALARS:].split([5 * self.b * n, 5 * self.b * self.k])
+        self.rows = self.rows or n
+        of_rows, of_cols = self.work[SCALARS:].split([5 * self.b * n, 5 * self.b * self.k])
         self.r, self.row_factor, *self.row_sums = of_rows.view(5, self.b, n)
         self.c, self.col_factor, *self.col_sums = of_cols.view(5, self.b, self.k)
 
@@ -199,37 +186,18 @@ class FactoredStep(Step):
         )
 
 
+@dataclass(kw_only=True, eq=False)
 class UnfactoredStep(Step):
-    """A step with a full second moment; the arguments of :class:`FactoredStep`."""
+    """A step with a full second moment; ``exp_avg_sq`` is fp32 of the parameter's shape."""
 
-    def __init__(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        absmax: Tensor | None,
-        exp_avg_sq: Tensor,
-        step: Tensor,
-        skipped: Tensor,
-        index: int,
-        offset: int,
-        numel: int,
-        rows: int,
-        hyper: Hyper,
-        tree: Tree,
-        work: Tensor,
-    ) -> None:
-        super().__init__(
-            param, grad, exp_avg, absmax, step, skipped, index, offset, numel, hyper, tree, work
-        )
-        self.sq = exp_avg_sq
+    exp_avg_sq: Tensor
 
     def _gradient(self) -> Tensor:
         return self.grad.reshape(-1).to(torch.float32)
 
     def _second_moment(self) -> Tensor:
         g = self._gradient()
-        return ema(self.sq.view(-1), self.hyper.beta2, g * g + fp32(self.hyper.eps1))
+        return ema(self.exp_avg_sq.view(-1), self.hyper.beta2, g * g + fp32(self.hyper.eps1))
 
     def _direction(self, t: int) -> Tensor:
         """Return ``u`` of step ``t``."""
@@ -270,7 +238,7 @@ class UnfactoredStep(Step):
         idle = self._gradient() == 0
         v = self._second_moment()
         self._finish(*self._momentum(), idle, reduced[-1] if self.hyper.cautious else None)
-        self.sq.copy_(v.view(self.sq.shape))
+        self.exp_avg_sq.copy_(v.view(self.exp_avg_sq.shape))
 
 
 def _put(sums: Tensor, *values: Tensor) -> None:
@@ -279,10 +247,20 @@ def _put(sums: Tensor, *values: Tensor) -> None:
         torch.cat([value.reshape(-1).to(torch.float64) for value in values], out=sums)
 
 
-def _take(step: FactoredStep | UnfactoredStep, sizes: tuple[int, int, int]) -> Tensor:
+def _take(
+    kind: type[FactoredStep | UnfactoredStep],
+    shape: tuple[int, int, int],
+    columns: int,
+    hyper: Hyper,
+    tree: Tree,
+    operands: dict[str, Any],
+) -> Tensor:
     """Run all passes over a parameter that is all here; return the sum of ``grad**2``."""
-    device = step.param.device
-    sums = [torch.empty(size, dtype=torch.float64, device=device) for size in sizes]
+    param = operands["param"]
+    work = torch.empty(work_size(*shape), dtype=torch.float32, device=param.device)
+    step = kind(**operands, numel=param.numel(), rows=0, hyper=hyper, tree=tree, work=work)
+    sizes = sums_sizes(columns, hyper.cautious)
+    sums = [torch.empty(size, dtype=torch.float64, device=param.device) for size in sizes]
     step.second_moment(sums[0])
     for name, (before, after) in zip(PASSES[1:], pairwise(sums), strict=False):
         getattr(step, name)(before, after)
@@ -290,73 +268,24 @@ def _take(step: FactoredStep | UnfactoredStep, sizes: tuple[int, int, int]) -> T
     return sums[0][0].to(torch.float32)
 
 
-def factored_step_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    absmax: Tensor | None,
-    exp_avg_sq_row: Tensor,
-    exp_avg_sq_col: Tensor,
-    exp_avg_res_row: Tensor,
-    exp_avg_res_col: Tensor,
-    rms_ratio: Tensor,
-    step: Tensor,
-    skipped: Tensor,
-    index: int,
-    offset: int,
-    hyper: Hyper,
-    tree: Tree = CPU_TREE,
-) -> Tensor:
+def factored_step_(*, hyper: Hyper, tree: Tree = CPU_TREE, **operands: Any) -> Tensor:
     """Take a CAME step of a parameter seen as matrices; update all tensors but ``grad`` in place.
 
     Args:
-        param, grad: fp32, bf16 or fp16 of one shape, any strides.
-        exp_avg: momentum, fp32, or int8 codes with ``absmax``.
-        exp_avg_sq_row, exp_avg_res_row: fp32 ``(b, n)``.
-        exp_avg_sq_col, exp_avg_res_col: fp32 ``(b, k)``.
-        rms_ratio: fp32 0-d, :func:`~.update.next_rms_ratio` of the previous step (1 at first).
-        step, skipped: int64 0-d counters.
-        index, offset: of the parameter, and of its first element in the full parameter.
         hyper: hyper-parameters.
         tree: the order of sums; kernels of one kind of device have one.
+        operands: those of :class:`FactoredStep` that say nothing of ranks or passes.
 
     Returns:
         The sum of ``grad**2``, fp32 0-d.
     """
-    (b, n), k = exp_avg_sq_row.shape, exp_avg_sq_col.shape[1]
-    work = torch.empty(work_size(b, n, k), dtype=torch.float32, device=param.device)
-    state = (exp_avg_sq_row, exp_avg_sq_col, exp_avg_res_row, exp_avg_res_col, rms_ratio)
-    common = (param, grad, exp_avg, absmax, *state, step, skipped, index, offset)
-    return _take(
-        FactoredStep(*common, param.numel(), 0, hyper, tree, work), sums_sizes(0, hyper.cautious)
-    )
+    shape = (*operands["exp_avg_sq_row"].shape, operands["exp_avg_sq_col"].shape[1])
+    return _take(FactoredStep, shape, 0, hyper, tree, operands)
 
 
-def unfactored_step_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    absmax: Tensor | None,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    skipped: Tensor,
-    index: int,
-    offset: int,
-    hyper: Hyper,
-    tree: Tree = CPU_TREE,
-) -> Tensor:
+def unfactored_step_(*, hyper: Hyper, tree: Tree = CPU_TREE, **operands: Any) -> Tensor:
     """Take a CAME step with a full second moment and no confidence term (0-D, 1-D, narrow).
 
-    Args:
-        exp_avg_sq: fp32 of the parameter's shape, contiguous.
-        exp_avg, absmax, step, skipped, index, offset, hyper, tree, param, grad: as in
-            :func:`factored_step_`.
-
-    Returns:
-        As :func:`factored_step_`.
+    Arguments are those of :func:`factored_step_`, operands those of :class:`UnfactoredStep`.
     """
-    work = torch.empty(work_size(0, 0, 0), dtype=torch.float32, device=param.device)
-    common = (param, grad, exp_avg, absmax, exp_avg_sq, step, skipped, index, offset)
-    return _take(
-        UnfactoredStep(*common, param.numel(), 0, hyper, tree, work), sums_sizes(-1, hyper.cautious)
-    )
+    return _take(UnfactoredStep, (0, 0, 0), -1, hyper, tree, operands)

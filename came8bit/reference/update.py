@@ -182,30 +182,38 @@ SCALARS = 4
 """Values of a parameter that stay between its passes: left out?, kappa_0, predicted RMS, kappa."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Step:
-    """What both kinds of step share. ``scalars`` are left, kappa_0, predicted RMS and kappa."""
+    """What both kinds of step share.
 
-    def __init__(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        absmax: Tensor | None,
-        step: Tensor,
-        skipped: Tensor,
-        index: int,
-        offset: int,
-        numel: int,
-        hyper: Hyper,
-        tree: Tree,
-        work: Tensor,
-    ) -> None:
-        self.param, self.grad = param.detach(), grad.detach()
-        self.held = Momentum(exp_avg, absmax, param.shape)
-        self.step, self.skipped = step, skipped
-        self.index, self.offset, self.numel = index, offset, numel
-        self.hyper, self.tree = hyper, tree
-        self.scalars = work[:SCALARS]
+    Attributes:
+        param, grad: fp32, bf16 or fp16 of one shape, any strides.
+        exp_avg: momentum, fp32, or codes with ``absmax``.
+        step, skipped: int64 0-d counters.
+        index, offset: of the parameter, and of its first element in the full parameter.
+        numel: elements of the full parameter.
+        rows: of the full parameter, if its rows are on several ranks; else 0.
+        work: fp32, for what stays here between the passes; begins with ``scalars``.
+    """
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    absmax: Tensor | None = None
+    step: Tensor
+    skipped: Tensor
+    index: int
+    offset: int
+    numel: int
+    rows: int
+    hyper: Hyper
+    tree: Tree
+    work: Tensor
+
+    def __post_init__(self) -> None:
+        self.param, self.grad = self.param.detach(), self.grad.detach()
+        self.held = Momentum(self.exp_avg, self.absmax, self.param.shape)
+        self.scalars = self.work[:SCALARS]
 
     @property
     def left(self) -> bool:

@@ -94,10 +94,10 @@ def _run_reference(number: int, part: Passes, between: list[Tensor]) -> None:
     hyper = reference.Hyper(**{**HYPER, **OPTIONS, **part.options})  # type: ignore[arg-type]
     problem = part.problem
     kind = reference.FactoredStep if problem.factored else reference.UnfactoredStep
-    state = {"absmax": None, **problem.state}
     step = kind(
-        problem.param, part.grad, **state, index=problem.index, offset=problem.offset,
-        numel=part.full[0], rows=part.full[1], hyper=hyper, tree=part.tree, work=part.work,
+        param=problem.param, grad=part.grad, **problem.state, index=problem.index,
+        offset=problem.offset, numel=part.full[0], rows=part.full[1], hyper=hyper, tree=part.tree,
+        work=part.work,
     )  # type: ignore[call-arg]  # fmt: skip
     getattr(step, reference.PASSES[number])(*between)
 

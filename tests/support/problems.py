@@ -56,9 +56,9 @@ class Problem:
         """One step of the specification."""
         hyper = reference.Hyper(**{**HYPER, **OPTIONS, **changes})  # type: ignore[arg-type]
         step = reference.factored_step_ if self.factored else reference.unfactored_step_
-        state = {"absmax": None, **self.state}
+        places = {"index": self.index, "offset": self.offset}
         self.grad_square = step(
-            self.param, grad, **state, index=self.index, offset=self.offset, hyper=hyper, tree=tree
+            param=self.param, grad=grad, **self.state, **places, hyper=hyper, tree=tree
         )
 
     def tensors(self) -> dict[str, Tensor]:
