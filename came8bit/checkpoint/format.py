@@ -1,20 +1,10 @@
 """What stands at the head of a checkpoint, as data; :mod:`.reader` reads it, here it is written.
 
-A checkpoint is a safetensors file: eight bytes with the length of the header, a header in JSON, the
-bytes of the tensors without gaps. What this package adds lies in the header's ``__metadata__``,
-where other programs leave it alone:
-
-* ``format``, ``format_version``: what this is, and which layout of the rest it has;
-* ``came8bit_version``: who wrote it;
-* ``header_sha256``: of the eight bytes and the header, with 64 zeros in this place;
-* ``groups``: JSON, the options of every parameter group;
-* ``parameters``: JSON, one object per parameter in the optimizer's order, with its name, group,
-  shape, dtype, step, skipped steps, and the SHA-256 of its tensors' bytes;
-* ``user``: JSON, what the caller wanted to keep beside it.
+A checkpoint is a safetensors file, which ``docs/checkpoints.md`` describes. What this package adds
+lies in the header's ``__metadata__``, where other programs leave it alone.
 
 The tensors of a parameter lie next to each other, in the order of :class:`~..state.layout.Layout`,
-codes last, so that everything before them is aligned. They are called ``<name>.<buffer>``, or
-``<position>.<buffer>`` where parameters have no names.
+codes last, so that everything before them is aligned.
 """
 
 from __future__ import annotations
@@ -22,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -179,19 +169,8 @@ def _longest(entry: Entry) -> Entry:
         {name: span._replace(begin=10**18, end=10**18) for name, span in place(layout, 0).items()}
         for layout in layouts
     ]
-    entries = [
-        Entry(
-            entry.name,
-            entry.group,
-            entry.shape,
-            entry.dtype,
-            _LARGEST_COUNT,
-            _LARGEST_COUNT,
-            NO_DIGEST,
-            spans,
-        )
-        for spans in places
-    ]
+    full = replace(entry, step=_LARGEST_COUNT, skipped=_LARGEST_COUNT, sha256=NO_DIGEST)
+    entries = [replace(full, tensors=spans) for spans in places]
     return max(entries, key=lambda one: len(_dump(_tensor_table(one, 10**9))))
 
 
@@ -249,18 +228,10 @@ _LARGEST_BITS = 1024
 _DEEPEST = 50
 _LARGEST_TENSOR = 4096  # bytes; options are numbers, not buffers
 _DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
+    name: getattr(torch, name)
+    for name in (
+        *("float64", "float32", "bfloat16", "float16"),
+        *("int64", "int32", "int16", "int8", "uint8", "bool"),
     )
 }
 
@@ -326,7 +297,7 @@ def decode(value: Any, depth: int = 0) -> Any:
 
 
 def _encode_tensor(value: Tensor, what: str) -> dict[str, Any]:
-    name = str(value.dtype).removeprefix("torch.")
+    name = dtype_name(value.dtype)
     if name not in _DTYPES or value.layout != torch.strided or value.nbytes > _LARGEST_TENSOR:
         raise CheckpointError(
             f"{what} is a tensor of {value.dtype}, layout {value.layout} and {value.nbytes} bytes, "

@@ -10,6 +10,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, BinaryIO, Protocol
 
 import torch
@@ -252,7 +253,7 @@ def _read_header(table: dict[str, Any], metadata: Mapping[str, Any]) -> Header:
         entry = _read_entry(row, len(groups))
         prefix = label(entry, position) + "."
         tensors = _take_tensors(table, prefix) if entry.step is not None else {}
-        entry = Entry(**{**vars(entry), "tensors": tensors})
+        entry = replace(entry, tensors=tensors)
         entries.append(entry)
         for name, span in sorted(tensors.items(), key=lambda item: item[1][2:]):
             if span.begin != begin:
@@ -291,15 +292,8 @@ def _take_tensors(table: dict[str, Any], prefix: str) -> dict[str, Span]:
     """Remove the tensors of one parameter from ``table``."""
     spans = {}
     for name in (
-        "exp_avg",
-        "absmax",
-        "scales",
-        "exp_avg_sq",
-        "exp_avg_sq_row",
-        "exp_avg_sq_col",
-        "exp_avg_res_row",
-        "exp_avg_res_col",
-        "rms_ratio",
+        *("exp_avg", "absmax", "scales", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"),
+        *("exp_avg_res_row", "exp_avg_res_col", "rms_ratio"),
     ):
         row = table.pop(prefix + name, None)
         if row is not None:
