@@ -7,21 +7,11 @@ import sys
 
 import pytest
 import torch
+from processes import run_python
 
 import came8bit
 from came8bit.cli import main
 from came8bit.errors import printable
-
-
-def _python(*arguments, **variables):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def test_info_names_versions_kernels_and_peers(capsys):
@@ -49,7 +39,7 @@ def test_info_as_json_has_the_same_facts(capsys):
 
 
 def test_info_says_why_kernels_are_not_loaded():
-    done = _python(
+    done = run_python(
         "-m", "came8bit", "info", CAME8BIT_DISABLE_KERNELS="1", CAME8BIT_REQUIRE_KERNELS="0"
     )
     assert done.returncode == 0, done.stderr

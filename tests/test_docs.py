@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 from doc_pages import DOCS, PAGES, PRELUDE, blocks
 from paths import ROOT
+from processes import run_python
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import came8bit
 from came8bit.cli import build_parser, main
 
 SCRIPT = ROOT / "tests" / "support" / "doc_pages.py"
-SECONDS = 300
 
 
 def has_python(path: Path) -> bool:
@@ -34,14 +34,7 @@ def has_python(path: Path) -> bool:
 
 @pytest.mark.parametrize("page", list(filter(has_python, PAGES)), ids=lambda p: p.stem)
 def test_python_of_a_page(page: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(page)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    done = run_python(SCRIPT, page, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

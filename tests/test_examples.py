@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from paths import ROOT
+from processes import run_python
 
 from came8bit import CAME
 
@@ -105,14 +104,8 @@ def test_accelerate_with_two_processes(tmp_path):
     """Resumed to the last bit; every process prints, and ends with, the same parameters."""
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        [sys.executable, "-m", *command, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    done = run_python(*launch, script, tmp_path)
     assert done.returncode == 0, done.stderr
     # In torch 2.10, gloo says there who is connected.
     lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]

@@ -7,11 +7,10 @@ kind: ``make test ARGS="tests/test_fuzz.py -rP"`` prints how many there were.
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from paths import ROOT
+from processes import run_python
 
 SEED = os.environ.get("CAME8BIT_FUZZ_SEED", "0")
 SECONDS = os.environ.get("CAME8BIT_FUZZ_SECONDS")
@@ -31,12 +30,8 @@ FUZZED = [
 @pytest.mark.parametrize(("program", "kind", "count"), FUZZED, ids=lambda value: str(value))
 def test_strange_input_is_refused_or_harmless(program: str, kind: str, count: int) -> None:
     limits = [str(count)] if SECONDS is None else [str(10**9), SECONDS]
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "support" / f"{program}.py", kind, SEED, *limits],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    script = ROOT / "tests" / "support" / f"{program}.py"
+    done = run_python(script, kind, SEED, *limits, timeout=None)
     assert done.returncode == 0, done.stderr[-3000:]
     refused, taken = json.loads(done.stdout)
     print(f"{kind}: {refused} refused, {taken} taken")

@@ -1,12 +1,12 @@
 """The structure of the package, read from its source: who may import whom."""
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 import came8bit
 
@@ -195,9 +195,7 @@ loaded = set(sys.modules)
 
 def run(code: str) -> str:
     """Run ``code`` in a new Python where none of HEAVY can be imported; return what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED + code], capture_output=True, text=True, check=False
-    )
+    done = run_python("-c", BLOCKED + code)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -6,12 +6,11 @@ import re
 import resource
 import shutil
 import stat
-import subprocess
-import sys
 
 import pytest
 from checkpoints import copies, trained
 from paths import ROOT
+from processes import run_python
 from training import in_threads
 
 from came8bit import CAME8bit, load_checkpoint, save_checkpoint
@@ -33,14 +32,7 @@ def names(folder):
 def killed(folder, *arguments):
     """What kill_saves.py found."""
     script = ROOT / "tests" / "support" / "kill_saves.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(folder), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_python("-W", "ignore", script, folder, *arguments, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

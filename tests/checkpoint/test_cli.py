@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 from came_pytorch import CAME as OfficialCAME
 from checkpoints import SHAPES, copies, parameters, train, trained
+from processes import run_python
 from training import assert_same, snapshot
 
 from came8bit import CAME8bit, CAME32bit, inspect_checkpoint, load_checkpoint, save_checkpoint
@@ -81,14 +80,7 @@ def test_pipes_are_refused_and_not_waited_for(command, tmp_path):
     """In a process of its own, which would otherwise wait for ever."""
     os.mkfifo(tmp_path / "pipe")
     arguments = [command, "pipe", *(["new"] if command == "convert" else [])]
-    done = subprocess.run(
-        [sys.executable, "-m", "came8bit", *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python("-m", "came8bit", *arguments, cwd=tmp_path, timeout=60)
     assert done.returncode == 2
     assert "pipe: got a pipe or a device, expected a file" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["pipe"]

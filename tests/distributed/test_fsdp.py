@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,6 +10,7 @@ import pytest
 import sharded_runs as runs
 import torch
 from paths import ROOT
+from processes import run_python
 from ranks import Ranks
 from tolerances import STATISTICS_OF_RANKS, TRAVELLED, TRAVELLED_ROUGH
 
@@ -311,15 +310,8 @@ def test_the_example_of_the_docs(tmp_path):
     text = (ROOT / "docs" / "several_gpus.md").read_text()
     example = re.search(r"^```py\n(.*?)^```$", text, re.M | re.S)[1]
     (tmp_path / "train.py").write_text(example)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launch, "--nproc-per-node=2", "train.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = run_python(*launch, "train.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "loss" in done.stdout
     assert (tmp_path / "state.safetensors").exists()

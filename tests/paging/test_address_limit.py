@@ -7,11 +7,11 @@ state's bytes, and :data:`CONSTANT`. File mappings count, as memory does.
 
 import json
 import os
-import subprocess
 import sys
 import textwrap
 
 import pytest
+from processes import run_python
 
 CONSTANT = 4 << 20
 """For the interpreter, activations, and the statistics and counters that stay resident."""
@@ -95,18 +95,12 @@ TRAIN = """
 def results(tmp_path_factory):
     """Name of a run -> what it found out, or its complaint."""
     question = json.dumps([CONSTANT, STEPS, RUNS])
-    command = [sys.executable, "-c", textwrap.dedent(TRAIN), question]
     package = os.path.dirname(os.path.dirname(sys.modules["came8bit"].__file__))
     # What is freed goes back to the system at once, so that nothing else grows by chance.
     settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": package}
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, **settings},
-        cwd=tmp_path_factory.mktemp("pages"),
-    )
+    pages = tmp_path_factory.mktemp("pages")
+    done = run_python("-c", textwrap.dedent(TRAIN), question, cwd=pages, timeout=None, **settings)
+    assert done.returncode == 0, done.stderr
     found = dict(json.loads(line) for line in done.stdout.splitlines())
     assert found.keys() == RUNS.keys()
     for what, result in found.items():

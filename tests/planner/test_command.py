@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from functools import cache
 
 import pytest
 import torch
 from paths import ROOT
+from processes import run_python
 from safetensors.torch import save_file
 
 from came8bit import planner
@@ -143,9 +142,7 @@ def test_headers_need_no_other_package(tmp_path):
         "assert main(['estimate', 'gpt2']) == 2\n"
         f"sys.exit(main(['estimate', {str(tmp_path)!r}]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run_python("-c", program)
     assert done.returncode == 0, done.stderr
     assert "pip install 'came8bit[cli]'" in done.stderr
     assert "60,000 parameters" in done.stdout

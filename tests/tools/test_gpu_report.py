@@ -5,8 +5,6 @@ What a part makes of the programs it runs is tried with programs that end as wis
 
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 import zipfile
@@ -19,6 +17,7 @@ import pytest
 from gpu_report_run import FAILED, NOT_RUN, OK, Part, Report, shortened
 from gpu_report_tests import Session
 from paths import ROOT
+from processes import run_python
 
 
 @pytest.fixture
@@ -365,16 +364,10 @@ def test_benchmarks(report, programs, status):
 def test_dry_run(tmp_path):
     """In earnest, without the parts that take long: nothing pretends to have run on a GPU."""
     out = tmp_path / "out"
-    command = [sys.executable, ROOT / "tools" / "gpu_report.py", "--dry-run", "--out", out]
+    command = [ROOT / "tools" / "gpu_report.py", "--dry-run", "--out", out]
     command += ["--work", tmp_path / "work", "--wheels", tmp_path / "nowhere"]
     command += ["--parts", "facts,peers,memcheck,scans"]
-    done = subprocess.run(
-        [str(word) for word in command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python(*command, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((out / "report.json").read_text())
     assert content["dry_run"] is True

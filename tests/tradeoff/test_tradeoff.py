@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from processes import run_python
 from small_images import write_fashion_mnist
 from small_study import SMALL, read
 
@@ -133,18 +134,10 @@ def test_several_processes_do_not_change_the_run(text_file, tmp_path):
     outputs = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launch += ["--nproc_per_node", str(processes)]
+        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
         words = ["-m", "came8bit", "tradeoff", "--text", str(text_file), "--out", str(folder)]
         words += ["--cpu", "--in-process", "--optimizers", "adamw,came8bit", *SMALL, "--seeds", "1"]
-        done = subprocess.run(
-            [*launch, *words],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        done = run_python(*launch, *words, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
         assert done.returncode == 0, done.stderr[-3000:]
         outputs.append(read(folder)["runs"])
     for one, two in zip(*outputs, strict=True):
