@@ -1,4 +1,8 @@
-"""The store of paged state: what a parameter's page holds is elsewhere, the rest is at hand."""
+"""The store of paged state: what a parameter's page holds is elsewhere, the rest is at hand.
+
+Behind it :mod:`.pager` joins :mod:`.pages` and :mod:`.page_file`, which keep the bytes,
+:mod:`.schedule`, which says what is where and when, and :mod:`.transfer`, which moves it.
+"""
 
 from __future__ import annotations
 
