@@ -173,17 +173,26 @@ void encode_coarse(const Parameter& p, const Factors& factors, const Piece& piec
 void encode(const Parameter& p, const Factors& factors, const Piece& piece, const ToEncode* blocks,
             Buffers& buffers) {
   const Kernels& table = kernels();
-  for_each_block(piece, [&](int64_t block, int64_t first, int done, int size) {
-    if (blocks->decays) {
+  for (int i = 0; i < piece.blocks();) {
+    const int done = i * piece.block_size, size = std::min(piece.block_size, piece.size - done);
+    const float* x = buffers.momentum + done;
+    int8_t* codes = static_cast<int8_t*>(p.exp_avg) + piece.first + done;
+    float* absmax = p.absmax + piece.block + i;
+    const int together =
+        size <= kLanes ? table.encode_rows(x, blocks + i, piece.blocks() - i, size, codes, absmax)
+                       : 0;
+    i += together;
+    if (together > 0) continue;
+    if (blocks[i].decays) {
       for_each_segment(p, factors, buffers, piece, done, done + size,
                        [&](Segment& s, int64_t, int at) {
                          table.steps[p.grad_dtype](s, buffers.step + at - done);
                        });
     }
-    p.absmax[block] = table.encode(buffers.momentum + done, blocks->decays ? buffers.step : nullptr,
-                                   blocks->largest, size, static_cast<int8_t*>(p.exp_avg) + first);
-    ++blocks;
-  });
+    const float* step = blocks[i].decays ? buffers.step : nullptr;
+    *absmax = table.encode(x, step, blocks[i].largest, size, codes);
+    ++i;
+  }
 }
 
 }  // namespace

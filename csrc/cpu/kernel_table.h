@@ -122,6 +122,9 @@ struct Kernels {
   float (*largest_magnitude)(const float* x, int size);
   float (*encode)(const float* x, const float* step, float largest, int size, int8_t* codes);
   void (*decode)(const int8_t* codes, float absmax, int size, float* x);
+  // Encodes blocks of `size` values each, up to one that this way is not for; returns how many.
+  int (*encode_rows)(const float* x, const ToEncode* blocks, int count, int size, int8_t* codes,
+                     float* absmax);
 
   // Whole vectors.
   float (*lane_sum)(const float* x, int64_t size);

@@ -48,11 +48,18 @@ SHAPES: list[tuple[tuple[int, ...], dict[str, object]]] = [
     ((256, 256), {}),  # 65,536 elements: the largest parameter of one thread
     ((129, 1025), {"dtype": torch.bfloat16}),
     ((4095, 33), {"grad_dtype": torch.float16}),
-    # Rows that are half a vector, many of which go through the passes together.
-    ((1030, 8), {}),
+    # Rows of half a vector or one, 64 elements of which go together unless a row decays or is tiny.
+    ((1030, 8), {"zeros": 0.005}),
     ((1030, 8), {"dtype": torch.bfloat16, "grad_dtype": torch.bfloat16}),
     ((1030, 8), {"dtype": torch.float16, "grad_dtype": torch.float16}),
+    ((1030, 8), {"bits": 32, "grad_layout": "reversed"}),
+    ((1030, 8), {"bits": 4}),
     ((1030, 8), {"factored": False}),
+    ((1030, 8), {"scale": 1e-40, "zeros": 0.0, "options": {"eps1": 1e-16}}),
+    ((1030, 16), {"zeros": 0.005, "dtype": torch.bfloat16}),
+    ((1030, 16), {"bits": 32}),
+    ((1030, 16), {"bits": 2}),
+    ((7, 50, 16), {"batched": True}),
     ((7, 50, 8), {"batched": True, "bits": 32}),  # rows of two matrices in one piece
     ((16, 16, 3, 3), {"layout": "channels_last", "grad_layout": "channels_last"}),
     ((16, 16, 3, 3), {"batched": True, "layout": "channels_last"}),

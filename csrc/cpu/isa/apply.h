@@ -7,9 +7,6 @@ namespace came8bit {
 namespace CAME8BIT_ISA {
 namespace {
 
-// How many elements ahead sweep C asks for memory.
-constexpr int kAhead = 1024;
-
 template <class G>
 CAME8BIT_INLINE F full_second_moment(const StepConstants& c, const G* grad, const float* exp_avg_sq,
                                      int size) {
@@ -28,6 +25,44 @@ float sum_u2(const StepConstants& c, const void* grad, const float* exp_avg_sq, 
   });
 }
 
+// The same as momentum() for short rows of codes of which none is NaN, from row `block` on; returns
+// the first row that is left.
+template <int cols, class G, class MT, bool coded>
+int momentum_of_short_rows(const Segment& s, int block, ToEncode* blocks) {
+  typedef ShortRows<cols> Rows;
+  const F zero(0.0f), col_factor = Rows::of_columns(s.col_factor), decay(s.decay);
+  for (; block + Rows::kRows <= s.rows; block += Rows::kRows) {
+    const int begin = block * cols;
+    const G* const grad = static_cast<const G*>(s.grad) + begin;
+    const MT* const old = static_cast<const MT*>(s.old_exp_avg) + begin;
+    float *const exp_avg = s.exp_avg + begin, *const new_w = s.w + begin;
+    F magnitude[kVectors];
+    unsigned zeros[kVectors];
+    if (has_nan(old, 64)) return block;
+    for (int v = 0; v < kVectors; ++v) {
+      const int j = v * kLanes;
+      ask_for(grad, j, kAhead);
+      if (sizeof(MT) == 1 || !coded) ask_for(old, j, kAhead);
+      const F w = precondition(load(grad + j), Rows::of_rows(s.row_gain + block, v), col_factor);
+      const F decayed = momentum_of_rows<cols>(old, s.absmax + block, decay, v);
+      const F m_t = came8bit::momentum(decayed, w);
+      store(new_w + j, w);
+      store(exp_avg + j, m_t);
+      magnitude[v] = larger(abs(m_t), zero);
+      zeros[v] = mask(w == zero);
+    }
+    if constexpr (coded) {
+      float largest[Rows::kRows];
+      Rows::over_rows(magnitude, larger_lanes, largest);
+      for (int i = 0; i < Rows::kRows; ++i) {
+        const unsigned of_row = zeros[i * cols / kLanes] >> i * cols % kLanes;
+        blocks[block + i] = {largest[i], (of_row & ((1u << cols) - 1)) != 0};
+      }
+    }
+  }
+  return block;
+}
+
 // w and the new momentum. MT is the old one as it is given: int8_t or float.
 template <class G, class MT, bool coded, bool factored>
 void momentum(const StepConstants& c, const Segment& s, ToEncode* blocks) {
@@ -39,6 +74,12 @@ void momentum(const StepConstants& c, const Segment& s, ToEncode* blocks) {
   const F zero(0.0f);
   const int all = s.rows * s.size;
   for (int begin = 0, block = 0; begin < all; begin += s.block_size, ++block) {
+    if constexpr (factored) {
+      if (s.size == 8) block = momentum_of_short_rows<8, G, MT, coded>(s, block, blocks);
+      if (s.size == 16) block = momentum_of_short_rows<16, G, MT, coded>(s, block, blocks);
+      begin = block * s.block_size;
+      if (begin == all) return;
+    }
     const int size = all - begin < s.block_size ? all - begin : s.block_size;
     // One row, or rows that are blocks.
     const float* const row_col_factor = s.rows == 1 ? col_factor + begin : col_factor;
@@ -140,24 +181,34 @@ CAME8BIT_INLINE void apply_as(const StepConstants& c, const Segment& s, Options 
   const float* const update_col = s.update_col;
   const uint16_t* const random = s.random;
   const F beta1(c.beta1), spent(c.spent), shrink(c.shrink), scale(c.scale);
-  for (int r = 0; r < s.rows; ++r) {
-    const int begin = r * s.size;
-    const F row(factored ? s.update_row[r] : 0.0f);
-    for_lanes(s.size, [&](int in_row, int some) CAME8BIT_LAMBDA {
-      const int j = begin + in_row;
-      ask_for(param, j, kAhead);
-      const F m_t = load_some(exp_avg + j, some), w = load_some(new_w + j, some);
-      F direction = options.nesterov() ? look_ahead(m_t, w, beta1) : m_t;
-      if (options.spends()) direction = spend(direction, m_t, load_some(kept + j, some), spent);
-      F update;
-      if constexpr (factored) {
-        update = precondition(direction, row, load_some(update_col + in_row, some));
-      } else {
-        update = direction * scale;
+  const auto lanes = [&](int j, int some, F row, auto col) CAME8BIT_LAMBDA {
+    ask_for(param, j, kAhead);
+    const F m_t = load_some(exp_avg + j, some), w = load_some(new_w + j, some);
+    F direction = options.nesterov() ? look_ahead(m_t, w, beta1) : m_t;
+    if (options.spends()) direction = spend(direction, m_t, load_some(kept + j, some), spent);
+    F update;
+    if constexpr (factored) {
+      update = precondition(direction, row, col());
+    } else {
+      update = direction * scale;
+    }
+    if (options.cautious()) update = select(agrees(m_t, w), update, F(0.0f));
+    store_param(param + j, decay_and_apply(load_some(param + j, some), shrink, update),
+                options.draws() ? random + j : nullptr, some);
+  };
+  int r = 0;
+  if constexpr (factored) {
+    if (s.size == 8) {
+      const F col = twice(update_col);
+      for (; r + 2 <= s.rows; r += 2) {
+        lanes(r * 8, kLanes, of_two_rows(s.update_row + r), [&] { return col; });
       }
-      if (options.cautious()) update = select(agrees(m_t, w), update, F(0.0f));
-      store_param(param + j, decay_and_apply(load_some(param + j, some), shrink, update),
-                  options.draws() ? random + j : nullptr, some);
+    }
+  }
+  for (; r < s.rows; ++r) {
+    const F row(factored ? s.update_row[r] : 0.0f);
+    for_lanes(s.size, [&](int j, int some) CAME8BIT_LAMBDA {
+      lanes(r * s.size + j, some, row, [&] { return load_some(update_col + j, some); });
     });
   }
 }

@@ -1,7 +1,7 @@
 // The codes of the momentum.
 #pragma once
 
-#include "vectors.h"
+#include "short_rows.h"
 
 namespace came8bit {
 namespace CAME8BIT_ISA {
@@ -32,6 +32,16 @@ float largest_finite(const float* x, int size) {
   return largest_lane(largest);
 }
 
+// The guess of the code of a magnitude, and the code from it: encode_block has a pass for each.
+CAME8BIT_INLINE I guess_of(F square, F to_next) {
+  // The truncation of NaN is the smallest integer, which a store saturates to kNanCode.
+  return truncate(code_guess(rough_root(square), to_next));
+}
+CAME8BIT_INLINE I code_of(F x, F square, I guess, F to_next) {
+  const F next = square_of_next(to_float(guess), to_next);
+  return with_sign(increment_if(next <= square, guess), x);
+}
+
 // `some_steps` says that `step` is there; `odd` that x has an infinity or is tiny. In two passes:
 // the processor waits less where chains of operations are short.
 template <bool some_steps, bool odd>
@@ -49,13 +59,10 @@ CAME8BIT_INLINE void encode_block(const float* x, const float* step, float absma
     if (odd) value = select(abs(value) < F(INFINITY), value, F(NAN)) * factor;
     const F s = level_square(value, scale);
     store(square + j, s);
-    // The truncation of NaN is the smallest integer, which the store saturates to kNanCode.
-    store(guess + j, truncate(code_guess(rough_root(s), to_next(j, some))));
+    store(guess + j, guess_of(s, to_next(j, some)));
   });
   const auto lanes = [&](int j, int some) CAME8BIT_LAMBDA {
-    const I low = load(guess + j);
-    const F next = square_of_next(to_float(low), to_next(j, some));
-    return with_sign(increment_if(next <= load(square + j), low), load_some(x + j, some));
+    return code_of(load_some(x + j, some), load(square + j), load(guess + j), to_next(j, some));
   };
   constexpr int k = kLanes;
   int j = 0;
@@ -76,6 +83,39 @@ float encode(const float* x, const float* step, float largest, int size, int8_t*
          : encode_block<false, false>(x, step, largest, kLargestSquare, size, codes);
   }
   return largest < kSmallestAbsmax ? 0.0f : largest;
+}
+
+// Short rows that are blocks, up to one that decays, has an infinity or is tiny.
+template <int cols>
+CAME8BIT_INLINE int encode_short_rows(const float* x, const ToEncode* blocks, int count,
+                                      int8_t* codes, float* absmax) {
+  typedef ShortRows<cols> Rows;
+  const F to_next(kNearestStep);
+  int block = 0;
+  for (; block + Rows::kRows <= count; block += Rows::kRows, x += 64, codes += 64) {
+    float scale[Rows::kRows];
+    bool usual = true;
+    for (int i = 0; i < Rows::kRows; ++i) {
+      const ToEncode& one = blocks[block + i];
+      usual &= !one.decays & (one.largest >= kTinyAbsmax) & (one.largest < INFINITY);
+      scale[i] = level_scale_of_usual(one.largest, kLargestSquare);
+      absmax[block + i] = one.largest;
+    }
+    if (!usual) return block;
+    I code[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const F value = load(x + v * kLanes), square = level_square(value, Rows::of_rows(scale, v));
+      code[v] = code_of(value, square, guess_of(square, to_next), to_next);
+    }
+    store_codes(codes, code[0], code[1], code[2], code[3]);
+  }
+  return block;
+}
+int encode_rows(const float* x, const ToEncode* blocks, int count, int size, int8_t* codes,
+                float* absmax) {
+  if (size == 8) return encode_short_rows<8>(x, blocks, count, codes, absmax);
+  if (size == 16) return encode_short_rows<16>(x, blocks, count, codes, absmax);
+  return 0;
 }
 
 // Of codes that are not kNanCode.
@@ -120,6 +160,20 @@ CAME8BIT_INLINE void with_momentum(const int8_t* codes, const float* absmax, flo
   } else {
     run([=](int j, int some) CAME8BIT_LAMBDA { return decode_usual(codes + j, F(scale), some); });
   }
+}
+
+// The same for one vector of short rows, where no code is NaN.
+template <int cols>
+CAME8BIT_INLINE F momentum_of_rows(const float* m, const float*, F factor, int vector) {
+  return load(m + vector * kLanes) * factor;
+}
+template <int cols>
+CAME8BIT_INLINE F momentum_of_rows(const int8_t* codes, const float* absmax, F factor, int vector) {
+  const F scale = ShortRows<cols>::of_rows(absmax, vector) * factor;
+  return decode_usual(codes + vector * kLanes, scale, kLanes);
+}
+CAME8BIT_INLINE bool has_nan(const float*, int) {
+  return false;
 }
 
 }  // namespace

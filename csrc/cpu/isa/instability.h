@@ -27,6 +27,34 @@ CAME8BIT_INLINE void add_products(const GroupBlock& x, const GroupBlock& y, int 
   for (int q = 0; q < kGroup; ++q) row_sum[q] = row[q];
 }
 
+// Takes short rows from row i on, up to codes of which one is NaN; returns the first row that is
+// left.
+template <int cols, class G, class MT>
+int instability_of_short_rows(const InstabilityTile& tile, int i) {
+  typedef ShortRows<cols> Rows;
+  const F kappa_0(tile.kappa_0), col_factor = Rows::of_columns(tile.col_factor);
+  for (; i + Rows::kRows <= tile.rows; i += Rows::kRows) {
+    const G* g = static_cast<const G*>(tile.grad) + i * cols;
+    const MT* stored = static_cast<const MT*>(tile.momentum) + i * cols;
+    if (has_nan(stored, 64)) return i;
+    F d2[kVectors], ud[kVectors], u2[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const int j = v * kLanes;
+      ask_for(g, j, kAhead);
+      ask_for(stored, j, kAhead);
+      const F u = precondition(load(g + j), Rows::of_rows(tile.row_factor + i, v), col_factor);
+      const F d = u * kappa_0 - momentum_of_rows<cols>(stored, tile.absmax + i, F(1.0f), v);
+      d2[v] = d * d;
+      ud[v] = u * d;
+      u2[v] = u * u;
+    }
+    sum_short_rows<cols>(d2, tile.row_sum[0] + i, tile.col_sum[0]);
+    sum_short_rows<cols>(ud, tile.row_sum[1] + i, tile.col_sum[1]);
+    sum_short_rows<cols>(u2, tile.row_sum[2] + i, tile.col_sum[2]);
+  }
+  return i;
+}
+
 // MT is the stored momentum: int8_t or float. u and d of a block go through the first-level cache:
 // in one pass they would not fit in registers, nor their operations where the processor lets them
 // wait.
@@ -35,7 +63,13 @@ void instability(const InstabilityTile& shared) {
   const InstabilityTile tile = shared;
   const F kappa_0(tile.kappa_0);
   alignas(64) GroupBlock u, d;
+  const bool one_after_the_other = tile.stride == tile.cols && tile.momentum_stride == tile.cols;
   for (int i = 0; i < tile.rows; i += kGroup) {
+    if (one_after_the_other) {
+      if (tile.cols == 8) i = instability_of_short_rows<8, G, MT>(tile, i);
+      if (tile.cols == 16) i = instability_of_short_rows<16, G, MT>(tile, i);
+      if (i == tile.rows) return;
+    }
     F row[3][kGroup];
     for (int s = 0; s < 3; ++s) {
       for (int q = 0; q < kGroup; ++q) row[s][q] = F(0.0f);

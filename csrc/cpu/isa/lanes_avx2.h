@@ -83,10 +83,13 @@ CAME8BIT_INLINE M operator|(M x, M y) {
 CAME8BIT_INLINE F select(M m, F yes, F no) {
   return {_mm256_blendv_ps(no.a, yes.a, m.a), _mm256_blendv_ps(no.b, yes.b, m.b)};
 }
+// Bit i is lane i.
+CAME8BIT_INLINE unsigned mask(M m) {
+  return static_cast<unsigned>(_mm256_movemask_ps(m.a)) |
+         (static_cast<unsigned>(_mm256_movemask_ps(m.b)) << 8);
+}
 CAME8BIT_INLINE int count(M m) {
-  const unsigned mask = static_cast<unsigned>(_mm256_movemask_ps(m.a)) |
-                        (static_cast<unsigned>(_mm256_movemask_ps(m.b)) << 8);
-  return _mm_popcnt_u32(mask);
+  return _mm_popcnt_u32(mask(m));
 }
 // The larger; `y` where `x` is NaN.
 CAME8BIT_INLINE F larger(F x, F y) {
@@ -319,6 +322,36 @@ CAME8BIT_INLINE float largest_lane(F x) {
   y = _mm_max_ps(y, _mm_movehl_ps(y, y));
   y = _mm_max_ss(y, _mm_shuffle_ps(y, y, 1));
   return _mm_cvtss_f32(y);
+}
+
+// Rows of eight, two in a vector. `of_two_rows`: p[0] in the lower half of the lanes, p[1] in the
+// upper; `twice`: p[0 ... 7] in both.
+CAME8BIT_INLINE F of_two_rows(const float* p) {
+  return {_mm256_broadcast_ss(p), _mm256_broadcast_ss(p + 1)};
+}
+CAME8BIT_INLINE F twice(const float* p) {
+  const __m256 x = _mm256_loadu_ps(p);
+  return {x, x};
+}
+CAME8BIT_INLINE F lower_halves(F x, F y) {
+  return {x.a, y.a};
+}
+CAME8BIT_INLINE F upper_halves(F x, F y) {
+  return {x.b, y.b};
+}
+// op over the lanes of each half of x and of y, in the order of sum_lanes.
+template <class Op>
+CAME8BIT_INLINE void over_eights(F x, F y, Op op, float* out) {
+  // Lower and upper quarters of rows 0 and 1 | 2 and 3.
+  const F four =
+      op(F(_mm256_permute2f128_ps(x.a, x.b, 0x20), _mm256_permute2f128_ps(y.a, y.b, 0x20)),
+         F(_mm256_permute2f128_ps(x.a, x.b, 0x31), _mm256_permute2f128_ps(y.a, y.b, 0x31)));
+  const F zero(0.0f);  // the second register is not used any more
+  const F two = op(F(_mm256_shuffle_ps(four.a, four.b, 0x44), zero.b),
+                   F(_mm256_shuffle_ps(four.a, four.b, 0xee), zero.b));
+  const F one = op(two, F(_mm256_permute_ps(two.a, 0xb1), zero.b));
+  const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 0, 4, 2, 6);
+  _mm_storeu_ps(out, _mm256_castps256_ps128(_mm256_permutevar8x32_ps(one.a, order)));
 }
 
 }  // namespace avx2

@@ -88,6 +88,10 @@ CAME8BIT_INLINE F select(M m, F yes, F no) {
 CAME8BIT_INLINE I select(M m, I yes, I no) {
   return _mm512_mask_blend_epi32(m.v, no.v, yes.v);
 }
+// Bit i is lane i.
+CAME8BIT_INLINE unsigned mask(M m) {
+  return m.v;
+}
 CAME8BIT_INLINE int count(M m) {
   return _mm_popcnt_u32(m.v);
 }
@@ -302,6 +306,31 @@ CAME8BIT_INLINE float sum_lanes(F a) {
 }
 CAME8BIT_INLINE float largest_lane(F a) {
   return _mm512_reduce_max_ps(a.v);
+}
+
+// Rows of eight, two in a vector. `of_two_rows`: p[0] in the lower half of the lanes, p[1] in the
+// upper; `twice`: p[0 ... 7] in both.
+CAME8BIT_INLINE F of_two_rows(const float* p) {
+  return _mm512_mask_broadcastss_ps(_mm512_set1_ps(p[0]), 0xff00, _mm_load_ss(p + 1));
+}
+CAME8BIT_INLINE F twice(const float* p) {
+  return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+}
+CAME8BIT_INLINE F lower_halves(F x, F y) {
+  return _mm512_shuffle_f32x4(x.v, y.v, 0x44);
+}
+CAME8BIT_INLINE F upper_halves(F x, F y) {
+  return _mm512_shuffle_f32x4(x.v, y.v, 0xee);
+}
+// op over the lanes of each half of x and of y, in the order of sum_lanes.
+template <class Op>
+CAME8BIT_INLINE void over_eights(F x, F y, Op op, float* out) {
+  const F four =
+      op(F(_mm512_shuffle_f32x4(x.v, y.v, 0x88)), F(_mm512_shuffle_f32x4(x.v, y.v, 0xdd)));
+  const F two = op(four, F(_mm512_permute_ps(four.v, 0x4e)));
+  const F one = op(two, F(_mm512_permute_ps(two.v, 0xb1)));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(order, one.v)));
 }
 
 }  // namespace avx512

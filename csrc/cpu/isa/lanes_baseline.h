@@ -170,6 +170,13 @@ CAME8BIT_INLINE I with_sign(I a, F sign) {
   const M negative = bits(sign) < I(0);
   return increment_if(negative, a ^ select(negative, I(-1), I(0)));
 }
+// Bit i is lane i.
+CAME8BIT_INLINE unsigned mask(M m) {
+  const IntLanes lanes(reinterpret<I>(m));
+  unsigned bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<unsigned>(lanes[i] & 1) << i;
+  return bits;
+}
 CAME8BIT_INLINE int count(M m) {
   const IntLanes lanes(reinterpret<I>(m));
   int total = 0;
@@ -296,6 +303,45 @@ CAME8BIT_INLINE float largest_lane(F a) {
   float largest = lanes[0];
   for (float lane : lanes.v) largest = lane > largest ? lane : largest;
   return largest;
+}
+
+// Rows of eight, two in a vector. `of_two_rows`: p[0] in the lower half of the lanes, p[1] in the
+// upper; `twice`: p[0 ... 7] in both.
+CAME8BIT_INLINE F of_two_rows(const float* p) {
+  float lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = p[i / 8];
+  return load(lanes);
+}
+CAME8BIT_INLINE F halves(const float* lower, const float* upper) {
+  float lanes[16];
+  memcpy(lanes, lower, 8 * sizeof(float));
+  memcpy(lanes + 8, upper, 8 * sizeof(float));
+  return load(lanes);
+}
+CAME8BIT_INLINE F twice(const float* p) {
+  return halves(p, p);
+}
+CAME8BIT_INLINE F lower_halves(F x, F y) {
+  return halves(FloatLanes(x).v, FloatLanes(y).v);
+}
+CAME8BIT_INLINE F upper_halves(F x, F y) {
+  return halves(FloatLanes(x).v + 8, FloatLanes(y).v + 8);
+}
+// op over the lanes of each half of x and of y, in the order of sum_lanes.
+template <class Op>
+CAME8BIT_INLINE void over_eights(F x, F y, Op op, float* out) {
+  float rows[32], lower[16] = {}, upper[16] = {};
+  store(rows, x);
+  store(rows + 16, y);
+  for (int half = 4; half > 0; half /= 2) {
+    for (int i = 0; i < 4 * half; ++i) {
+      const int lane = i / half * 2 * half + i % half;
+      lower[i] = rows[lane];
+      upper[i] = rows[lane + half];
+    }
+    store(rows, op(load(lower), load(upper)));
+  }
+  memcpy(out, rows, 4 * sizeof(float));
 }
 
 }  // namespace baseline

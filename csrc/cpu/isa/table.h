@@ -42,6 +42,7 @@ namespace came8bit {
         largest_magnitude,                                                                  \
         CAME8BIT_ISA::encode,                                                               \
         CAME8BIT_ISA::decode,                                                               \
+        encode_rows,                                                                        \
         lane_sum,                                                                           \
         lane_sum_of_ratios,                                                                 \
         add,                                                                                \

@@ -6,6 +6,8 @@ namespace CAME8BIT_ISA {
 namespace {
 
 constexpr int kLineBytes = 64;
+// How many elements ahead sweep C, and all sweeps of short rows, ask for memory.
+constexpr int kAhead = 1024;
 
 // Asks for memory `ahead` elements after p + j, once per cache line.
 template <class T>
