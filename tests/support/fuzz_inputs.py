@@ -67,7 +67,7 @@ BERT = dict(
     intermediate_size=64, vocab_size=64, architectures=["BertForSequenceClassification"],
     id2label={"0": "a", "1": "b", "2": "c"},
 )  # fmt: skip
-SMALL = [1, 2, 3, 4, 8, 16, 48, 128, None, True, 0.5]
+SMALL = [1, 2, 3, 4, 8, 16, 24, None, True, 0.5]  # more layers take more time to trace
 SIZES = ["64", "many", 3, 7, 1000, 1001, 4096, 100_000, 2**24, 2**31, 2**63, 0.5, 1e-9, [1000] * 9]
 
 
