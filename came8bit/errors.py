@@ -26,6 +26,9 @@ REFUSALS = (
 OUTSIDE = (OSError, MemoryError, torch.OutOfMemoryError)
 """Those that may still come when everything has been checked."""
 
+FRESH = "Load a checkpoint, or start again with no state (optimizer.state.pop(param))"
+"""What to do where the state of a parameter is the trouble."""
+
 
 def explain(error: BaseException, text: str) -> None:
     """Let the message of ``error`` end with ``text``, a sentence without its full stop.

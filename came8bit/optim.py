@@ -17,15 +17,17 @@ from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
 from .errors import OUTSIDE, explaining
+from .misfit import blaming_state
 from .ops.sharded import moving, step_work
 from .ops.step import (
     CaptureWarning,
     SkipWarning,
-    blaming_state,
     check_finite,
+    collect,
     collect_one,
     count_skipped,
 )
+from .overlap import check_apart
 from .paging import store_for
 from .param_groups import GlobalOptimManager
 from .state.layout import DEFAULT_MIN_8BIT_SIZE, Group
@@ -177,7 +179,7 @@ class CAME(StoredOptimizer):
         paged = self._settled("is_paged", is_paged, self._is_paged, False)
         self._store = store_for(paged, page_dir, page_budget)
         self._skip_warning = SkipWarning()
-        self._squares = {}
+        self._squares, self._places = {}, []
         self._capture_warning = CaptureWarning()
         super().__init__(params, defaults)
 
@@ -272,16 +274,8 @@ class CAME(StoredOptimizer):
         """
         with explaining(untouched), blaming_state(self._store, self.param_groups):
             self._store.drop_others(self._params())
-            work: list[tuple[Group, list[StepItem]]] = []
-            first = 0
-            for group in self.param_groups:
-                check_options(group)
-                items = [
-                    collect_one(self._store, param, group, position, first)
-                    for position, param in enumerate(group["params"], first)
-                ]
-                work.append((group, [item for item in items if item is not None]))
-                first += len(group["params"])
+            work = collect(self._store, self.param_groups)
+            check_apart(work, self.param_groups, self._places)
             self._prepare(work, self.param_groups)
         with (
             explaining(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .state.layout import Group
+from .state.store import Work, may_train
+
 Name = TypeVar("Name")
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # whose memory is their own
 
 
 def elements_overlap(tensor: Tensor) -> bool:
@@ -32,10 +37,8 @@ def sharing(tensors: Iterable[tuple[Name, Tensor]]) -> tuple[Name, Name] | None:
     """
     spans = []
     for name, tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or not tensor.numel():
-            continue
-        if tensor.layout == torch.strided:
-            begin = tensor.data_ptr()
+        begin = tensor.data_ptr() if _has_place(tensor) and tensor.numel() else 0
+        if begin:  # else there is nothing, or its memory has been freed
             end = begin + (_last_place(tensor) + 1) * tensor.itemsize
             spans.append((str(tensor.device), begin, end, name, tensor))
     spans.sort(key=lambda span: span[:3])
@@ -47,6 +50,51 @@ def sharing(tensors: Iterable[tuple[Name, Tensor]]) -> tuple[Name, Name] | None:
                 return other[3], span[3]
         open_spans.append(span)
     return None
+
+
+def check_apart(work: Work, groups: Sequence[Group], places: list[int]) -> None:
+    """Check that no two parameters of a step share memory that did not when it was looked at last.
+
+    An optimizer checks that when it is made. Tools that move parameters, or give them ``data`` of
+    another kind, do it later; looking at where each one begins costs a step nothing that shows.
+
+    Args:
+        work: of the step.
+        groups: all of the optimizer.
+        places: where each of their parameters began when all were apart, empty at first; kept up
+            to date.
+
+    Raises:
+        ValueError: two parameters in ``work`` share memory, or elements of one do.
+    """
+    items = [item for _, members in work for item in members if type(item.param) in _PLAIN]
+    known = len(places) == sum(len(group["params"]) for group in groups)
+    if known and all(item.param.data_ptr() == places[item.position] for item in items):
+        return
+    named = [
+        (f"parameter {item.position} (shape {tuple(item.param.shape)})", item.param)
+        for item in items
+    ]
+    for name, param in named:
+        if elements_overlap(param):
+            raise ValueError(
+                f"{name} has got strides {param.stride()}: several elements share memory, so it "
+                "cannot be updated in place; use param.data = param.data.contiguous()"
+            )
+    pair = sharing(named)
+    if pair is not None:
+        raise ValueError(
+            f"{pair[0]} and {pair[1]} have come to share memory, so each would undo the other's "
+            "update; give one of them a copy, or train only one"
+        )
+    # Of those without a gradient two may share: weights that are swapped through one buffer.
+    params = [param for group in groups for param in group["params"]]
+    apart = sharing((0, param) for param in params if may_train(param)) is None
+    places[:] = [param.data_ptr() if _has_place(param) else 0 for param in params] if apart else []
+
+
+def _has_place(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _share(one: Tensor, other: Tensor, distance: int) -> bool:

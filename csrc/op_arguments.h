@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <functional>
 #include <optional>
 #include <vector>
 
@@ -54,7 +56,9 @@ class Checker {
                         t.scalar_type() == scalar_type_of<T>() && t.numel() == size,
                     name, " ", i, ": expected a contiguous ", device_.name, " tensor of ", size,
                     " values of ", sizeof(T), " bytes, got ", t.numel(), " of ", t.element_size());
-    return static_cast<T*>(t.data_ptr());
+    T* values = static_cast<T*>(t.data_ptr());
+    STD_TORCH_CHECK(values != nullptr || size == 0, name, " ", i, ": its memory has been freed");
+    return values;
   }
 
   template <class T>
@@ -110,6 +114,7 @@ class Checker {
       a.skipped = state<int64_t>(skipped, i, 1, "skipped");
       a.grad_square = squares ? squares + i : nullptr;
     }
+    apart(all);
     return all;
   }
 
@@ -196,6 +201,17 @@ class Checker {
     if (sizeof(T) == 2) return ScalarType::BFloat16;
     if (T(0.5) != T(0)) return sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
     return ScalarType::Long;
+  }
+
+  // Whoever lets parameters share state shares the counters as well: one would do for all buffers,
+  // and hundreds of pointers are sorted in microseconds.
+  static void apart(const std::vector<ParamArguments>& all) {
+    std::vector<const int64_t*> counters;
+    counters.reserve(all.size());
+    for (const ParamArguments& a : all) counters.push_back(a.step);
+    std::sort(counters.begin(), counters.end(), std::less<>());
+    const auto twice = std::adjacent_find(counters.begin(), counters.end());
+    STD_TORCH_CHECK(twice == counters.end(), "step: two parameters share one counter");
   }
 
   static void same_sizes(const Tensor& param, const Tensor& grad, size_t i) {

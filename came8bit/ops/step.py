@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -13,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import listed
+from ..errors import FRESH, listed
 from ..reference.rungs import RUNGS, rung_of
-from ..state.layout import Group, find_fault, plan_state, possible_layouts
+from ..state.layout import Group, find_fault
 from ..state.sharding import is_sharded, local
-from ..state.store import StateStore, StepItem, Work, fit, stream_of
-from ..validation import moved_error, unusable_error, usable
+from ..state.store import StateStore, StepItem, Work, stream_of
+from ..validation import check_options, moved_error, unusable_error, usable
 from . import libraries, schema
 
 _LOOK_EVERY = 16  # steps between two looks at the skip counters
@@ -57,6 +56,21 @@ def collect_one(
     if grad.dtype == torch.float64:
         grad = grad.to(torch.float32)
     return StepItem(param, grad, state, position, stream_of(group, position, first))
+
+
+def collect(store: StateStore, groups: Sequence[Group]) -> list[tuple[Group, list[StepItem]]]:
+    """Check options, and collect what a step of all ``groups`` needs; raises as collect_one."""
+    work: list[tuple[Group, list[StepItem]]] = []
+    first = 0
+    for group in groups:
+        check_options(group)
+        items = [
+            collect_one(store, param, group, position, first)
+            for position, param in enumerate(group["params"], first)
+        ]
+        work.append((group, [item for item in items if item is not None]))
+        first += len(group["params"])
+    return work
 
 
 def is_still(group: Group) -> bool:
@@ -99,44 +113,9 @@ def step_group(
             fault = _fault_of(store, item.param)
             raise FloatingPointError(
                 f"the update of parameter {item.position} is not finite although its gradient is"
-                + (f": {fault}. {_FRESH}" if fault else "; lower the loss scale or clip gradients")
+                + (f": {fault}. {FRESH}" if fault else "; lower the loss scale or clip gradients")
                 + ". That parameter was left alone, others of its group have been updated"
             )
-
-
-@contextmanager
-def blaming_state(store: StateStore, groups: Sequence[Group]) -> Iterator[None]:
-    """Turn an error that state of the wrong kind has caused into one that names it.
-
-    Only something else can have put it there, so a step does not look before it fails.
-    """
-    try:
-        yield
-    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
-        fault = _misfit(store, groups)
-        if fault is None:
-            raise
-        raise ValueError(f"{fault}. {_FRESH}") from error
-
-
-def _misfit(store: StateStore, groups: Sequence[Group]) -> str | None:
-    """Say which parameter has state that is not of its shape and dtype, and why.
-
-    Only what is at hand is looked at: not what is in pages elsewhere, nor what is sharded.
-    """
-    members = ((param, group) for group in groups for param in group["params"])
-    for position, (param, group) in enumerate(members):
-        state = store.state.get(param) or {}
-        if "exp_avg" in state and not is_sharded(param):
-            try:
-                fit(state, [plan_state(param, group), *possible_layouts(param.shape)])
-            except ValueError as error:
-                shape = tuple(param.shape)
-                return f"the state of parameter {position} (shape {shape}) does not fit: {error}"
-    return None
-
-
-_FRESH = "Load a checkpoint, or start again with no state (optimizer.state.pop(param))"
 
 
 def check_finite(work: Work, store: StateStore, groups: Sequence[Group]) -> None:
@@ -166,7 +145,7 @@ def check_finite(work: Work, store: StateStore, groups: Sequence[Group]) -> None
         raise FloatingPointError(
             f"the gradient of parameter {listed(bad)} is not finite"
             + (
-                f", probably because of {listed(faults)}. {_FRESH}"
+                f", probably because of {listed(faults)}. {FRESH}"
                 if faults
                 else '; nonfinite="skip" would leave such parameters out of the step'
             )
@@ -177,7 +156,7 @@ def blame(store: StateStore, groups: Sequence[Group]) -> str:
     """Say why parameters have been skipped: for their state, for themselves, or for gradients."""
     faults = _faults(store, groups, only_skipped=True)
     if faults:
-        return f"for what they are, not for their gradients: {listed(faults)}. {_FRESH}"
+        return f"for what they are, not for their gradients: {listed(faults)}. {FRESH}"
     return "because the gradient was not finite; see skipped_steps() and the option nonfinite"
 
 

@@ -29,7 +29,7 @@ MIN_PAGE_BYTES = 1 << 16
 
 ALIGNMENT = 256  # of every buffer within a page; what kernels and copy engines like best
 
-_PAGED = ("exp_avg", "absmax", "scales", "exp_avg_sq")
+PAGED = ("exp_avg", "absmax", "scales", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PageLayout:
 
 def page_layout(layout: Layout) -> PageLayout | None:
     """Return the page that state of ``layout`` has, or ``None`` where it is too small for one."""
-    buffers = tuple(buffer for buffer in layout.buffers if buffer.name in _PAGED)
+    buffers = tuple(buffer for buffer in layout.buffers if buffer.name in PAGED)
     starts, end = [], 0
     for buffer in buffers:
         starts.append(end)

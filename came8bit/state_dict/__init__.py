@@ -54,6 +54,8 @@ class StoredOptimizer(Optimizer):
     _skip_warning: SkipWarning
     # Sums of squares of the gradients of the last step; see step_group.
     _squares: dict[int, Tensor]
+    # Where parameters are; see check_apart.
+    _places: list[int]
     _capture_warning: CaptureWarning
 
     @property
@@ -80,7 +82,7 @@ class StoredOptimizer(Optimizer):
         for group in self.param_groups:
             for name, value in ADDED_OPTIONS.items():
                 group.setdefault(name, value)
-        self._skip_warning, self._squares = SkipWarning(), {}
+        self._skip_warning, self._squares, self._places = SkipWarning(), {}, []
         self._capture_warning = CaptureWarning()
         if saved is not None:
             self._store.adopt(saved)

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing._internal.two_tensor import TwoTensor
-from training import with_gradient
 
 import came8bit
 from came8bit import CAME, CAME8bit, PagedCAME8bit
@@ -260,60 +259,3 @@ def test_parameters_that_share_memory_are_refused():
     assert sharing([("a", base[::2]), ("b", base[1::2])]) is None
     assert sharing([("a", base), ("b", base.view(torch.bfloat16))]) == ("a", "b")
     assert sharing([("a", base.to("meta")), ("b", base.to("meta"))]) is None
-
-
-# --- state that something else has changed --------------------------------------------------------
-
-CHANGES = {
-    "numpy": (lambda state, name: state.update({name: state[name].numpy()}), "ndarray"),
-    "None": (lambda state, name: state.update({name: None}), "NoneType"),
-    "wider": (lambda state, name: state.update({name: state[name].double()}), "torch.float64"),
-    "lost": (lambda state, name: state.pop(name), "got buffers "),
-    "cut": (lambda state, name: state.update({name: state[name].view(-1)[:1]}), r"shape \(1,\)"),
-}
-
-
-CHANGED = [
-    (change, name)
-    for change in CHANGES
-    for name in ("absmax", "exp_avg_sq_row", "exp_avg_res_col", "step")
-    if (change, name) != ("cut", "step")  # a counter with one element is one
-]
-
-
-@pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize(("change", "name"), CHANGED)
-def test_state_of_the_wrong_kind_is_named(change, name, paged):
-    first, second = with_gradient(64, 64), with_gradient(64, 80)
-    optimizer = CAME([first, second], optim_bits=8, is_paged=paged)
-    optimizer.step()
-    act, said = CHANGES[change]
-    act(optimizer.state[second], name)
-    before = second.detach().clone()
-    wanted = rf"state of parameter 1 \(shape \(64, 80\)\) does not fit: .*{said}"
-    with pytest.raises(ValueError, match=wanted):
-        optimizer.step()
-    with pytest.raises(ValueError, match=wanted):
-        optimizer.step_parameter(second, optimizer.param_groups[0], 1)
-    assert torch.equal(before, second)
-
-
-@pytest.mark.parametrize("name", ["exp_avg", "absmax", "exp_avg_res_row", "skipped"])
-def test_state_on_the_meta_device_is_refused(name):
-    """Dispatch would take such a call for one without values, and do nothing."""
-    params = [with_gradient(64, 64), with_gradient(64, 80)]
-    optimizer = CAME(params, optim_bits=8)
-    optimizer.step()
-    state = optimizer.state[params[1]]
-    state[name] = state[name].to("meta")
-    with pytest.raises(RuntimeError, match="state on the meta device for parameters on cpu"):
-        optimizer.step()
-
-
-def test_a_parameter_without_its_name_is_refused():
-    optimizer = CAME([("w", with_gradient(64, 64))])
-    optimizer.param_groups[0]["params"].append(with_gradient(3))
-    with pytest.raises(
-        ValueError, match=r"1 names in a group of more parameters; add_param_group\(\)"
-    ):
-        optimizer.step()
