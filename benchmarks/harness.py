@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import io
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,9 @@ import torch
 
 from came8bit import environment
 from came8bit.atomic_file import atomic_file
+
+if sys.platform != "win32":
+    import fcntl
 
 Params = list[torch.nn.Parameter]
 
@@ -100,17 +105,26 @@ def write_json(content: object, path: Path) -> None:
 
 
 def append(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Append to the CSV; a file with other columns is left alone."""
+    """Append to the CSV, one program at a time; a file with other columns is left alone."""
     lines = list(rows)
     if not lines:
         return
     names = list(lines[0])
-    old = path.read_text(encoding="utf-8").splitlines()[:1] if path.exists() else []
-    if old and old[0] != ",".join(names):
-        raise SystemExit(f"{path} has other columns than this version writes; move it away first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
+    with path.open("ab+") as file:
+        if sys.platform != "win32":
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        file.seek(0)
+        old = file.read().decode().splitlines(keepends=True)
+        if old and old[0].rstrip() != ",".join(names):
+            raise SystemExit(
+                f"{path} has other columns than this version writes; move it away first"
+            )
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
         if not old:
             writer.writeheader()
+        elif not old[-1].endswith("\n"):
+            text.write("\n")  # a program was stopped in the middle of its row
         writer.writerows(lines)
+        file.write(text.getvalue().encode())
