@@ -29,6 +29,7 @@ MAGIC = b"PK\x03\x04"
 _LARGEST_PICKLE = 100_000_000
 _LOCAL_HEADER = 30  # bytes before the name of a member
 _CHUNK = 1 << 22
+_NEWEST_VERSION = 10  # that torch.load reads; it still writes 3
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -90,7 +91,10 @@ def explained(
             raise
         raise CheckpointError(f"{what} ({error.strerror})") from error
     except Exception as error:
-        raise CheckpointError(f"{what} ({type(error).__name__}: {str(error)[:200]})") from error
+        said = f"{type(error).__name__}: {str(error)[:200]}"
+        if "Bad CRC-32" in said:
+            said += "; torch.serialization.set_crc32_options(False) writes such files, too"
+        raise CheckpointError(f"{what} ({said})") from error
 
 
 def _tensor(
@@ -183,11 +187,18 @@ class Archive:
             if len(pickles) != 1:
                 raise CheckpointError("a zip archive, but not one that torch.save writes")
             self._folder = pickles[0].removesuffix("data.pkl")
+            self._dtypes: dict[str, torch.dtype] = {}  # of members that have been referred to
             order = self._members.get(self._folder + "byteorder")
             if order is not None and self._zip.read(order) != b"little":
                 raise CheckpointError(
                     "the numbers are not little-endian: load the file with torch.load on any "
                     "machine and save it again"
+                )
+            version = self._members.get(self._folder + "version")
+            if version is not None and int(self._zip.read(version)) > _NEWEST_VERSION:
+                raise CheckpointError(
+                    f"written in version {int(self._zip.read(version))} of the format of "
+                    f"torch.save, expected at most {_NEWEST_VERSION}: save it again with this torch"
                 )
 
     def load(self) -> Any:
@@ -250,4 +261,6 @@ class Archive:
                 f"{info.filename} has {info.file_size} bytes, its tensor needs "
                 f"{numel} times {dtype.itemsize}"
             )
+        if self._dtypes.setdefault(info.filename, dtype) != dtype:
+            raise ValueError(f"{info.filename} has two dtypes, {dtype} is one")
         return _Storage(info, dtype, numel)

@@ -221,9 +221,12 @@ def _shape_of(saved: Mapping[str, Any], entry: Entry, position: int) -> tuple[in
 
 
 def _strange_state(saved: Mapping[str, Any], entry: Entry, position: int) -> CheckpointError:
-    shapes = {key: getattr(value, "shape", type(value).__name__) for key, value in saved.items()}
+    found = {
+        key: f"{value.dtype} {value.shape}" if hasattr(value, "shape") else type(value).__name__
+        for key, value in saved.items()
+    }
     return CheckpointError(
-        f"parameter {label(entry, position)} has state {shapes}, which neither came8bit nor "
+        f"parameter {label(entry, position)} has state {found}, which neither came8bit nor "
         "came-pytorch keeps"
     )
 

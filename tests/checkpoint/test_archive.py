@@ -186,6 +186,24 @@ def test_big_endian_numbers_are_refused(path, refused):
     refused(path, "not little-endian")
 
 
+def test_a_newer_format_is_refused(path, refused, official):
+    contents = members(path)
+    name = next(name for name in contents if name.endswith("/version"))
+    write(path, {**contents, name: b"11\n"})
+    refused(path, "in version 11 of the format of torch.save, expected at most 10")
+    write(path, {**contents, name: b"10\n"})
+    load_checkpoint(CAME32bit(copies(official[0]).items()), path)
+
+
+def test_a_file_without_checksums_is_refused(path, refused, official):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(official[1].state_dict(), path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    refused(path, r"Bad CRC-32.*set_crc32_options\(False\) writes such files")
+
+
 # --- pickles --------------------------------------------------------------------------------------
 
 
@@ -203,6 +221,20 @@ def test_a_storage_larger_than_its_member_is_refused(path, refused):
     name = next(name for name in contents if name.endswith("data/0"))
     write(path, {**contents, name: contents[name][:-4]})
     refused(path, "data/0 has 356 bytes, its tensor needs 90 times 4")
+
+
+def test_a_storage_with_two_dtypes_is_refused(path, refused, official):
+    """torch.load gives all of its tensors the dtype that it met first."""
+    table = official[1].state_dict()
+    state = dict(table["state"][0])
+    state["exp_avg_sq_row"] = state["exp_avg_sq_row"].bfloat16()
+    state["exp_avg_res_row"] = state["exp_avg_res_row"].half()
+    torch.save({**table, "state": {**table["state"], 0: state}}, path)
+    load_checkpoint(CAME32bit(copies(official[0]).items()), path)
+    rows = [n for n, content in members(path).items() if "/data/" in n and len(content) == 18]
+    one, other = (b"X\x01\x00\x00\x00" + name[-1:].encode() for name in rows)
+    with_pickle(path, lambda text: text.replace(other, one))
+    refused(path, "has two dtypes, torch.float16 is one")
 
 
 def test_a_tensor_outside_of_its_storage_is_refused(path, refused):
