@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import re
 import textwrap
 from functools import partial
@@ -18,6 +17,8 @@ from ..errors import CliError, printable
 from ..planner import plot, report
 
 _WIDTH = 80
+_MOST = 10**15  # of sequences, tokens and elements
+_LARGEST = 1e9  # of GB and GiB: bytes are counted in 64 bits
 _fill = partial(textwrap.fill, width=_WIDTH, break_on_hyphens=False)
 _EPILOG = f"""\
 names: {", ".join(planner.CONFIGS)}
@@ -208,21 +209,21 @@ def _optimizers(text: str | None, paged: bool) -> list[str]:
 
 def _whole(text: str) -> int:
     value = int(text)
-    if value < 1:
+    if not 1 <= value <= _MOST:
         raise ValueError(text)
     return value
 
 
 def _positive(text: str) -> float:
     value = float(text)
-    if not 0 < value < math.inf:
+    if not 0 < value <= _LARGEST:
         raise ValueError(text)
     return value
 
 
 def _not_negative(text: str) -> float:
     value = float(text)
-    if not 0 <= value < math.inf:
+    if not 0 <= value <= _LARGEST:
         raise ValueError(text)
     return value
 
@@ -232,5 +233,5 @@ def _gigabytes(text: str) -> float:
 
 
 # argparse names the function in its message: "invalid positive number value: '0'".
-_whole.__name__, _positive.__name__ = "whole number above 0", "positive number"
-_not_negative.__name__, _gigabytes.__name__ = "number of at least 0", "positive number of GB"
+_whole.__name__, _positive.__name__ = "whole number above 0", "positive number up to 1e9"
+_not_negative.__name__, _gigabytes.__name__ = "number from 0 to 1e9", "positive number of GB"

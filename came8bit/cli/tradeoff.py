@@ -45,6 +45,7 @@ _CHANGES = (
 )
 _NEEDED = ("accelerate", "transformers", "matplotlib", "rich", "scipy")
 _MOST_ITEMS = 10**9  # windows or images in a run: their order is held in memory
+_LARGEST_LR = 1e9  # that CAME takes
 
 _HELP = {
     "--preset": "default: %(default)s",
@@ -124,7 +125,7 @@ def add_parser(subparsers: Any) -> None:
     add("--tune", action=argparse.BooleanOptionalAction)
     add("--lr", metavar="NAME=LR", type=_rates(1), action="append", default=[])
     add("--grid", metavar="NAME=LR,...", type=_rates(20), action="append", default=[])
-    numbers(float, 0, math.inf, "--equal-lr", metavar="LR")
+    numbers(float, 0, _LARGEST_LR, "--equal-lr", metavar="LR")
     numbers(float, 0, 1e3, "--margin", metavar="NAT", default=0.005)
 
     group = parser.add_argument_group("where it runs")
@@ -138,13 +139,13 @@ def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
     name = "whole number" if kind is int else "number"
 
     def parse(text: str) -> Any:
-        try:
+        value = math.nan
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
         if not (low <= value <= high and math.isfinite(value)):
-            bound = f"from {low:,} to {high:,}" if math.isfinite(high) else f"from {low:,} up"
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a {name} {bound}")
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, expected a {name} from {low:,} to {high:,}"
+            )
         return value
 
     return parse
@@ -169,17 +170,17 @@ def _rates(most: int) -> Callable[[str], tuple[str, tuple[float, ...]]]:
 
     def parse(text: str) -> tuple[str, tuple[float, ...]]:
         name, _, values = text.partition("=")
-        (name,) = _names(OPTIMIZERS)(name)[:1]
-        try:
+        names = _names(OPTIMIZERS)(name)
+        numbers: tuple[float, ...] = ()
+        with contextlib.suppress(ValueError):
             numbers = tuple(float(value) for value in values.split(","))
-        except ValueError:
-            numbers = ()
-        if not 0 < len(numbers) <= most or not all(0 < x < math.inf for x in numbers):
+        fit = 0 < len(numbers) <= most and all(0 < x <= _LARGEST_LR for x in numbers)
+        if not fit or len(names) > 1:
             raise argparse.ArgumentTypeError(
                 f"got {text!r}, expected {'NAME=NUMBER' if most == 1 else 'NAME=NUMBER,...'} with "
-                f"positive numbers, for example {name}=2e-4"
+                f"positive numbers up to {_LARGEST_LR:g}, for example {names[0]}=2e-4"
             )
-        return name, numbers
+        return names[0], numbers
 
     return parse
 

@@ -8,6 +8,7 @@ workspaces inside kernels are not seen.
 
 from __future__ import annotations
 
+import logging
 import math
 import textwrap
 import weakref
@@ -272,7 +273,9 @@ class Workload:
         checkpointing: bool,
         attention: str | None,
     ) -> Trace:
-        with FakeTensorMode(), dropout_of_gpus():
+        # What does not run is reported, in one line.
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        with FakeTensorMode(), dropout_of_gpus(), mock.patch.object(log, "disabled", True):
             model = self.build(dtype, checkpointing, attention).train()
             inputs = self.inputs(model, batch, sequence, dtype)
             return trace(

@@ -218,12 +218,29 @@ def test_errors_are_one_sentence(capsys, arguments, message):
     assert message in error
 
 
-@pytest.mark.parametrize("option", ["--batch=0", "--gpu=-1", "--gpu=nan", "--reserve=-1"])
+OUT_OF_RANGE = ["--batch=0", "--gpu=-1", "--gpu=nan", "--reserve=-1", "--reserve=0x10"]
+OUT_OF_RANGE += [f"--{name}=1e300" for name in ("gpu", "reserve", "activations", "page-budget")]
+OUT_OF_RANGE += [f"--{name}=1{'0' * 30}" for name in ("batch", "sequence", "min-8bit-size")]
+
+
+@pytest.mark.parametrize("option", OUT_OF_RANGE)
 def test_numbers_out_of_range(capsys, option):
     with pytest.raises(SystemExit) as stopped:
         main(["estimate", "gpt2", option])
     assert stopped.value.code == 2
     assert "invalid" in capsys.readouterr().err
+
+
+def test_what_does_not_run_is_said_in_one_line(tmp_path, capfd):
+    """PyTorch would log a traceback of its own."""
+    path = tmp_path / "config.json"
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 2**24}
+    path.write_text(json.dumps({"model_type": "gpt2", **sizes}), encoding="utf-8")
+    batch = ["--batch", "1000000000", "--sequence", str(2**24), "--attention", "eager"]
+    assert main(["estimate", str(path), *batch, "--optimizers", "adamw"]) == 0
+    out, error = capfd.readouterr()
+    assert "ACTIVATIONS ARE NOT COUNTED: it does not run on fake tensors" in out
+    assert error == ""
 
 
 @pytest.mark.parametrize("name", ["$\\foo{", "a\nb\x1b[2J", "漢字", "z" * 200])
