@@ -58,7 +58,8 @@ def atomic_file(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Binar
         raise OSError(errno.EEXIST, "exists and is not a file; name a file in a folder", f"{path}")
     remove_leftovers(target.parent)
     # Until it has its permissions, only its owner may read it.
-    temporary, file = _create(target, 0o666 if old is None else 0o600)
+    with _naming(target):
+        temporary, file = _create(target, 0o666 if old is None else 0o600)
     try:
         with file:
             yield file

@@ -171,6 +171,19 @@ def test_unusable_paths_are_refused(tmp_path, optimizer):
     assert names(tmp_path) == ["pipe"]
 
 
+def test_a_folder_that_takes_no_files_is_told_by_the_path(tmp_path, optimizer, monkeypatch):
+    """Not by a temporary name, of which nobody has heard."""
+
+    def denied(path, *_, **__):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(atomic.os, "open", denied)
+    with pytest.raises(PermissionError) as caught:
+        save_checkpoint(optimizer, tmp_path / "x")
+    assert caught.value.filename == tmp_path / "x"
+    assert names(tmp_path) == []
+
+
 def test_a_link_stays_a_link(tmp_path, optimizer):
     (tmp_path / "there").mkdir()
     link = tmp_path / "latest"
