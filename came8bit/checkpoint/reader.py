@@ -274,9 +274,11 @@ def _read_header(table: dict[str, Any], metadata: Mapping[str, Any]) -> Header:
 
 def _read_entry(row: dict[str, Any], groups: int) -> Entry:
     name, shape, dtype = row["name"], row["shape"], row["dtype"]
-    if not (name is None or isinstance(name, str)) or dtype not in (None, *_PARAM_DTYPES):
-        raise ValueError(f"got name {name!r} and dtype {dtype!r}")
     step, skipped, digest = row["step"], row.get("skipped", 0), row.get("sha256")
+    # What never trains, and so has no state, may be of any dtype.
+    known = dtype in (None, *_PARAM_DTYPES) or (step is None and _is_dtype(dtype))
+    if not (known and (name is None or isinstance(name, str))):
+        raise ValueError(f"got name {name!r} and dtype {dtype!r}")
     if step is not None:
         _count(step)
         _count(skipped)
@@ -286,6 +288,10 @@ def _read_entry(row: dict[str, Any], groups: int) -> Entry:
     if not _count(row["group"]) < groups:
         raise ValueError(f"group {row['group']} does not exist")
     return Entry(name, row["group"], shape, dtype, step, skipped, digest)
+
+
+def _is_dtype(name: Any) -> bool:
+    return isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)
 
 
 def _take_tensors(table: dict[str, Any], prefix: str) -> dict[str, Span]:
