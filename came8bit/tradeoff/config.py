@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+
+from ..param_groups import groups_by_rule
+from .rules import RULES
 
 #: Seeds of the learning-rate search, apart from those of the reported runs, which count from 0.
 TUNE_SEEDS = (1000, 1001)
@@ -37,6 +40,7 @@ class OptimizerSpec:
         tuned_as: The arm whose learning-rate search decides for this one too, where both are run:
             an optimizer with the same rule, which differs in how it stores its state.
         start: Where ``--tune`` starts, if not at ``lr``: where those of docs/evidence.md started.
+        rules: Key of :data:`came8bit.tradeoff.rules.RULES` that divides the parameters into groups.
     """
 
     label: str
@@ -50,12 +54,14 @@ class OptimizerSpec:
     rule: str = ""
     tuned_as: str = ""
     start: float = 0.0
+    rules: str = ""
 
     @property
     def call(self) -> str:
-        """The constructor's call without parameters, learning rate and weight decay."""
-        options = ", ".join(f"{key}={value!r}" for key, value in sorted(self.options.items()))
-        return f"{self.path}({options})"
+        """The constructor's call without learning rate, weight decay and ungrouped parameters."""
+        options = [f"{key}={value!r}" for key, value in sorted(self.options.items())]
+        groups = [f"groups_by_rule(model, {self.rules})"] if self.rules else []
+        return f"{self.path}({', '.join(groups + options)})"
 
     def load(self) -> Any:
         """Import the package and return the class."""
@@ -63,9 +69,12 @@ class OptimizerSpec:
         return getattr(importlib.import_module(module), name)
 
     def build(
-        self, params: Iterable[torch.nn.Parameter], lr: float, weight_decay: float
+        self, model: torch.nn.Module, lr: float, weight_decay: float
     ) -> torch.optim.Optimizer:
-        """Make the optimizer."""
+        """Make the optimizer for what is trained of the model."""
+        params: list[Any] = [p for p in model.parameters() if p.requires_grad]
+        if self.rules:
+            params = groups_by_rule(model, RULES[self.rules])
         made: torch.optim.Optimizer = self.load()(
             params, lr=lr, weight_decay=weight_decay, **self.options
         )
@@ -119,6 +128,9 @@ OPTIMIZERS = {
     "came2bit": _came("CAME2bit, Nesterov", _NESTEROV, 2),
     # Every update acts at once, so another learning rate is best.
     "came0bit": replace(_came("CAME without momentum", _NESTEROV, 0), tuned_as=""),
+    "came-adapm": replace(
+        _came("CAME, AdaPM groups", _NESTEROV, 4), tuned_as="", marker="p", rules="ADAPM"
+    ),
 }
 
 

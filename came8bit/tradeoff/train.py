@@ -184,8 +184,7 @@ def train(spec: RunSpec, data: Data, progress: Progress) -> RunResult:
     model = build_model(task, getattr(data, "weights", None))
     result.parameters, result.wide_fraction = parameter_count(model), wide_fraction(model)
     model.to(accelerator.device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    plain = OPTIMIZERS[spec.optimizer].build(parameters, spec.lr, task.weight_decay)
+    plain = OPTIMIZERS[spec.optimizer].build(model, spec.lr, task.weight_decay)
     model, optimizer, batches, held_out = accelerator.prepare(model, plain, batches, held_out)
     scheduler = torch.optim.lr_scheduler.LambdaLR(plain, lambda step: schedule(task, step))
 

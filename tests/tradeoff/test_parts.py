@@ -13,6 +13,7 @@ import torch
 from small_images import write_fashion_mnist
 
 import came8bit
+from came8bit.param_groups import ADAPM, groups_by_rule
 from came8bit.tradeoff import config
 from came8bit.tradeoff.config import OPTIMIZERS, PRESETS, TASKS, preset_config
 from came8bit.tradeoff.data import (
@@ -27,6 +28,7 @@ from came8bit.tradeoff.data import (
 )
 from came8bit.tradeoff.measure import PeakMemory, state_bytes, wide_fraction
 from came8bit.tradeoff.models import build_model
+from came8bit.tradeoff.rules import RULES
 from came8bit.tradeoff.study import Study
 from came8bit.tradeoff.train import RunResult
 
@@ -81,10 +83,54 @@ def test_every_parameter_of_a_task_gets_a_gradient(task):
 def test_every_arm_can_be_built_and_says_how():
     for name, spec in OPTIMIZERS.items():
         if config.why_unavailable(name) is None:
-            params = [torch.nn.Parameter(torch.randn(4, 4))]
-            assert spec.build(params, 1e-3, 0.0).param_groups[0]["lr"] == 1e-3
+            assert spec.build(torch.nn.Linear(4, 4), 1e-3, 0.0).param_groups[0]["lr"] == 1e-3
             assert spec.call.startswith(spec.path + "(")
     assert OPTIMIZERS["came8bit"].options["optim_bits"] == 8
+
+
+def small_model(name):
+    task = replace(TASKS[name], width=32, heads=4, layers=1)
+    return build_model(replace(task, context=task.context and 16))
+
+
+@pytest.mark.parametrize(
+    ("task", "values", "outputs", "embeddings"),
+    [
+        ("text", "attn.c_attn", "attn.c_proj", {"wte", "wpe"}),
+        ("llama", "self_attn.v_proj", "self_attn.o_proj", {"embed_tokens"}),
+        ("vision", "attention.v_proj", "attention.o_proj", set()),
+        (
+            *("minilm", "attention.self.value", "attention.output.dense"),
+            {f"{kind}_embeddings" for kind in ("word", "position", "token_type")},
+        ),
+    ],
+)
+def test_the_groups_of_adapm_in_every_model(task, values, outputs, embeddings):
+    """Values keep all momentum, embeddings and the output of attention none."""
+    model = small_model(task)
+    optimizer = OPTIMIZERS["came-adapm"].build(model, 1e-3, 0.0)
+    found = {}
+    for group in optimizer.param_groups:
+        found |= dict.fromkeys(group["param_names"], group["optim_bits"])
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+
+    def bits(name):
+        layer = name.rpartition(".")[0]
+        if layer.endswith(values):
+            return 32
+        out = layer.endswith(outputs) or layer.rpartition(".")[2] in embeddings
+        return 0 if out else 4
+
+    assert found == {name: bits(name) for name in found}
+    assert sum(found[name] == 32 for name in found if name.endswith("weight")) == 1
+    assert sum(found[name] == 0 for name in found if name.endswith("weight")) == 1 + len(embeddings)
+
+
+def test_the_groups_of_adapm_are_those_of_the_package():
+    """On Llama, whose names the package's rules have."""
+    model = small_model("llama")
+    assert groups_by_rule(model, RULES["ADAPM"]) == groups_by_rule(model, ADAPM)
+    assert "groups_by_rule(model, ADAPM)" in OPTIMIZERS["came-adapm"].call
 
 
 # ---- data ----
