@@ -76,7 +76,6 @@ def test_the_full_instability_of_one_step_by_hand():
 
 
 def test_the_study_runs_and_its_summary_is_paired(small, monkeypatch, tmp_path):
-    monkeypatch.setattr(ablations, "OPTIMIZERS", OPTIMIZERS)
     for name in ablations.VARIANTS:
         monkeypatch.setitem(OPTIMIZERS, name, None)
     names = ablations.register()
