@@ -101,19 +101,18 @@ def load_checkpoint(
             what has changed.
     """
     check_optimizer(optimizer, "load_checkpoint")
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.is_meta:
-                raise NotImplementedError(
-                    f"load_checkpoint: a parameter is a {type(param).__name__} on {param.device}, "
-                    "which has no values; use to_empty() first"
-                )
     with open_source(path) as source:
         try:
             found = _match(optimizer, source, allow_missing, allow_unused)
             found = found.without_faults(verify(source), allow_missing)
         except ValueError as error:
             raise CheckpointError(f"{error}; nothing has been changed") from error
+        for pair in found.pairs:
+            if pair.param.is_meta and pair.wanted is not None:
+                raise NotImplementedError(
+                    f"load_checkpoint: {pair.label} is on {pair.param.device} and cannot have the "
+                    "state that the file has for it; use to_empty() first"
+                )
         report = _report(optimizer, os.fsdecode(path), source, found)
         _replace(optimizer, source, found)
     if report.remarks():
