@@ -60,8 +60,9 @@ class CAME4bit(CAME):
 class CAME2bit(CAME):
     """:class:`CAME` with momentum in 2 bits, about 0.29 bytes of state per parameter.
 
-    As :class:`CAME4bit`, with the sign and two levels of magnitude for a block of 128 values. For
-    training from scratch: fine-tuning a pretrained model ended clearly above :class:`CAME8bit`.
+    As :class:`CAME4bit`, with the sign and two levels of magnitude for a block of 128 values. To
+    fine-tune a pretrained model begin with a quarter of the learning rate: at that of
+    :class:`CAME8bit` it ended clearly above it.
     """
 
     _optim_bits = 2
