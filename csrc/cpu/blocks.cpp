@@ -16,6 +16,14 @@ struct Buffers {
   alignas(64) uint16_t random[kPiece + kDraw];
   alignas(64) float param[kPiece];
   alignas(64) char grad[kPiece * sizeof(float)];
+  alignas(64) float largest[kBlocksPerTask + kLanes];  // of blocks
+  bool decays[kBlocksPerTask];
+
+  ToEncode to_encode(int blocks) {
+    std::fill_n(largest, blocks, 0.0f);
+    std::fill_n(decays, blocks, false);
+    return {largest, decays};
+  }
 };
 
 // Neighbouring blocks that go through the passes together.
@@ -119,7 +127,7 @@ void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffe
 // Makes w and the new momentum, in `buffers`; with `stores`, momentum and second moment that are
 // not coded go where they belong.
 void new_momentum(const Parameter& p, const StepConstants& constants, const Factors& factors,
-                  const Piece& piece, bool stores, Buffers& buffers, ToEncode* blocks) {
+                  const Piece& piece, bool stores, Buffers& buffers, ToEncode blocks) {
   const Kernels& table = kernels();
   const bool decoded = p.coarse(), coded = Blocks::coded(p), full = p.exp_avg_sq != nullptr;
   const Kernels::Momentum momentum =
@@ -146,19 +154,19 @@ void new_momentum(const Parameter& p, const StepConstants& constants, const Fact
       if (stores) s.exp_avg = static_cast<float*>(p.exp_avg) + e;
     }
     if (stores && full) s.new_exp_avg_sq = p.exp_avg_sq + e;
-    momentum(constants, s, blocks + block);
+    momentum(constants, s, blocks.from(block));
   });
 }
 
 // Codes the new momentum, and fills `buffers` with what the codes hold of it.
-void encode_coarse(const Parameter& p, const Factors& factors, const Piece& piece,
-                   const ToEncode* blocks, Buffers& buffers) {
+void encode_coarse(const Parameter& p, const Factors& factors, const Piece& piece, ToEncode blocks,
+                   Buffers& buffers) {
   const Kernels& table = kernels();
   for_each_block(piece, [&](int64_t block, int64_t first, int done, int size) {
     const float* x = buffers.momentum + done;
     float* kept = buffers.kept + done;
-    float largest = blocks->largest;
-    if (blocks->decays) {
+    float largest = *blocks.largest;
+    if (*blocks.decays) {
       for_each_segment(
           p, factors, buffers, piece, done, done + size,
           [&](Segment& s, int64_t, int at) { table.forget[p.grad_dtype](s, buffers.kept + at); });
@@ -166,11 +174,11 @@ void encode_coarse(const Parameter& p, const Factors& factors, const Piece& piec
       largest = table.largest_magnitude(kept, size);
     }
     coarse_code(p).encode(x, largest, size, packed_codes(p, first), scales_of(p, block), kept);
-    ++blocks;
+    blocks = blocks.from(1);
   });
 }
 
-void encode(const Parameter& p, const Factors& factors, const Piece& piece, const ToEncode* blocks,
+void encode(const Parameter& p, const Factors& factors, const Piece& piece, ToEncode blocks,
             Buffers& buffers) {
   const Kernels& table = kernels();
   for (int i = 0; i < piece.blocks();) {
@@ -178,19 +186,19 @@ void encode(const Parameter& p, const Factors& factors, const Piece& piece, cons
     const float* x = buffers.momentum + done;
     int8_t* codes = static_cast<int8_t*>(p.exp_avg) + piece.first + done;
     float* absmax = p.absmax + piece.block + i;
-    const int together =
-        size <= kLanes ? table.encode_rows(x, blocks + i, piece.blocks() - i, size, codes, absmax)
-                       : 0;
+    const int together = size <= kLanes ? table.encode_rows(x, blocks.from(i), piece.blocks() - i,
+                                                            size, codes, absmax)
+                                        : 0;
     i += together;
     if (together > 0) continue;
-    if (blocks[i].decays) {
+    if (blocks.decays[i]) {
       for_each_segment(p, factors, buffers, piece, done, done + size,
                        [&](Segment& s, int64_t, int at) {
                          table.steps[p.grad_dtype](s, buffers.step + at - done);
                        });
     }
-    const float* step = blocks[i].decays ? buffers.step : nullptr;
-    *absmax = table.encode(x, step, blocks[i].largest, size, codes);
+    const float* step = blocks.decays[i] ? buffers.step : nullptr;
+    *absmax = table.encode(x, step, blocks.largest[i], size, codes);
     ++i;
   }
 }
@@ -207,8 +215,7 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
     const uint64_t element = p.offset + static_cast<uint64_t>(piece.first);
     const uint16_t* random =
         draws ? table.random_bits(constants, element, piece.size, buffers.random) : nullptr;
-    ToEncode blocks[kBlocksPerTask];
-    std::fill_n(blocks, piece.blocks(), ToEncode{});
+    const ToEncode blocks = buffers.to_encode(piece.blocks());
     new_momentum(p, constants, factors, piece, true, buffers, blocks);
     // The update spends what a coarse code forgets.
     if (p.coarse()) encode_coarse(p, factors, piece, blocks, buffers);
@@ -229,8 +236,7 @@ int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const
   Buffers buffers;
   int64_t total = 0;
   for_each_piece(p, task, [&](const Piece& piece) {
-    ToEncode blocks[kBlocksPerTask];
-    std::fill_n(blocks, piece.blocks(), ToEncode{});
+    const ToEncode blocks = buffers.to_encode(piece.blocks());
     new_momentum(p, constants, factors, piece, false, buffers, blocks);
     total += kernels().agreeing(buffers.w, buffers.momentum, piece.size);
   });

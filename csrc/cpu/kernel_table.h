@@ -65,10 +65,13 @@ struct Segment {
   const uint16_t* random;   // null where nothing is drawn
 };
 
-// What the encoding of a block has to know; zero at first.
+// What the encoding of blocks has to know, zero at first. Behind `largest` are kLanes values more,
+// which a vector of them may read.
 struct ToEncode {
-  float largest;  // magnitude of the new momentum that is not NaN
-  bool decays;    // whether some w is zero
+  float* largest;  // magnitudes of the new momentum that are not NaN
+  bool* decays;    // whether some w is zero
+
+  ToEncode from(int64_t block) const { return {largest + block, decays + block}; }
 };
 
 // A coarse code of at most kCoarseBlock values. `encode` is given what `largest_magnitude` returns
@@ -88,7 +91,7 @@ struct Kernels {
 
   // The first pass of sweep C, from 8-bit codes, decoded momentum or fp32: w and the new momentum,
   // and of blocks that are to be encoded what that needs. Index: gradient dtype.
-  typedef void (*Momentum)(const StepConstants&, const Segment&, ToEncode* blocks);
+  typedef void (*Momentum)(const StepConstants&, const Segment&, ToEncode blocks);
   Momentum momentum8[kDtypes], momentum_decoded[kDtypes], momentum32[kDtypes];
   Momentum momentum8_unfactored[kDtypes], momentum_decoded_unfactored[kDtypes],
       momentum32_unfactored[kDtypes];
@@ -123,7 +126,7 @@ struct Kernels {
   float (*encode)(const float* x, const float* step, float largest, int size, int8_t* codes);
   void (*decode)(const int8_t* codes, float absmax, int size, float* x);
   // Encodes blocks of `size` values each, up to one that this way is not for; returns how many.
-  int (*encode_rows)(const float* x, const ToEncode* blocks, int count, int size, int8_t* codes,
+  int (*encode_rows)(const float* x, ToEncode blocks, int count, int size, int8_t* codes,
                      float* absmax);
 
   // Whole vectors.

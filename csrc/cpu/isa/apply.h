@@ -28,7 +28,7 @@ float sum_u2(const StepConstants& c, const void* grad, const float* exp_avg_sq, 
 // The same as momentum() for short rows of codes of which none is NaN, from row `block` on; returns
 // the first row that is left.
 template <int cols, class G, class MT, bool coded>
-int momentum_of_short_rows(const Segment& s, int block, ToEncode* blocks) {
+int momentum_of_short_rows(const Segment& s, int block, ToEncode blocks) {
   typedef ShortRows<cols> Rows;
   const F zero(0.0f), col_factor = Rows::of_columns(s.col_factor), decay(s.decay);
   for (; block + Rows::kRows <= s.rows; block += Rows::kRows) {
@@ -52,11 +52,10 @@ int momentum_of_short_rows(const Segment& s, int block, ToEncode* blocks) {
       zeros[v] = mask(w == zero);
     }
     if constexpr (coded) {
-      float largest[Rows::kRows];
-      Rows::over_rows(magnitude, larger_lanes, largest);
+      Rows::over_rows(magnitude, larger_lanes, blocks.largest + block);
       for (int i = 0; i < Rows::kRows; ++i) {
         const unsigned of_row = zeros[i * cols / kLanes] >> i * cols % kLanes;
-        blocks[block + i] = {largest[i], (of_row & ((1u << cols) - 1)) != 0};
+        blocks.decays[block + i] = (of_row & ((1u << cols) - 1)) != 0;
       }
     }
   }
@@ -65,7 +64,7 @@ int momentum_of_short_rows(const Segment& s, int block, ToEncode* blocks) {
 
 // w and the new momentum. MT is the old one as it is given: int8_t or float.
 template <class G, class MT, bool coded, bool factored>
-void momentum(const StepConstants& c, const Segment& s, ToEncode* blocks) {
+void momentum(const StepConstants& c, const Segment& s, ToEncode blocks) {
   // Copies, which the stores below cannot alias.
   const G* const grad = static_cast<const G*>(s.grad);
   const MT* const old = static_cast<const MT*>(s.old_exp_avg);
@@ -118,8 +117,8 @@ void momentum(const StepConstants& c, const Segment& s, ToEncode* blocks) {
     });
     if constexpr (coded) {
       const float lane = largest_lane(largest);
-      blocks[block].largest = lane > blocks[block].largest ? lane : blocks[block].largest;
-      blocks[block].decays |= any(none);
+      if (lane > blocks.largest[block]) blocks.largest[block] = lane;
+      blocks.decays[block] |= any(none);
     }
   }
 }

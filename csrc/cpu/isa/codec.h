@@ -87,21 +87,21 @@ float encode(const float* x, const float* step, float largest, int size, int8_t*
 
 // Short rows that are blocks, up to one that decays, has an infinity or is tiny.
 template <int cols>
-CAME8BIT_INLINE int encode_short_rows(const float* x, const ToEncode* blocks, int count,
-                                      int8_t* codes, float* absmax) {
+CAME8BIT_INLINE int encode_short_rows(const float* x, ToEncode blocks, int count, int8_t* codes,
+                                      float* absmax) {
   typedef ShortRows<cols> Rows;
+  constexpr unsigned all = (1u << Rows::kRows) - 1;
+  const bool none[Rows::kRows] = {};
   const F to_next(kNearestStep);
   int block = 0;
   for (; block + Rows::kRows <= count; block += Rows::kRows, x += 64, codes += 64) {
-    float scale[Rows::kRows];
-    bool usual = true;
-    for (int i = 0; i < Rows::kRows; ++i) {
-      const ToEncode& one = blocks[block + i];
-      usual &= !one.decays & (one.largest >= kTinyAbsmax) & (one.largest < INFINITY);
-      scale[i] = level_scale_of_usual(one.largest, kLargestSquare);
-      absmax[block + i] = one.largest;
-    }
-    if (!usual) return block;
+    const F largest = load(blocks.largest + block);
+    const M usual = (F(kTinyAbsmax) <= largest) & (largest < F(INFINITY));
+    if ((mask(usual) & all) != all) return block;
+    if (memcmp(blocks.decays + block, none, sizeof none) != 0) return block;
+    float scale[kLanes];
+    store(scale, F(kLargestSquare) / largest);
+    memcpy(absmax + block, blocks.largest + block, Rows::kRows * sizeof(float));
     I code[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       const F value = load(x + v * kLanes), square = level_square(value, Rows::of_rows(scale, v));
@@ -111,7 +111,7 @@ CAME8BIT_INLINE int encode_short_rows(const float* x, const ToEncode* blocks, in
   }
   return block;
 }
-int encode_rows(const float* x, const ToEncode* blocks, int count, int size, int8_t* codes,
+int encode_rows(const float* x, ToEncode blocks, int count, int size, int8_t* codes,
                 float* absmax) {
   if (size == 8) return encode_short_rows<8>(x, blocks, count, codes, absmax);
   if (size == 16) return encode_short_rows<16>(x, blocks, count, codes, absmax);
