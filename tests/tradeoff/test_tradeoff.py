@@ -169,12 +169,12 @@ def test_the_search_picks_the_best_mean_and_uses_it(small):
 
 
 def test_a_learning_rate_that_diverges_in_the_search_is_no_failure(small):
-    code, folder = small("--optimizers", "adamw", "--tune", "--grid", "adamw=1e-3,1e30")
+    code, folder = small("--optimizers", "adamw", "--tune", "--grid", "adamw=1e-3,1e9")
     assert code == 0
     runs = read(folder)["runs"]
     assert {run["lr"] for run in runs if run["purpose"] == "final"} == {1e-3}
-    assert {run["status"] for run in runs if run["lr"] == 1e30} == {"failed"}
-    assert "1e+30: failed" in (folder / "report.md").read_text()
+    assert {run["status"] for run in runs if run["lr"] == 1e9} == {"failed"}
+    assert "1e+09: failed" in (folder / "report.md").read_text()
 
 
 def test_every_optimizer_runs_at_the_common_rate_as_well(small):
@@ -243,7 +243,7 @@ def test_an_optimizer_that_fails_is_reported_and_the_others_go_on(small, monkeyp
 
 
 def test_a_run_that_diverges_is_a_failure(small):
-    code, folder = small("--optimizers", "adamw", "--lr", "adamw=1e30")
+    code, folder = small("--optimizers", "adamw", "--lr", "adamw=1e9")
     assert code == 1
     assert "DivergedError" in read(folder)["runs"][0]["error"]
     assert not (folder / "tradeoff.png").exists()
