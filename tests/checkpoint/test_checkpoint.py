@@ -39,9 +39,6 @@ def same_state(first, second):
         assert same_bits(value, second[key]), key
 
 
-# --- resuming -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cls", [CAME8bit, CAME32bit])
 @pytest.mark.parametrize("named", [True, False])
@@ -249,23 +246,6 @@ def test_a_tensor_lr_is_saved_to_the_bit(path, dtype):
     got.fill_(7.0)
     assert float(lr) != 7.0
     same_state(by_name(params, optimizer), by_name(again, other))
-
-
-def test_on_the_meta_device_only_what_has_state_is_refused(path):
-    """Frozen weights that are offloaded have none, and the rest of the model is loaded."""
-    params = {"base": start((9, 10)).requires_grad_(False), "adapter": start((9, 10))}
-    optimizer = CAME8bit(params.items())
-    train({"adapter": params["adapter"]}, optimizer, 2)
-    save_checkpoint(optimizer, path)
-
-    offloaded = {"base": params["base"].to("meta"), "adapter": copies(params)["adapter"]}
-    again = CAME8bit(offloaded.items())
-    assert load_checkpoint(again, path).loaded == 1
-    same_state(by_name(offloaded, again), by_name(params, optimizer))
-
-    nowhere = {"base": params["base"], "adapter": params["adapter"].detach().to("meta")}
-    with pytest.raises(NotImplementedError, match="adapter is on meta"):
-        load_checkpoint(CAME8bit(nowhere.items()), path)
 
 
 def test_strings_of_the_caller_are_kept(path):

@@ -1,15 +1,19 @@
 """Files that are damaged, foreign or newer are refused, and the optimizer is as it was."""
 
+import contextlib
+import copy
 import hashlib
 import json
 import random
 import re
+import warnings
 import zipfile
 
 import pytest
 import safetensors.torch
 import torch
 from checkpoints import copies, trained
+from fuzz_checkpoints import OBJECTS, VALUES, places
 from training import assert_same, snapshot, start
 
 from came8bit import (
@@ -205,8 +209,8 @@ def test_a_correct_checksum_does_not_help(sound, refuse, name, tmp_path):
     assert not (tmp_path / "converted").exists()
 
 
-def places(value, path=()):
-    """Every place in a tree of dicts and lists."""
+def paths_in(value, path=()):
+    """The path to every place in a tree of dicts and lists."""
     items = (
         value.items()
         if isinstance(value, dict)
@@ -216,7 +220,7 @@ def places(value, path=()):
     )
     for key, item in items:
         yield (*path, key)
-        yield from places(item, (*path, key))
+        yield from paths_in(item, (*path, key))
 
 
 @pytest.mark.parametrize("value", [..., None, -1, 1.5, "", [], {}, True, 2**70], ids=repr)
@@ -224,7 +228,7 @@ def test_no_change_of_a_header_raises_anything_else(sound, tmp_path, value):
     """Any one place of the header: refused as a checkpoint, or harmless."""
     path = tmp_path / "x"
     _, optimizer = trained(shapes=SMALL, **OPTIONS)
-    for place in places(parts(sound)[0]):
+    for place in paths_in(parts(sound)[0]):
         table, data = parts(sound)
         change(place, value)(table)
         if table == parts(sound)[0]:
@@ -362,3 +366,20 @@ def test_a_model_without_names_is_compared_by_shape(sound, tmp_path):
     with pytest.raises(CheckpointError, match=r"v: \(3,\), expected \(4,\)"):
         load_checkpoint(optimizer, tmp_path / "x")
     assert not optimizer.state
+
+
+def test_a_dict_that_makes_no_sense_is_a_value_error():
+    """Anything in any place: refused as one kind of error with nothing changed, or harmless."""
+    params, optimizer = trained(shapes={"m": (9, 10), "v": (3,)}, min_8bit_size=0)
+    state_dict = optimizer.state_dict()
+    for number in range(len(list(places(state_dict)))):
+        for value in (*VALUES, *OBJECTS):
+            edited = copy.deepcopy(state_dict)
+            where, key = list(places(edited))[number]
+            where[key] = value
+            other = CAME8bit(copies(params).items())
+            with contextlib.suppress(ValueError), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                other.load_state_dict(edited)
+                continue
+            assert not other.state

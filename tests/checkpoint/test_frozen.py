@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from training import with_gradient
+from checkpoints import by_name, copies, train
+from training import start, with_gradient
 
 from came8bit import (
     CAME,
@@ -32,3 +33,22 @@ def test_frozen_parameters_of_any_dtype_keep_their_place(tmp_path, dtype, paged)
         saved, loaded = optimizer.state_dict()["state"], other.state_dict()["state"]
         assert saved.keys() == loaded.keys() == {1}
         assert all(torch.equal(value, loaded[1][name]) for name, value in saved[1].items())
+
+
+def test_on_the_meta_device_only_what_has_state_is_refused(tmp_path):
+    """Frozen weights that are offloaded have none, and the rest of the model is loaded."""
+    params = {"base": start((9, 10)).requires_grad_(False), "adapter": start((9, 10))}
+    optimizer = CAME(params.items(), optim_bits=8)
+    train({"adapter": params["adapter"]}, optimizer, 2)
+    save_checkpoint(optimizer, tmp_path / "x")
+
+    offloaded = {"base": params["base"].to("meta"), "adapter": copies(params)["adapter"]}
+    other = CAME(offloaded.items(), optim_bits=8)
+    assert load_checkpoint(other, tmp_path / "x").loaded == 1
+    got, saved = by_name(offloaded, other), by_name(params, optimizer)
+    assert got.keys() == saved.keys()
+    assert all(torch.equal(value, got[key]) for key, value in saved.items())
+
+    nowhere = {"base": params["base"], "adapter": params["adapter"].detach().to("meta")}
+    with pytest.raises(NotImplementedError, match="adapter is on meta"):
+        load_checkpoint(CAME(nowhere.items(), optim_bits=8), tmp_path / "x")
