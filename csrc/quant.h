@@ -100,14 +100,19 @@ CAME8BIT_INLINE Levels levels_of_block(float total, float count, float above_sum
 constexpr float kTinyAbsmax = 0x1p-100f;
 constexpr float kTinyFactor = 0x1p64f;
 
-// 127^2/absmax (of a tiny block: after scaling), or 0 for a block that stores zeros.
+// 127^2/absmax, of blocks that are neither tiny nor infinite.
+template <class T>
+CAME8BIT_INLINE T usual_level_scale(T absmax, T largest_square) {
+  return largest_square / absmax;
+}
+// The same of a tiny block after scaling, and 0 for a block that stores zeros.
 CAME8BIT_INLINE float level_scale(float absmax, float largest_square = kLargestSquare) {
   if (absmax < kSmallestAbsmax) return 0.0f;
-  return largest_square / (absmax < kTinyAbsmax ? absmax * kTinyFactor : absmax);
+  return usual_level_scale(absmax < kTinyAbsmax ? absmax * kTinyFactor : absmax, largest_square);
 }
 // The same of a block that is not tiny; of one of zeros any number will do.
 CAME8BIT_INLINE float level_scale_of_usual(float absmax, float largest_square) {
-  return largest_square / ::fmaxf(absmax, kTinyAbsmax);
+  return usual_level_scale(::fmaxf(absmax, kTinyAbsmax), largest_square);
 }
 
 // Square of the level that x would have on a continuous scale; the code is the largest whole level

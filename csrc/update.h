@@ -127,6 +127,12 @@ CAME8BIT_INLINE float next_rms_ratio(float rms, float predicted) {
   return ratio > 0.0f && ratio < HUGE_VALF ? ratio : 1.0f;
 }
 
+// d = kappa_0*u - m, whose squares sweep B adds up.
+template <class T>
+CAME8BIT_INLINE T difference(T u, T kappa_0, T m) {
+  return u * kappa_0 - m;
+}
+
 // Mean of (kappa*u - m_t)^2 + eps2 from sums around kappa_0; delta = kappa - kappa_0.
 template <class T>
 CAME8BIT_INLINE T mean_instability(T d2, T ud, T u2, T two_delta, T delta_squared, T count,

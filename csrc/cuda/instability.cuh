@@ -208,7 +208,7 @@ __device__ __forceinline__ void instability_tile(const Parameter& p, const StepS
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           const float u = precondition(g[i], factor, column_factor[i]);
-          const float d = u * kappa_0 - m[i];
+          const float d = difference(u, kappa_0, m[i]);
           d2[i] = d * d;
           ud[i] = u * d;
           u2[i] = u * u;

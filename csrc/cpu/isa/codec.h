@@ -100,7 +100,7 @@ CAME8BIT_INLINE int encode_short_rows(const float* x, ToEncode blocks, int count
     if ((mask(usual) & all) != all) return block;
     if (memcmp(blocks.decays + block, none, sizeof none) != 0) return block;
     float scale[kLanes];
-    store(scale, F(kLargestSquare) / largest);
+    store(scale, usual_level_scale(largest, F(kLargestSquare)));
     memcpy(absmax + block, blocks.largest + block, Rows::kRows * sizeof(float));
     I code[kVectors];
     for (int v = 0; v < kVectors; ++v) {

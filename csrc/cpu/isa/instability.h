@@ -43,7 +43,8 @@ int instability_of_short_rows(const InstabilityTile& tile, int i) {
       ask_for(g, j, kAhead);
       ask_for(stored, j, kAhead);
       const F u = precondition(load(g + j), Rows::of_rows(tile.row_factor + i, v), col_factor);
-      const F d = u * kappa_0 - momentum_of_rows<cols>(stored, tile.absmax + i, F(1.0f), v);
+      const F m = momentum_of_rows<cols>(stored, tile.absmax + i, F(1.0f), v);
+      const F d = difference(u, kappa_0, m);
       d2[v] = d * d;
       ud[v] = u * d;
       u2[v] = u * u;
@@ -94,7 +95,7 @@ void instability(const InstabilityTile& shared) {
             const F col_factor = load_some(tile.col_factor + block + j, some);
             const F x = precondition(load_some(g + j, some), row_factor, col_factor);
             store(u[q] + j, x);
-            store(d[q] + j, x * kappa_0 - momentum(j, some));
+            store(d[q] + j, difference(x, kappa_0, momentum(j, some)));
           });
         });
       }

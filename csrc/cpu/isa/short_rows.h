@@ -19,7 +19,7 @@ CAME8BIT_INLINE F larger_lanes(F x, F y) {
 
 template <int cols>
 struct ShortRows {
-  static constexpr int kRows = 64 / cols, kPerVector = kLanes / cols;
+  static constexpr int kRows = 64 / cols;
 
   // The values of the rows, or of the columns, in the lanes of one of the vectors.
   static CAME8BIT_INLINE F of_rows(const float* row, int vector) {
