@@ -159,7 +159,7 @@ def register() -> list[str]:
 
 def run(more: list[str]) -> int:
     """Do the runs that are missing; return the exit code of the study."""
-    words = f"--preset quick --cpu --in-process --seeds 3 --steps 300 {evidence._TEXT}".split()
+    words = f"--preset quick --cpu --in-process --seeds 3 --steps 300 {evidence.TEXT}".split()
     words += ["--optimizers", ",".join(register()), "--equal-lr", f"{ADAMW_LR:g}"]
     code = came8bit(["tradeoff", *words, "--out", str(RUNS), *more])
     shutil.copyfile(RUNS / "runs.csv", ROWS)
@@ -188,7 +188,7 @@ def summary() -> str:
 
 def _line(label: str, lr: float, losses: dict[int, float], base: dict[int, float]) -> list[str]:
     mean = f"{statistics.fmean(losses.values()):.4f} ± {statistics.stdev(losses.values()):.4f}"
-    result = paired(losses, base, evidence._MARGIN)
+    result = paired(losses, base, evidence.MARGIN)
     if losses is base or result is None:
         return [label, f"{lr:g}", mean, "", "", str(len(losses))]
     interval = f"{number(result.low or 0.0)} to {number(result.high or 0.0)}"

@@ -32,13 +32,13 @@ _ALL = (
     "adamw,nadamw,adafactor,adamw8bit,came-pytorch,came-published,came-corrected,"
     "came,came8bit,came4bit,came2bit,came-adapm"  # the last was added when the others were done
 )
-_TEXT = "--batch-size 8 --warmup-steps 100 --eval-items 1024"
+TEXT = "--batch-size 8 --warmup-steps 100 --eval-items 1024"
 _IMAGES = f"--tune --seeds 5 --optimizers {_CORE} --steps 200 --warmup-steps 20"
 
 #: Arguments of ``came8bit tradeoff --preset quick --cpu``. ``{adamw}`` is AdamW's own learning rate
 #: in text-512.
 TABLES = {
-    "text-512": f"--tune --seeds 8 --slow-seeds 3 --optimizers {_ALL} --steps 300 {_TEXT}",
+    "text-512": f"--tune --seeds 8 --slow-seeds 3 --optimizers {_ALL} --steps 300 {TEXT}",
     "text-8k": (
         f"--tune --seeds 5 --optimizers {_CORE} --tasks llama --corpus gcide --layers 2 "
         "--batch-size 64 --steps 80 --warmup-steps 10 --mixed-precision bf16"
@@ -52,12 +52,12 @@ TABLES = {
         "--lr adamw=1e-4 --lr came8bit=1e-4"
     ),
     "long": (
-        f"--seeds 3 --optimizers adamw,came8bit,came2bit --steps 5000 --floor 0 {_TEXT} "
+        f"--seeds 3 --optimizers adamw,came8bit,came2bit --steps 5000 --floor 0 {TEXT} "
         "--lr adamw={adamw} --lr came8bit={adamw} --lr came2bit={adamw}"
     ),
 }
 
-_MARGIN = 0.005  # nat; for the squared error of ddpm a share of AdamW's loss:
+MARGIN = 0.005  # nat; for the squared error of ddpm a share of AdamW's loss:
 _RELATIVE = {"ddpm": 0.02}
 
 
@@ -99,7 +99,7 @@ class Rows:
     def margin(self) -> float:
         """Return the margin of equality, in the unit of the loss."""
         if self.name not in _RELATIVE:
-            return _MARGIN
+            return MARGIN
         losses = self.losses("adamw", self.rate("adamw"))
         return _RELATIVE[self.name] * statistics.fmean(losses.values())
 

@@ -46,10 +46,11 @@ def _misfit(store: StateStore, groups: Sequence[Group]) -> str | None:
             continue
         what = f"the state of parameter {position} (shape {tuple(param.shape)})"
         for name, value in state.items():
-            fault = _fault_in_memory(value, param) if isinstance(value, Tensor) else None
-            if fault:
-                return f"{what} does not fit: {name} {fault}"
-            buffers.append((f"{name} of parameter {position}", value))
+            if isinstance(value, Tensor):  # else fit() says what it is
+                fault = _fault_in_memory(value, param)
+                if fault:
+                    return f"{what} does not fit: {name} {fault}"
+                buffers.append((f"{name} of parameter {position}", value))
         layouts = [plan_state(param, group), *possible_layouts(param.shape)]
         if "exp_avg" not in state:
             layouts = [replace(layout, buffers=_beside_a_page(layout)) for layout in layouts]
@@ -57,7 +58,7 @@ def _misfit(store: StateStore, groups: Sequence[Group]) -> str | None:
             fit(state, layouts)
         except ValueError as error:
             return f"{what} does not fit: {error}"
-    pair = sharing((name, value) for name, value in buffers if isinstance(value, Tensor))
+    pair = sharing(buffers)
     return pair and f"{pair[0]} and {pair[1]} share memory, so a step would change both twice"
 
 

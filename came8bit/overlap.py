@@ -81,15 +81,15 @@ def check_apart(work: Work, groups: Sequence[Group], places: list[int]) -> None:
                 f"{name} has got strides {param.stride()}: several elements share memory, so it "
                 "cannot be updated in place; use param.data = param.data.contiguous()"
             )
-    pair = sharing(named)
+    params = [param for group in groups for param in group["params"]]
+    apart = sharing((0, param) for param in params if may_train(param)) is None
+    # Of those without a gradient two may share: weights that are swapped through one buffer.
+    pair = None if apart else sharing(named)
     if pair is not None:
         raise ValueError(
             f"{pair[0]} and {pair[1]} have come to share memory, so each would undo the other's "
             "update; give one of them a copy, or train only one"
         )
-    # Of those without a gradient two may share: weights that are swapped through one buffer.
-    params = [param for group in groups for param in group["params"]]
-    apart = sharing((0, param) for param in params if may_train(param)) is None
     places[:] = [param.data_ptr() if _has_place(param) else 0 for param in params] if apart else []
 
 

@@ -194,11 +194,12 @@ class Archive:
                     "the numbers are not little-endian: load the file with torch.load on any "
                     "machine and save it again"
                 )
-            version = self._members.get(self._folder + "version")
-            if version is not None and int(self._zip.read(version)) > _NEWEST_VERSION:
+            member = self._members.get(self._folder + "version")
+            version = 0 if member is None else int(self._zip.read(member))
+            if version > _NEWEST_VERSION:
                 raise CheckpointError(
-                    f"written in version {int(self._zip.read(version))} of the format of "
-                    f"torch.save, expected at most {_NEWEST_VERSION}: save it again with this torch"
+                    f"written in version {version} of the format of torch.save, expected at most "
+                    f"{_NEWEST_VERSION}: save it again with this torch"
                 )
 
     def load(self) -> Any:
