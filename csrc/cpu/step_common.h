@@ -12,8 +12,11 @@
 namespace came8bit {
 namespace {
 
-// Parameters up to this size are stepped by one thread each, larger ones by all threads together.
-constexpr int64_t kSerialElements = 1 << 16;
+// Parameters are stepped by one thread each up to the first of these sizes, and up to the second
+// where a call has enough of them to keep all threads busy: to share one costs as much as stepping
+// some ten thousand elements. Larger ones are stepped by all threads together.
+constexpr int64_t kAlwaysAlone = 1 << 16, kMostAlone = 1 << 20;
+constexpr int64_t kTurns = 8;  // enough of them: so many for each thread, if all were as large
 constexpr int64_t kChunksPerTask = 16;
 
 StepConstants constants_of(const Parameter& p, const StepSettings& s, int64_t step, float kappa) {
@@ -70,25 +73,33 @@ bool leave(const Shared& p, const StepSettings& s, float sum) {
 // --- lists ------------------------------------------------------------------------------------
 
 // Runs step(parameter, workspace, workers): large parameters one after another with all threads,
-// so that a gradient is still cached for the next sweep; then small ones, a thread each.
+// so that a gradient is still cached for the next sweep; then the others, a thread each, the
+// largest first.
 template <class P, class Floats, class Step>
 void step_list(const std::vector<P>& parameters, const Floats& floats, const Step& step) {
-  std::vector<const P*> small;
   const int64_t workers = thread_count();
+  int64_t elements = 0;
+  for (const P& p : parameters) elements += p.numel() <= kMostAlone ? p.numel() : 0;
+  const int64_t most = std::clamp<int64_t>(elements / (workers * kTurns), kAlwaysAlone, kMostAlone);
   std::vector<Workspace> workspaces(workers);
+  std::vector<const P*> alone;
   for (const P& p : parameters) {
-    if (p.numel() <= kSerialElements) {
-      small.push_back(&p);
+    if (p.numel() <= most) {
+      alone.push_back(&p);
       for (Workspace& w : workspaces) w.reserve(floats(p));
+      continue;
     }
-  }
-  for (const P& p : parameters) {
-    if (p.numel() <= kSerialElements) continue;
     workspaces[0].reserve(floats(p));
     step(p, workspaces[0], workers);
   }
-  for_each_task(static_cast<int64_t>(small.size()), workers, [&](int64_t task, int64_t worker) {
-    step(*small[task], workspaces[worker], int64_t{1});
+  std::stable_sort(alone.begin(), alone.end(),
+                   [](const P* a, const P* b) { return a->numel() > b->numel(); });
+  std::atomic<int64_t> next{0};
+  const int64_t count = static_cast<int64_t>(alone.size());
+  for_each_task(std::min(workers, count), workers, [&](int64_t, int64_t worker) {
+    for (int64_t i = next++; i < count; i = next++) {
+      step(*alone[i], workspaces[worker], int64_t{1});
+    }
   });
 }
 
