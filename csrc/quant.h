@@ -5,6 +5,11 @@
 
 namespace came8bit {
 
+// Of numbers that are not NaN: the library's is a call.
+CAME8BIT_INLINE float larger(float x, float y) {
+  return x > y ? x : y;
+}
+
 constexpr int kBlockSize = 256;
 constexpr int kNanCode = -128;
 // 1 - bias: what must be added to a level to reach the point from which the next one is taken.
@@ -44,6 +49,13 @@ constexpr int kNanCode4 = -8;
 constexpr float kInverse7 = 1.0f / 7.0f;
 constexpr float kLargestSquare4 = 7.0f * 7.0f;
 constexpr uint32_t kLargestBf16 = 0x7f7f0000u;
+
+// The same code by look-up: level q begins at the square (q - 1/2)^2, so where 4*square, cut to a
+// whole number, is (2q - 1)^2. Those are one more than multiples of 8: (4*square + 7) / 8 leaves
+// few numbers, of which each has one level.
+constexpr int kLastOf4 = (4 * 49 + 7) / 8;
+constexpr int8_t kLevels4[kLastOf4 + 1] = {0, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 5,
+                                           5, 5, 5, 6, 6, 6, 6, 6, 6, 7, 7, 7, 7};
 
 template <class T>
 CAME8BIT_INLINE T decode4(T code, T scale) {
@@ -89,11 +101,11 @@ CAME8BIT_INLINE T nearest_whole(T x) {
 // Sums of a block in units, all exact: of all `count` values and of those above the mean.
 CAME8BIT_INLINE Levels levels_of_block(float total, float count, float above_sum, float above_count,
                                        bool has_zero, float unit) {
-  const float below = (total - above_sum) / ::fmaxf(count - above_count, 1.0f);
+  const float below = (total - above_sum) / larger(count - above_count, 1.0f);
   const float low = has_zero ? 0.0f : nearest_scale(nearest_whole(below) * unit);
-  const float high = nearest_scale((above_sum / ::fmaxf(above_count, 1.0f)) * unit);
-  if (::fmaxf(high, low) < kSmallestLevel) return {0.0f, 0.0f};
-  return {low, ::fmaxf(high, low)};
+  const float high = nearest_scale((above_sum / larger(above_count, 1.0f)) * unit);
+  if (larger(high, low) < kSmallestLevel) return {0.0f, 0.0f};
+  return {low, larger(high, low)};
 }
 
 // Blocks below this are scaled by a power of two first: 127^2/absmax would overflow.
@@ -112,7 +124,7 @@ CAME8BIT_INLINE float level_scale(float absmax, float largest_square = kLargestS
 }
 // The same of a block that is not tiny; of one of zeros any number will do.
 CAME8BIT_INLINE float level_scale_of_usual(float absmax, float largest_square) {
-  return usual_level_scale(::fmaxf(absmax, kTinyAbsmax), largest_square);
+  return usual_level_scale(larger(absmax, kTinyAbsmax), largest_square);
 }
 
 // Square of the level that x would have on a continuous scale; the code is the largest whole level

@@ -105,7 +105,7 @@ void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffe
     s.exp_avg_sq = from(p.exp_avg_sq, e);
     s.new_exp_avg_sq = nullptr;
     s.old_exp_avg = nullptr;
-    s.absmax = nullptr;
+    s.scales = nullptr;
     s.decay = 1.0f;
     s.exp_avg = buffers.momentum + done;
     s.w = buffers.w + done;
@@ -129,11 +129,14 @@ void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffe
 void new_momentum(const Parameter& p, const StepConstants& constants, const Factors& factors,
                   const Piece& piece, bool stores, Buffers& buffers, ToEncode blocks) {
   const Kernels& table = kernels();
-  const bool decoded = p.coarse(), coded = Blocks::coded(p), full = p.exp_avg_sq != nullptr;
+  const bool coded = Blocks::coded(p), full = p.exp_avg_sq != nullptr;
+  const bool packed = p.coarse() && !full && codes_begin_with_rows(p);
+  const bool decoded = p.coarse() && !packed;
   const Kernels::Momentum momentum =
-      (decoded ? (full ? table.momentum_decoded_unfactored : table.momentum_decoded)
-       : coded ? (full ? table.momentum8_unfactored : table.momentum8)
-               : (full ? table.momentum32_unfactored : table.momentum32))[p.grad_dtype];
+      (decoded  ? (full ? table.momentum_decoded_unfactored : table.momentum_decoded)
+       : packed ? (p.bits == 4 ? table.momentum4 : table.momentum2)
+       : coded  ? (full ? table.momentum8_unfactored : table.momentum8)
+                : (full ? table.momentum32_unfactored : table.momentum32))[p.grad_dtype];
   if (decoded) {
     for_each_block(piece, [&](int64_t block, int64_t first, int done, int size) {
       coarse_code(p).decode(packed_codes(p, first), 0, scales_of(p, block), constants.beta1, size,
@@ -146,9 +149,12 @@ void new_momentum(const Parameter& p, const StepConstants& constants, const Fact
     if (!decoded) s.decay = constants.beta1;
     if (decoded) {
       s.old_exp_avg = s.exp_avg;
+    } else if (packed) {
+      s.old_exp_avg = packed_codes(p, e);
+      s.scales = scales_of(p, piece.block + block);
     } else if (coded) {
       s.old_exp_avg = static_cast<const int8_t*>(p.exp_avg) + e;
-      s.absmax = p.absmax + piece.block + block;
+      s.scales = p.absmax + piece.block + block;
     } else {
       s.old_exp_avg = static_cast<float*>(p.exp_avg) + e;
       if (stores) s.exp_avg = static_cast<float*>(p.exp_avg) + e;
@@ -162,20 +168,31 @@ void new_momentum(const Parameter& p, const StepConstants& constants, const Fact
 void encode_coarse(const Parameter& p, const Factors& factors, const Piece& piece, ToEncode blocks,
                    Buffers& buffers) {
   const Kernels& table = kernels();
-  for_each_block(piece, [&](int64_t block, int64_t first, int done, int size) {
-    const float* x = buffers.momentum + done;
-    float* kept = buffers.kept + done;
-    float largest = *blocks.largest;
-    if (*blocks.decays) {
+  const int all = piece.blocks(), block_size = piece.block_size;
+  const auto encode = [&](const float* x, int i, int count, int size) {
+    coarse_code(p).encode(x + i * block_size, blocks.largest + i, count, size,
+                          packed_codes(p, piece.first + i * block_size),
+                          scales_of(p, piece.block + i), buffers.kept + i * block_size);
+  };
+  for (int i = 0; i < all;) {
+    const int done = i * block_size, size = std::min(block_size, piece.size - done);
+    if (blocks.decays[i]) {
       for_each_segment(
           p, factors, buffers, piece, done, done + size,
           [&](Segment& s, int64_t, int at) { table.forget[p.grad_dtype](s, buffers.kept + at); });
-      x = kept;
-      largest = table.largest_magnitude(kept, size);
+      blocks.largest[i] = table.largest_magnitude(buffers.kept + done, size);
+      encode(buffers.kept, i, 1, size);
+      ++i;
+      continue;
     }
-    coarse_code(p).encode(x, largest, size, packed_codes(p, first), scales_of(p, block), kept);
-    blocks = blocks.from(1);
-  });
+    int count = 1;
+    if (size == kCoarseBlock) {
+      const int full = std::min(piece.size / kCoarseBlock, all);
+      while (i + count < full && !blocks.decays[i + count]) ++count;
+    }
+    encode(buffers.momentum, i, count, size);
+    i += count;
+  }
 }
 
 void encode(const Parameter& p, const Factors& factors, const Piece& piece, ToEncode blocks,

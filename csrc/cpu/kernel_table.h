@@ -23,15 +23,15 @@ struct SecondMomentTile {
   float* col_sum;  // [cols], added to
 };
 
-// The same with the momentum: int8 codes with absmax, or fp32.
+// The same with the momentum: codes whose blocks start at column 0, or fp32.
 struct InstabilityTile {
   const void* grad;
   int64_t stride;
   int rows, cols;
   const void* momentum;
-  int64_t momentum_stride;
-  const float* absmax;  // nullptr for fp32 momentum; blocks start at column 0
-  int64_t absmax_stride;
+  int64_t momentum_stride;  // bytes
+  const void* scales;       // absmax of 8 bits, bf16 of packed codes, nullptr for fp32
+  int64_t scales_stride;
   const float* row_factor;  // [rows]
   const float* col_factor;  // [cols]
   float kappa_0;
@@ -57,8 +57,8 @@ struct Segment {
   const float *col_factor, *update_col;
   const float* exp_avg_sq;  // unfactored
   float* new_exp_avg_sq;    // null where it is not to change
-  const void* old_exp_avg;  // 8-bit codes, or fp32
-  const float* absmax;      // of the blocks of 8-bit codes
+  const void* old_exp_avg;  // codes, or fp32
+  const void* scales;       // of the blocks of codes: absmax of 8 bits, bf16 of packed ones
   float decay;              // what the old momentum is multiplied by
   float *exp_avg, *w;       // the new momentum, and its part w
   const float* kept;        // what the code holds of exp_avg, where that matters, or null
@@ -74,12 +74,13 @@ struct ToEncode {
   ToEncode from(int64_t block) const { return {largest + block, decays + block}; }
 };
 
-// A coarse code of at most kCoarseBlock values. `encode` is given what `largest_magnitude` returns
-// and writes what the codes stand for to `held`, which may be x; `decode` leaves out the first
-// `skip` codes and multiplies scales by `factor`.
+// A coarse code of at most kCoarseBlock values. `encode` is given one block, or up to kPiece values
+// in full blocks, with what `largest_magnitude` returns of each, and writes what the codes stand
+// for to `held`, which may be x. `decode` leaves out the first `skip` codes and multiplies scales
+// by `factor`.
 struct CoarseCode {
-  void (*encode)(const float* x, float largest, int size, uint8_t* codes, uint16_t* scales,
-                 float* held);
+  void (*encode)(const float* x, const float* largest, int count, int size, uint8_t* codes,
+                 uint16_t* scales, float* held);
   void (*decode)(const uint8_t* codes, int skip, const uint16_t* scales, float factor, int size,
                  float* x);
 };
@@ -87,12 +88,15 @@ struct CoarseCode {
 struct Kernels {
   void (*second_moment[kDtypes])(const SecondMomentTile&);
   void (*instability8[kDtypes])(const InstabilityTile&);
+  void (*instability4[kDtypes])(const InstabilityTile&);
+  void (*instability2[kDtypes])(const InstabilityTile&);
   void (*instability32[kDtypes])(const InstabilityTile&);
 
-  // The first pass of sweep C, from 8-bit codes, decoded momentum or fp32: w and the new momentum,
-  // and of blocks that are to be encoded what that needs. Index: gradient dtype.
+  // The first pass of sweep C, from codes, decoded momentum or fp32: w and the new momentum, and of
+  // blocks that are to be encoded what that needs. Index: gradient dtype.
   typedef void (*Momentum)(const StepConstants&, const Segment&, ToEncode blocks);
-  Momentum momentum8[kDtypes], momentum_decoded[kDtypes], momentum32[kDtypes];
+  Momentum momentum8[kDtypes], momentum4[kDtypes], momentum2[kDtypes];
+  Momentum momentum_decoded[kDtypes], momentum32[kDtypes];
   Momentum momentum8_unfactored[kDtypes], momentum_decoded_unfactored[kDtypes],
       momentum32_unfactored[kDtypes];
 

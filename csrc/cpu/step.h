@@ -28,6 +28,14 @@ inline int codes_before(const Parameter& p, int64_t in_slice) {
   return p.bits == 0 ? 0 : static_cast<int>(in_slice % (8 / p.bits));
 }
 
+// Whether every row begins with a block of codes and its last one fills a byte, so that kernels
+// find the codes of any row.
+inline bool codes_begin_with_rows(const Parameter& p) {
+  if (p.bits == 0 || p.bits == 32) return false;
+  const int64_t block_size = p.coarse() ? kCoarseBlock : kBlockSize;
+  return p.k % block_size == 0 || (p.slice_len == p.k && p.k * p.bits % 8 == 0);
+}
+
 inline const CoarseCode& coarse_code(const Parameter& p) {
   const Kernels& table = kernels();
   return p.bits == 4 ? table.code4 : p.bits == 2 ? table.code2 : table.code0;

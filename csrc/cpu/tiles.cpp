@@ -90,10 +90,6 @@ int64_t whole_lines(int64_t floats) {
   return (floats + kLanes - 1) / kLanes * kLanes;
 }
 
-bool blocks_begin_with_rows(const Parameter& p) {
-  return p.slice_len == p.k || p.k % kBlockSize == 0;
-}
-
 }  // namespace
 
 CpuGrid::CpuGrid(const Parameter& p)
@@ -164,21 +160,28 @@ void instability_task(const Parameter& p, const CpuGrid& grid, Workspace& w, flo
   const Tile t(grid, task);
   const int64_t row = t.batch * p.n + t.row;
   const int64_t first = row * p.k + t.col;
-  const bool coded = p.bits == 8 && blocks_begin_with_rows(p);
+  const bool coded = codes_begin_with_rows(p);
   const bool decoded = p.bits < 32 && !coded;
   const Kernels& table = kernels();
-  const auto instability = (coded ? table.instability8 : table.instability32)[p.grad_dtype];
-  const int64_t itemsize = coded ? sizeof(int8_t) : sizeof(float);
+  const auto instability = (!coded        ? table.instability32
+                            : p.bits == 8 ? table.instability8
+                            : p.bits == 4 ? table.instability4
+                                          : table.instability2)[p.grad_dtype];
 
   InstabilityTile tile = {};
   tile.grad = p.grad.contiguous() ? p.grad.at(first) : nullptr;
-  tile.stride = tile.momentum_stride = p.k;
+  tile.stride = p.k;
   tile.rows = t.rows;
   tile.cols = t.cols;
-  tile.momentum = static_cast<const char*>(p.exp_avg) + first * itemsize;
+  const int64_t bits = decoded ? 32 : p.bits;
+  tile.momentum_stride = p.k * bits / 8;
+  tile.momentum = static_cast<const char*>(p.exp_avg) + first * bits / 8;
   if (coded) {
-    tile.absmax_stride = (p.k + kBlockSize - 1) / kBlockSize;
-    tile.absmax = p.absmax + row * tile.absmax_stride + t.col / kBlockSize;
+    const int64_t block_size = p.coarse() ? kCoarseBlock : kBlockSize;
+    const int64_t blocks = (p.k + block_size - 1) / block_size;
+    const int64_t block = row * blocks + t.col / block_size;
+    tile.scales_stride = blocks * scales_of_block(p.bits);
+    tile.scales = p.coarse() ? static_cast<const void*>(scales_of(p, block)) : p.absmax + block;
   }
   tile.row_factor = w.row_factor + row;
   tile.col_factor = w.col_factor + t.batch * p.k + t.col;
@@ -203,13 +206,17 @@ void instability_task(const Parameter& p, const CpuGrid& grid, Workspace& w, flo
     if (decoded) {
       gather_momentum(p, e, tile.rows, t.cols, momentum);
       tile.momentum = momentum.value;
-      tile.momentum_stride = kChunk;
+      tile.momentum_stride = kChunk * sizeof(float);
     }
     instability(tile);
     tile.row_factor += kGroup;
     for (float*& sum : tile.row_sum) sum += kGroup;
-    if (!decoded) tile.momentum = static_cast<const char*>(tile.momentum) + kGroup * p.k * itemsize;
-    if (coded) tile.absmax += kGroup * tile.absmax_stride;
+    if (decoded) continue;
+    tile.momentum = static_cast<const char*>(tile.momentum) + kGroup * tile.momentum_stride;
+    if (coded) {
+      const int64_t itemsize = p.coarse() ? sizeof *p.scales : sizeof *p.absmax;
+      tile.scales = static_cast<const char*>(tile.scales) + kGroup * tile.scales_stride * itemsize;
+    }
   }
 }
 

@@ -1,7 +1,7 @@
 // Sweep C: momentum, update and rounding, as passes over a piece of a row.
 #pragma once
 
-#include "codec.h"
+#include "coarse.h"
 
 namespace came8bit {
 namespace CAME8BIT_ISA {
@@ -34,7 +34,7 @@ int momentum_of_short_rows(const Segment& s, int block, ToEncode blocks) {
   for (; block + Rows::kRows <= s.rows; block += Rows::kRows) {
     const int begin = block * cols;
     const G* const grad = static_cast<const G*>(s.grad) + begin;
-    const MT* const old = static_cast<const MT*>(s.old_exp_avg) + begin;
+    const MT* const old = advance(static_cast<const MT*>(s.old_exp_avg), begin);
     float *const exp_avg = s.exp_avg + begin, *const new_w = s.w + begin;
     F magnitude[kVectors];
     unsigned zeros[kVectors];
@@ -44,7 +44,7 @@ int momentum_of_short_rows(const Segment& s, int block, ToEncode blocks) {
       ask_for(grad, j, kAhead);
       if (sizeof(MT) == 1 || !coded) ask_for(old, j, kAhead);
       const F w = precondition(load(grad + j), Rows::of_rows(s.row_gain + block, v), col_factor);
-      const F decayed = momentum_of_rows<cols>(old, s.absmax + block, decay, v);
+      const F decayed = momentum_of_rows<cols>(old, scales_from<MT>(s.scales, block), decay, v);
       const F m_t = came8bit::momentum(decayed, w);
       store(new_w + j, w);
       store(exp_avg + j, m_t);
@@ -62,7 +62,7 @@ int momentum_of_short_rows(const Segment& s, int block, ToEncode blocks) {
   return block;
 }
 
-// w and the new momentum. MT is the old one as it is given: int8_t or float.
+// w and the new momentum. MT is the old one as it is given: int8_t, Packed or float.
 template <class G, class MT, bool coded, bool factored>
 void momentum(const StepConstants& c, const Segment& s, ToEncode blocks) {
   // Copies, which the stores below cannot alias.
@@ -85,7 +85,8 @@ void momentum(const StepConstants& c, const Segment& s, ToEncode blocks) {
     const F row_gain(factored ? s.row_gain[s.rows == 1 ? 0 : block] : 0.0f);
     F largest(0.0f);
     M none = zero < zero;
-    with_momentum(old + begin, s.absmax + block, s.decay, size, [&](auto decayed) CAME8BIT_LAMBDA {
+    const auto* scales = scales_from<MT>(s.scales, block);
+    with_momentum(advance(old, begin), scales, s.decay, size, [&](auto decayed) CAME8BIT_LAMBDA {
       for_lanes(size, [&](int in_block, int some) CAME8BIT_LAMBDA {
         const int j = begin + in_block;
         ask_for(grad, j, kAhead);

@@ -1,7 +1,7 @@
 // Sweep B: sums of d*d, u*d and u*u.
 #pragma once
 
-#include "codec.h"
+#include "coarse.h"
 #include "second_moment.h"
 
 namespace came8bit {
@@ -35,7 +35,7 @@ int instability_of_short_rows(const InstabilityTile& tile, int i) {
   const F kappa_0(tile.kappa_0), col_factor = Rows::of_columns(tile.col_factor);
   for (; i + Rows::kRows <= tile.rows; i += Rows::kRows) {
     const G* g = static_cast<const G*>(tile.grad) + i * cols;
-    const MT* stored = static_cast<const MT*>(tile.momentum) + i * cols;
+    const MT* stored = row_of<MT>(tile.momentum, i, tile.momentum_stride);
     if (has_nan(stored, 64)) return i;
     F d2[kVectors], ud[kVectors], u2[kVectors];
     for (int v = 0; v < kVectors; ++v) {
@@ -43,7 +43,7 @@ int instability_of_short_rows(const InstabilityTile& tile, int i) {
       ask_for(g, j, kAhead);
       ask_for(stored, j, kAhead);
       const F u = precondition(load(g + j), Rows::of_rows(tile.row_factor + i, v), col_factor);
-      const F m = momentum_of_rows<cols>(stored, tile.absmax + i, F(1.0f), v);
+      const F m = momentum_of_rows<cols>(stored, scales_from<MT>(tile.scales, i), F(1.0f), v);
       const F d = difference(u, kappa_0, m);
       d2[v] = d * d;
       ud[v] = u * d;
@@ -56,15 +56,16 @@ int instability_of_short_rows(const InstabilityTile& tile, int i) {
   return i;
 }
 
-// MT is the stored momentum: int8_t or float. u and d of a block go through the first-level cache:
-// in one pass they would not fit in registers, nor their operations where the processor lets them
-// wait.
+// MT is the stored momentum: int8_t, Packed or float. u and d of a block go through the first-level
+// cache: in one pass they would not fit in registers, nor their operations where the processor lets
+// them wait.
 template <class G, class MT>
 void instability(const InstabilityTile& shared) {
   const InstabilityTile tile = shared;
   const F kappa_0(tile.kappa_0);
   alignas(64) GroupBlock u, d;
-  const bool one_after_the_other = tile.stride == tile.cols && tile.momentum_stride == tile.cols;
+  const bool one_after_the_other =
+      tile.stride == tile.cols && tile.momentum_stride == bytes_of<MT>(tile.cols);
   for (int i = 0; i < tile.rows; i += kGroup) {
     if (one_after_the_other) {
       if (tile.cols == 8) i = instability_of_short_rows<8, G, MT>(tile, i);
@@ -75,23 +76,25 @@ void instability(const InstabilityTile& shared) {
     for (int s = 0; s < 3; ++s) {
       for (int q = 0; q < kGroup; ++q) row[s][q] = F(0.0f);
     }
-    for (int block = 0; block < tile.cols; block += kBlockSize) {
-      const int size = tile.cols - block < kBlockSize ? tile.cols - block : kBlockSize;
+    for (int block = 0; block < tile.cols; block += kBlockOf<MT>) {
+      const int size = tile.cols - block < kBlockOf<MT> ? tile.cols - block : kBlockOf<MT>;
       for (int q = 0; q < kGroup; ++q) {
         const bool there = i + q < tile.rows;
         const G* g = there ? static_cast<const G*>(tile.grad) + (i + q) * tile.stride + block
                            : reinterpret_cast<const G*>(kZeros);
         const MT* stored =
-            there ? static_cast<const MT*>(tile.momentum) + (i + q) * tile.momentum_stride + block
+            there ? advance(row_of<MT>(tile.momentum, i + q, tile.momentum_stride), block)
                   : reinterpret_cast<const MT*>(kZeros);
-        const float* absmax = there && tile.absmax != nullptr
-                                  ? tile.absmax + (i + q) * tile.absmax_stride + block / kBlockSize
-                                  : kZeros;
+        const MT* to_come = row_of<MT>(stored, 2 * kGroup, tile.momentum_stride);
+        const auto* scales =
+            there && tile.scales != nullptr
+                ? scales_from<MT>(tile.scales, block / kBlockOf<MT>, (i + q) * tile.scales_stride)
+                : scales_from<MT>(kZeros, 0);
         const F row_factor(there ? tile.row_factor[i + q] : 0.0f);
-        with_momentum(stored, absmax, 1.0f, size, [&](auto momentum) CAME8BIT_LAMBDA {
+        with_momentum(stored, scales, 1.0f, size, [&](auto momentum) CAME8BIT_LAMBDA {
           for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
             ask_for(g, j, 2 * kGroup * tile.stride);  // rows to come
-            ask_for(stored, j, 2 * kGroup * tile.momentum_stride);
+            ask_for(to_come, j, 0);
             const F col_factor = load_some(tile.col_factor + block + j, some);
             const F x = precondition(load_some(g + j, some), row_factor, col_factor);
             store(u[q] + j, x);

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "../../dtypes.h"
+#include "../../quant.h"
 
 namespace came8bit {
 namespace avx2 {
@@ -266,6 +266,10 @@ CAME8BIT_INLINE __m256 look_up(F value, __m256i index) {
 CAME8BIT_INLINE F look_up(F value, I index) {
   return {look_up(value, index.a), look_up(value, index.b)};
 }
+// Packs work within 128 bits, and leave groups of four in the order 0 2 4 6 1 3 5 7.
+CAME8BIT_INLINE __m256i order_of_packs() {
+  return _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+}
 // Packs 64 codes of 4 or 2 bits, the lowest bits of bytes.
 template <int n>
 CAME8BIT_INLINE void pack_64(const int8_t* wide, uint8_t* codes) {
@@ -280,20 +284,42 @@ CAME8BIT_INLINE void pack_64(const int8_t* wide, uint8_t* codes) {
   }
   const __m256i four = _mm256_set1_epi32(1 | 16 << 16);
   const __m256i words = _mm256_packs_epi32(_mm256_madd_epi16(a, four), _mm256_madd_epi16(b, four));
-  const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, words),
-                                                     _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  const __m256i packed =
+      _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, words), order_of_packs());
   _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm256_castsi256_si128(packed));
 }
-// 32 codes. The packs work within 128 bits, and leave groups of four in the order 0 2 4 6 1 3 5 7.
+// 32 codes.
 CAME8BIT_INLINE __m256i packed_codes(I a, I b) {
   const __m256i words_a = _mm256_packs_epi32(a.a, a.b), words_b = _mm256_packs_epi32(b.a, b.b);
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words_a, words_b), order);
+  return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words_a, words_b), order_of_packs());
 }
 // 64 codes; saturates.
 CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed_codes(a, b));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), packed_codes(c, d));
+}
+// Levels of 4 bits of 32 elements, from what kLevels4 is for: 4*square with the sign of the
+// element. Returns whether none is NaN, which is INT32_MIN.
+CAME8BIT_INLINE bool store_levels4(int8_t* p, I a, I b) {
+  const __m256i first = _mm256_packs_epi32(a.a, a.b), second = _mm256_packs_epi32(b.a, b.b);
+  const auto eighths = [](__m256i x) {
+    return _mm256_srli_epi16(_mm256_add_epi16(_mm256_abs_epi16(x), _mm256_set1_epi16(7)), 3);
+  };
+  const __m256i index = _mm256_packs_epi16(eighths(first), eighths(second));
+  const auto above = [&](int last) {
+    return _mm256_cmpgt_epi8(index, _mm256_set1_epi8(static_cast<char>(last)));
+  };
+  const __m256i table = _mm256_broadcastsi128_si256(load_128(kLevels4));
+  __m256i level = _mm256_shuffle_epi8(table, _mm256_min_epi8(index, _mm256_set1_epi8(15)));
+  level = _mm256_sub_epi8(_mm256_sub_epi8(level, above(15)), above(21));
+  level = _mm256_sign_epi8(level, _mm256_packs_epi16(first, second));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_permutevar8x32_epi32(level, order_of_packs()));
+  return _mm256_movemask_epi8(above(kLastOf4)) == 0;
+}
+CAME8BIT_INLINE bool store_levels4(int8_t* p, I a, I b, I c, I d) {
+  const bool none = store_levels4(p, a, b);
+  return store_levels4(p + 32, c, d) && none;
 }
 // The counters that philox is given in its lanes, such that its words are stored in order.
 CAME8BIT_INLINE W consecutive(uint64_t first) {

@@ -8,7 +8,7 @@
 #endif
 #include <immintrin.h>
 
-#include "../../dtypes.h"
+#include "../../quant.h"
 
 namespace came8bit {
 namespace avx512 {
@@ -276,12 +276,36 @@ CAME8BIT_INLINE void pack_64(const int8_t* wide, uint8_t* codes) {
   const __m512i fours = _mm512_madd_epi16(pairs, _mm512_set1_epi32(1 | 16 << 16));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(fours));
 }
+// Packs work within 128 bits, and of a, b, c, d leave the 32-bit groups in the order a0 b0 c0 d0 a1
+// ...: with this they come in order.
+CAME8BIT_INLINE __m512i order_of_packs() {
+  return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+}
 // 64 codes; saturates.
 CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
   const __m512i ab = _mm512_packs_epi32(a.v, b.v), cd = _mm512_packs_epi32(c.v, d.v);
-  // The packs work within 128 bits and leave the 32-bit groups in the order a0 b0 c0 d0 a1 ...
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)));
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order_of_packs(), _mm512_packs_epi16(ab, cd)));
+}
+// Levels of 4 bits of 64 elements, from what kLevels4 is for: 4*square with the sign of the
+// element. Returns whether none is NaN, which is INT32_MIN.
+CAME8BIT_INLINE bool store_levels4(int8_t* p, I a, I b, I c, I d) {
+  const __m512i ab = _mm512_packs_epi32(a.v, b.v), cd = _mm512_packs_epi32(c.v, d.v);
+  const auto eighths = [](__m512i x) {
+    return _mm512_srli_epi16(_mm512_add_epi16(_mm512_abs_epi16(x), _mm512_set1_epi16(7)), 3);
+  };
+  const __m512i index = _mm512_packs_epi16(eighths(ab), eighths(cd)), one = _mm512_set1_epi8(1);
+  const auto above = [&](int last) {
+    return _mm512_cmpgt_epi8_mask(index, _mm512_set1_epi8(static_cast<char>(last)));
+  };
+  const __m512i table =
+      _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kLevels4)));
+  __m512i level = _mm512_shuffle_epi8(table, _mm512_min_epi8(index, _mm512_set1_epi8(15)));
+  level = _mm512_mask_add_epi8(level, above(15), level, one);
+  level = _mm512_mask_add_epi8(level, above(21), level, one);
+  const __mmask64 negative = _mm512_movepi8_mask(_mm512_packs_epi16(ab, cd));
+  level = _mm512_mask_sub_epi8(level, negative, _mm512_setzero_si512(), level);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order_of_packs(), level));
+  return above(kLastOf4) == 0;
 }
 // The counters that philox is given in its lanes, such that its words are stored in order.
 CAME8BIT_INLINE W consecutive(uint64_t first) {

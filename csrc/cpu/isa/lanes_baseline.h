@@ -2,6 +2,7 @@
 // (their vector extension), elsewhere as sixteen scalars.
 #pragma once
 
+#include "../../quant.h"
 #include "../../rounding.h"
 
 namespace came8bit {
@@ -272,6 +273,20 @@ CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
   store(p + 16, b);
   store(p + 32, c);
   store(p + 48, d);
+}
+// Levels of 4 bits of 64 elements, from what kLevels4 is for: 4*square with the sign of the
+// element. Returns whether none is NaN, which is INT32_MIN.
+CAME8BIT_INLINE bool store_levels4(int8_t* p, I a, I b, I c, I d) {
+  const I all[4] = {a, b, c, d};
+  int32_t lanes[64];
+  memcpy(lanes, all, sizeof lanes);
+  for (int i = 0; i < 64; ++i) {
+    if (lanes[i] == INT32_MIN) return false;
+    const bool negative = lanes[i] < 0;
+    const int8_t level = kLevels4[((negative ? -lanes[i] : lanes[i]) + 7) / 8];
+    p[i] = static_cast<int8_t>(negative ? -level : level);
+  }
+  return true;
 }
 // The counters that philox is given in its lanes, such that its words are stored in order.
 CAME8BIT_INLINE W consecutive(uint64_t first) {

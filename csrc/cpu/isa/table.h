@@ -2,7 +2,6 @@
 #pragma once
 
 #include "apply.h"
-#include "coarse.h"
 #include "instability.h"
 
 namespace came8bit {
@@ -21,8 +20,14 @@ namespace came8bit {
     return Kernels{                                                                         \
         CAME8BIT_OF_DTYPES(second_moment),                                                  \
         {instability<float, int8_t>, instability<Bf16, int8_t>, instability<Half, int8_t>}, \
+        {instability<float, Packed<4>>, instability<Bf16, Packed<4>>,                       \
+         instability<Half, Packed<4>>},                                                     \
+        {instability<float, Packed<2>>, instability<Bf16, Packed<2>>,                       \
+         instability<Half, Packed<2>>},                                                     \
         {instability<float, float>, instability<Bf16, float>, instability<Half, float>},    \
         CAME8BIT_MOMENTUM(int8_t, true, true),                                              \
+        CAME8BIT_MOMENTUM(Packed<4>, true, true),                                           \
+        CAME8BIT_MOMENTUM(Packed<2>, true, true),                                           \
         CAME8BIT_MOMENTUM(float, true, true),                                               \
         CAME8BIT_MOMENTUM(float, false, true),                                              \
         CAME8BIT_MOMENTUM(int8_t, true, false),                                             \
