@@ -168,14 +168,22 @@ void new_momentum(const Parameter& p, const StepConstants& constants, const Fact
 void encode_coarse(const Parameter& p, const Factors& factors, const Piece& piece, ToEncode blocks,
                    Buffers& buffers) {
   const Kernels& table = kernels();
+  const CoarseCode& code = coarse_code(p);
   const int all = piece.blocks(), block_size = piece.block_size;
   const auto encode = [&](const float* x, int i, int count, int size) {
-    coarse_code(p).encode(x + i * block_size, blocks.largest + i, count, size,
-                          packed_codes(p, piece.first + i * block_size),
-                          scales_of(p, piece.block + i), buffers.kept + i * block_size);
+    code.encode(x + i * block_size, blocks.largest + i, count, size,
+                packed_codes(p, piece.first + i * block_size), scales_of(p, piece.block + i),
+                buffers.kept + i * block_size);
   };
   for (int i = 0; i < all;) {
     const int done = i * block_size, size = std::min(block_size, piece.size - done);
+    if (size <= kLanes) {
+      const int together = code.encode_rows(buffers.momentum + done, blocks.from(i), all - i, size,
+                                            packed_codes(p, piece.first + done),
+                                            scales_of(p, piece.block + i), buffers.kept + done);
+      i += together;
+      if (together > 0) continue;
+    }
     if (blocks.decays[i]) {
       for_each_segment(
           p, factors, buffers, piece, done, done + size,

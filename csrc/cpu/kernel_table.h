@@ -76,11 +76,14 @@ struct ToEncode {
 
 // A coarse code of at most kCoarseBlock values. `encode` is given one block, or up to kPiece values
 // in full blocks, with what `largest_magnitude` returns of each, and writes what the codes stand
-// for to `held`, which may be x. `decode` leaves out the first `skip` codes and multiplies scales
-// by `factor`.
+// for to `held`, which may be x. `encode_rows` encodes blocks of `size` values each, up to one that
+// this way is not for, and returns how many. `decode` leaves out the first `skip` codes and
+// multiplies scales by `factor`.
 struct CoarseCode {
   void (*encode)(const float* x, const float* largest, int count, int size, uint8_t* codes,
                  uint16_t* scales, float* held);
+  int (*encode_rows)(const float* x, ToEncode blocks, int count, int size, uint8_t* codes,
+                     uint16_t* scales, float* held);
   void (*decode)(const uint8_t* codes, int skip, const uint16_t* scales, float factor, int size,
                  float* x);
 };

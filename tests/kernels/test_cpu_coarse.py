@@ -54,7 +54,9 @@ def test_dtypes_and_options(
         check_against_reference(case, 2, kernel_isas())
 
 
-@pytest.mark.parametrize("shape", [(40, 300), (2, 40, 300), (40, 8), (300,)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(40, 300), (40, 384), (2, 40, 300), (40, 8), (40, 16), (300,)], ids=str
+)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("propagate", [True, False])
 def test_values_that_are_not_finite(
@@ -122,14 +124,20 @@ def test_buffers_of_another_rung_are_refused(name: str, bits: int) -> None:
     assert torch.equal(problem.param, before.param)
 
 
-def test_blocks_of_any_magnitude(bits: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "factored"),
+    [((150, 300), False), ((150, 384), True), ((1200, 8), True), ((600, 16), True)],
+    ids=str,
+)
+def test_blocks_of_any_magnitude(shape: tuple[int, int], factored: bool, bits: int) -> None:
     """From subnormal numbers on, with ties, signed zeros and values in the middle of a block."""
     generator = torch.Generator().manual_seed(0)
-    shape = (150, 300)
-    expected = make_problem(shape, factored=False, bits=bits, generator=generator)
-    expected.state["exp_avg_sq"].fill_(1.0)
+    expected = make_problem(shape, factored=factored, bits=bits, generator=generator)
+    for name in ("exp_avg_sq_row", "exp_avg_sq_col") if factored else ("exp_avg_sq",):
+        expected.state[name].fill_(1.0)
     copies = {isa: expected.copy() for isa in kernel_isas()}
-    of_row = torch.exp2(torch.arange(-149.0, 1.0)).unsqueeze(1)
+    magnitudes = torch.exp2(torch.arange(-149.0, 1.0))
+    of_row = magnitudes.repeat_interleave(shape[0] // 150).unsqueeze(1)
     few = torch.randint(-3, 4, shape, generator=generator) / 3.0
     for grad in (few * of_row, torch.randn(shape, generator=generator) * of_row, few * of_row):
         expected.run_reference(grad, beta2=0.9999, **OPEN)

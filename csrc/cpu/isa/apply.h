@@ -1,7 +1,7 @@
 // Sweep C: momentum, update and rounding, as passes over a piece of a row.
 #pragma once
 
-#include "coarse.h"
+#include "packed.h"
 
 namespace came8bit {
 namespace CAME8BIT_ISA {

@@ -1,59 +1,11 @@
-// Coarse codes of the momentum, of 4, 2 and 0 bits.
+// How momentum gets its packed codes.
 #pragma once
 
-#include "codec.h"
+#include "packed.h"
 
 namespace came8bit {
 namespace CAME8BIT_ISA {
 namespace {
-
-// A byte of packed codes.
-template <int bits>
-struct Packed {
-  uint8_t byte;
-};
-
-// Where element j of stored momentum is; of packed codes one that begins a byte.
-template <class MT>
-CAME8BIT_INLINE const MT* advance(const MT* m, int64_t j) {
-  return m + j;
-}
-template <int bits>
-CAME8BIT_INLINE const Packed<bits>* advance(const Packed<bits>* codes, int64_t j) {
-  return codes + j * bits / 8;
-}
-template <int bits>
-CAME8BIT_INLINE void ask_for(const Packed<bits>* codes, int j, int64_t ahead) {
-  if (j * bits / 8 % kLineBytes == 0) prefetch(advance(codes, j + ahead));
-}
-template <class MT>
-CAME8BIT_INLINE const MT* row_of(const void* m, int64_t row, int64_t stride) {
-  return reinterpret_cast<const MT*>(static_cast<const char*>(m) + row * stride);
-}
-
-// Of each kind of stored momentum: bits of an element, values in a block, scales of a block.
-template <class MT>
-struct Kind {
-  typedef float Scale;
-  static constexpr int kBits = 8 * sizeof(MT), kBlock = kBlockSize, kScales = 1;
-};
-template <int bits>
-struct Kind<Packed<bits>> {
-  typedef uint16_t Scale;
-  static constexpr int kBits = bits, kBlock = kCoarseBlock, kScales = scales_of_block(bits);
-};
-template <class MT>
-constexpr int kBlockOf = Kind<MT>::kBlock;
-template <class MT>
-CAME8BIT_INLINE constexpr int64_t bytes_of(int64_t size) {
-  return size * Kind<MT>::kBits / 8;
-}
-// The scales of a block, `before` scales behind the first ones.
-template <class MT>
-CAME8BIT_INLINE const typename Kind<MT>::Scale* scales_from(const void* scales, int64_t block,
-                                                            int64_t before = 0) {
-  return static_cast<const typename Kind<MT>::Scale*>(scales) + before + block * Kind<MT>::kScales;
-}
 
 // Codes of `bits` bits as bytes, with room for what fills the last packed byte.
 typedef int8_t WideCodes[kCoarseBlock + 8];
@@ -65,89 +17,6 @@ CAME8BIT_INLINE void pack(WideCodes& wide, int size, uint8_t* codes) {
   if (j == size) return;
   memset(wide + size, 0, 8);
   for (; j < size; j += 8 / bits) codes[j * bits / 8] = packed_byte<bits>(wide + j);
-}
-
-// What each of the sixteen patterns of four bits stands for; of two bits, each four times.
-CAME8BIT_INLINE F levels4(float scale) {
-  alignas(64) const float number[16] = {0, 1, 2, 3, 4, 5, 6, 7, NAN, -7, -6, -5, -4, -3, -2, -1};
-  static_assert(kNanCode4 + 16 == 8, "the place of NaN");
-  return came8bit::decode4(load(number), F(scale));
-}
-CAME8BIT_INLINE F levels2(float low, float high) {
-  alignas(64) const float is_high[16] = {0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1};
-  alignas(64) const float sign[16] = {0, 0, -0.0f, -0.0f, 0, 0, -0.0f, -0.0f,
-                                      0, 0, -0.0f, -0.0f, 0, 0, -0.0f, -0.0f};
-  const F level = select(load(is_high) > F(0.0f), F(high), F(low));
-  return from_bits(bits(level) ^ bits(load(sign)));
-}
-
-template <int bits>
-CAME8BIT_INLINE void decode_packed(const uint8_t* codes, int skip, F levels, int size, float* x) {
-  int j = 0;
-  for (; skip == 0 && j + kLanes <= size; j += kLanes) {
-    store(x + j, look_up(levels, load_packed<bits>(codes + j * bits / 8)));
-  }
-  if (j == size) return;
-  alignas(64) float value[kLanes];
-  store(value, levels);
-  for (; j < size; ++j) {
-    const int at = (j + skip) * bits;
-    x[j] = value[codes[at / 8] >> at % 8 & ((1 << bits) - 1)];
-  }
-}
-
-// What the codes of a block stand for.
-template <int bits>
-CAME8BIT_INLINE F levels_of(const uint16_t* scales, float factor) {
-  if (bits == 4) return levels4(scale_of(scales[0]) * factor);
-  return levels2(scale_of(scales[0]) * factor, scale_of(scales[1]) * factor);
-}
-
-template <int bits, class Run>
-CAME8BIT_INLINE void with_momentum(const Packed<bits>* codes, const uint16_t* scales, float factor,
-                                   int, Run run) {
-  const F levels = levels_of<bits>(scales, factor);
-  run([=](int j, int some) CAME8BIT_LAMBDA {
-    const uint8_t* packed = &advance(codes, j)->byte;
-    if (some == kLanes) return look_up(levels, load_packed<bits>(packed));
-    alignas(64) float decoded[kLanes] = {};
-    decode_packed<bits>(packed, 0, levels, some, decoded);
-    return load(decoded);
-  });
-}
-
-// The same for one vector of short rows.
-template <int cols>
-CAME8BIT_INLINE F momentum_of_rows(const Packed<4>* codes, const uint16_t* scales, F factor,
-                                   int vector) {
-  float of_row[64 / cols];
-  for (int i = 0; i < 64 / cols; ++i) of_row[i] = scale_of(scales[i]);
-  const I packed = load_packed<4>(&advance(codes, vector * kLanes)->byte);
-  return look_up(levels4(1.0f), packed) * (ShortRows<cols>::of_rows(of_row, vector) * factor);
-}
-template <int cols>
-CAME8BIT_INLINE F momentum_of_rows(const Packed<2>* codes, const uint16_t* scales, F factor,
-                                   int vector) {
-  typedef ShortRows<cols> Rows;
-  float low[Rows::kRows], high[Rows::kRows];
-  for (int i = 0; i < Rows::kRows; ++i) {
-    low[i] = scale_of(scales[2 * i]);
-    high[i] = scale_of(scales[2 * i + 1]);
-  }
-  const I packed = load_packed<2>(&advance(codes, vector * kLanes)->byte);
-  const M above = look_up(levels2(0.0f, 1.0f), packed & I(1)) > F(0.0f);
-  const I sign = bits(look_up(levels2(0.0f, 0.0f), packed));
-  const F level = select(above, Rows::of_rows(high, vector), Rows::of_rows(low, vector)) * factor;
-  return from_bits(bits(level) ^ sign);
-}
-template <int bits>
-CAME8BIT_INLINE bool has_nan(const Packed<bits>*, int) {
-  return false;  // decodes like any other code
-}
-
-void decode4(const uint8_t* codes, int skip, const uint16_t* scale, float factor, int size,
-             float* x) {
-  decode_packed<4>(codes, skip, levels4(scale_of(*scale) * factor), size, x);
 }
 
 // Of a block that is neither tiny nor has an infinity; false where it has NaN.
@@ -192,10 +61,52 @@ void encode4(const float* x, const float* largest, int count, int size, uint8_t*
   }
 }
 
-void decode2(const uint8_t* codes, int skip, const uint16_t* scales, float factor, int size,
-             float* x) {
-  const F levels = levels2(scale_of(scales[0]) * factor, scale_of(scales[1]) * factor);
-  decode_packed<2>(codes, skip, levels, size, x);
+// Short rows that are blocks, up to one that is not usual or has NaN.
+template <int cols>
+CAME8BIT_INLINE int encode4_short_rows(const float* x, ToEncode blocks, int count, uint8_t* codes,
+                                       uint16_t* scales, float* held) {
+  typedef ShortRows<cols> Rows;
+  const F unit_levels = levels4(1.0f);
+  int block = 0;
+  for (; block + Rows::kRows <= count; block += Rows::kRows, x += 64, held += 64, codes += 32) {
+    if (!usual_rows<cols>(blocks, block)) return block;
+    const float* const largest = blocks.largest + block;
+    float quadruple[kLanes], stored[Rows::kRows];
+    store(quadruple, usual_level_scale(load(largest), F(kLargestSquare4)) * F(4.0f));
+    I quarters[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const F value = load(x + v * kLanes);
+      const F square = level_square(value, Rows::of_rows(quadruple, v));
+      quarters[v] = with_sign(truncate(square), value);
+    }
+    alignas(64) int8_t wide[64];
+    if (!store_levels4(wide, quarters[0], quarters[1], quarters[2], quarters[3])) return block;
+    for (int i = 0; i < Rows::kRows; ++i) {
+      scales[block + i] = scale_bits(largest[i]);
+      stored[i] = scale_of(scales[block + i]);
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const F level = look_up(unit_levels, load(wide + v * kLanes));
+      store(held + v * kLanes, level * Rows::of_rows(stored, v));
+    }
+    pack_64<4>(wide, codes);
+  }
+  return block;
+}
+int encode4_rows(const float* x, ToEncode blocks, int count, int size, uint8_t* codes,
+                 uint16_t* scales, float* held) {
+  if (size == 8) return encode4_short_rows<8>(x, blocks, count, codes, scales, held);
+  if (size == 16) return encode4_short_rows<16>(x, blocks, count, codes, scales, held);
+  return 0;
+}
+
+// The codes of values as bytes, and what they stand for.
+CAME8BIT_INLINE void store_code2(F x, M above, F level, int some, int8_t* wide, float* held) {
+  const F zero(0.0f);
+  const M negative = (x < zero) & (level > zero);
+  const I sign = select(negative, I(INT32_MIN), I(0));
+  store_some(wide, select(above, I(1), I(0)) | select(negative, I(2), I(0)), some);
+  store_some(held, from_bits(bits(level) | sign), some);
 }
 
 // A block of 2 bits on its way to its codes; sums are in units.
@@ -263,16 +174,13 @@ struct Encode2 {
                                     float* held) {
     alignas(64) WideCodes wide;
     const Levels levels = block.levels;
-    const F zero(0.0f), low(levels.low), high(levels.high);
+    const F low(levels.low), high(levels.high);
     Block2 split = block;
     if (!(levels.high > levels.low)) split.total = INFINITY;  // nothing is above
     for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
       const M above = above_mean(split, load(whole + j), size);
       const F level = select(above, high, low);
-      const M negative = (load_some(x + j, some) < zero) & (level > zero);
-      const I sign = select(negative, I(INT32_MIN), I(0));
-      store_some(wide + j, select(above, I(1), I(0)) | select(negative, I(2), I(0)), some);
-      store_some(held + j, from_bits(bits(level) | sign), some);
+      store_code2(load_some(x + j, some), above, level, some, wide + j, held + j);
     });
     pack<2>(wide, size, codes);
     scales[0] = scale_bits(levels.low);
@@ -300,12 +208,72 @@ void encode2(const float* x, const float* largest, int count, int size, uint8_t*
                        : Encode2<false>::run(x, largest, count, size, codes, scales, held);
 }
 
-void decode0(const uint8_t*, int, const uint16_t*, float, int size, float* x) {
-  memset(x, 0, static_cast<size_t>(size) * sizeof *x);
+// Short rows that are blocks, up to one that is not usual; as the stages of Encode2.
+template <int cols>
+CAME8BIT_INLINE int encode2_short_rows(const float* x, ToEncode blocks, int count, uint8_t* codes,
+                                       uint16_t* scales, float* held) {
+  typedef ShortRows<cols> Rows;
+  const F zero(0.0f), size(static_cast<float>(cols));
+  int block = 0;
+  for (; block + Rows::kRows <= count; block += Rows::kRows, x += 64, held += 64, codes += 16) {
+    if (!usual_rows<cols>(blocks, block)) return block;
+    float unit[Rows::kRows], inverse[Rows::kRows], total[kLanes], above_sum[kLanes];
+    for (int i = 0; i < Rows::kRows; ++i) {
+      const Unit of_row = unit_of_block(blocks.largest[block + i]);
+      unit[i] = of_row.unit;
+      inverse[i] = of_row.inverse;
+    }
+    F units[kVectors], units_above[kVectors];
+    uint64_t zeros = 0, above = 0;
+    for (int v = 0; v < kVectors; ++v) {
+      const F magnitude = larger(abs(load(x + v * kLanes)), zero);  // 0 for NaN
+      zeros |= static_cast<uint64_t>(mask(magnitude == zero)) << v * kLanes;
+      units[v] = nearest_whole(magnitude * Rows::of_rows(inverse, v));
+    }
+    Rows::over_rows(units, add_lanes, total);
+    for (int v = 0; v < kVectors; ++v) {
+      const M is_above = units[v] * size > Rows::of_rows(total, v);
+      above |= static_cast<uint64_t>(mask(is_above)) << v * kLanes;
+      units_above[v] = select(is_above, units[v], zero);
+    }
+    Rows::over_rows(units_above, add_lanes, above_sum);
+    float low[Rows::kRows], high[Rows::kRows];
+    for (int i = 0; i < Rows::kRows; ++i) {
+      constexpr uint64_t of_row = (uint64_t{1} << cols) - 1;
+      const int above_count = bit_count(static_cast<unsigned>(above >> i * cols & of_row));
+      const Levels levels =
+          levels_of_block(total[i], cols, above_sum[i], static_cast<float>(above_count),
+                          (zeros >> i * cols & of_row) != 0, unit[i]);
+      low[i] = levels.low;
+      high[i] = levels.high;
+      scales[2 * (block + i)] = scale_bits(levels.low);
+      scales[2 * (block + i) + 1] = scale_bits(levels.high);
+      if (!(levels.high > levels.low)) total[i] = INFINITY;  // nothing is above
+    }
+    alignas(64) int8_t wide[64];
+    for (int v = 0; v < kVectors; ++v) {
+      const M is_above = units[v] * size > Rows::of_rows(total, v);
+      const F level = select(is_above, Rows::of_rows(high, v), Rows::of_rows(low, v));
+      store_code2(load(x + v * kLanes), is_above, level, kLanes, wide + v * kLanes,
+                  held + v * kLanes);
+    }
+    pack_64<2>(wide, codes);
+  }
+  return block;
+}
+int encode2_rows(const float* x, ToEncode blocks, int count, int size, uint8_t* codes,
+                 uint16_t* scales, float* held) {
+  if (size == 8) return encode2_short_rows<8>(x, blocks, count, codes, scales, held);
+  if (size == 16) return encode2_short_rows<16>(x, blocks, count, codes, scales, held);
+  return 0;
 }
 
 void encode0(const float*, const float*, int count, int size, uint8_t*, uint16_t*, float* held) {
   memset(held, 0, static_cast<size_t>(count * size) * sizeof *held);
+}
+
+int encode0_rows(const float*, ToEncode, int, int, uint8_t*, uint16_t*, float*) {
+  return 0;
 }
 
 }  // namespace

@@ -85,22 +85,29 @@ float encode(const float* x, const float* step, float largest, int size, int8_t*
   return largest < kSmallestAbsmax ? 0.0f : largest;
 }
 
-// Short rows that are blocks, up to one that decays, has an infinity or is tiny.
+// Whether of the short rows from `block` on, which are encoded together, none decays, has an
+// infinity or is tiny.
+template <int cols>
+CAME8BIT_INLINE bool usual_rows(ToEncode blocks, int block) {
+  constexpr int rows = ShortRows<cols>::kRows;
+  const bool none[rows] = {};
+  const F largest = load(blocks.largest + block);
+  const M usual = (F(kTinyAbsmax) <= largest) & (largest < F(INFINITY));
+  return ((~mask(usual)) & ((1u << rows) - 1)) == 0 &&
+         memcmp(blocks.decays + block, none, sizeof none) == 0;
+}
+
+// Short rows that are blocks, up to one that is not usual.
 template <int cols>
 CAME8BIT_INLINE int encode_short_rows(const float* x, ToEncode blocks, int count, int8_t* codes,
                                       float* absmax) {
   typedef ShortRows<cols> Rows;
-  constexpr unsigned all = (1u << Rows::kRows) - 1;
-  const bool none[Rows::kRows] = {};
   const F to_next(kNearestStep);
   int block = 0;
   for (; block + Rows::kRows <= count; block += Rows::kRows, x += 64, codes += 64) {
-    const F largest = load(blocks.largest + block);
-    const M usual = (F(kTinyAbsmax) <= largest) & (largest < F(INFINITY));
-    if ((mask(usual) & all) != all) return block;
-    if (memcmp(blocks.decays + block, none, sizeof none) != 0) return block;
+    if (!usual_rows<cols>(blocks, block)) return block;
     float scale[kLanes];
-    store(scale, usual_level_scale(largest, F(kLargestSquare)));
+    store(scale, usual_level_scale(load(blocks.largest + block), F(kLargestSquare)));
     memcpy(absmax + block, blocks.largest + block, Rows::kRows * sizeof(float));
     I code[kVectors];
     for (int v = 0; v < kVectors; ++v) {

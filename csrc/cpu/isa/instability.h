@@ -1,7 +1,7 @@
 // Sweep B: sums of d*d, u*d and u*u.
 #pragma once
 
-#include "coarse.h"
+#include "packed.h"
 #include "second_moment.h"
 
 namespace came8bit {

@@ -88,8 +88,11 @@ CAME8BIT_INLINE unsigned mask(M m) {
   return static_cast<unsigned>(_mm256_movemask_ps(m.a)) |
          (static_cast<unsigned>(_mm256_movemask_ps(m.b)) << 8);
 }
+CAME8BIT_INLINE int bit_count(unsigned x) {
+  return _mm_popcnt_u32(x);
+}
 CAME8BIT_INLINE int count(M m) {
-  return _mm_popcnt_u32(mask(m));
+  return bit_count(mask(m));
 }
 // The larger; `y` where `x` is NaN.
 CAME8BIT_INLINE F larger(F x, F y) {

@@ -92,8 +92,11 @@ CAME8BIT_INLINE I select(M m, I yes, I no) {
 CAME8BIT_INLINE unsigned mask(M m) {
   return m.v;
 }
+CAME8BIT_INLINE int bit_count(unsigned x) {
+  return _mm_popcnt_u32(x);
+}
 CAME8BIT_INLINE int count(M m) {
-  return _mm_popcnt_u32(m.v);
+  return bit_count(m.v);
 }
 // The larger; `b` where `a` is NaN.
 CAME8BIT_INLINE F larger(F a, F b) {

@@ -178,6 +178,11 @@ CAME8BIT_INLINE unsigned mask(M m) {
   for (int i = 0; i < 16; ++i) bits |= static_cast<unsigned>(lanes[i] & 1) << i;
   return bits;
 }
+CAME8BIT_INLINE int bit_count(unsigned x) {
+  int total = 0;
+  for (; x != 0; x &= x - 1) ++total;
+  return total;
+}
 CAME8BIT_INLINE int count(M m) {
   const IntLanes lanes(reinterpret<I>(m));
   int total = 0;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "apply.h"
+#include "coarse.h"
 #include "instability.h"
 
 namespace came8bit {
@@ -38,9 +39,9 @@ namespace came8bit {
         CAME8BIT_OF_DTYPES(steps),                                                          \
         CAME8BIT_OF_DTYPES(forget),                                                         \
         agreeing,                                                                           \
-        {encode4, decode4},                                                                 \
-        {encode2, decode2},                                                                 \
-        {encode0, decode0},                                                                 \
+        {encode4, encode4_rows, decode4},                                                   \
+        {encode2, encode2_rows, decode2},                                                   \
+        {encode0, encode0_rows, decode0},                                                   \
         CAME8BIT_OF_DTYPES(sum_g2),                                                         \
         CAME8BIT_OF_DTYPES(sum_u2),                                                         \
         random_bits,                                                                        \
