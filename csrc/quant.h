@@ -5,9 +5,13 @@
 
 namespace came8bit {
 
-// Of numbers that are not NaN: the library's is a call.
+// Of numbers that are not NaN.
 CAME8BIT_INLINE float larger(float x, float y) {
-  return x > y ? x : y;
+#if defined(__CUDA_ARCH__)
+  return ::fmaxf(x, y);
+#else
+  return x > y ? x : y;  // the library's is a call
+#endif
 }
 
 constexpr int kBlockSize = 256;
