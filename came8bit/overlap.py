@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from .state.layout import Group
+from .state.sharding import PLAIN
 from .state.store import Work, may_train
 
 Name = TypeVar("Name")
-
-_PLAIN = (Tensor, torch.nn.Parameter)  # whose memory is their own
 
 
 def elements_overlap(tensor: Tensor) -> bool:
@@ -67,9 +66,10 @@ def check_apart(work: Work, groups: Sequence[Group], places: list[int]) -> None:
     Raises:
         ValueError: two parameters in ``work`` share memory, or elements of one do.
     """
-    items = [item for _, members in work for item in members if type(item.param) in _PLAIN]
+    items = [item for _, members in work for item in members if type(item.param) in PLAIN]
     known = len(places) == sum(len(group["params"]) for group in groups)
-    if known and all(item.param.data_ptr() == places[item.position] for item in items):
+    begins = [item.param.data_ptr() for item in items]
+    if known and begins == [places[item.position] for item in items]:
         return
     named = [
         (f"parameter {item.position} (shape {tuple(item.param.shape)})", item.param)
@@ -94,7 +94,7 @@ def check_apart(work: Work, groups: Sequence[Group], places: list[int]) -> None:
 
 
 def _has_place(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_meta
+    return type(tensor) in PLAIN and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _share(one: Tensor, other: Tensor, distance: int) -> bool:

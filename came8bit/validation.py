@@ -27,7 +27,7 @@ from .state.layout import (
     plan_state,
     warn_of_large_vectors,
 )
-from .state.sharding import check_shard, is_sharded, local
+from .state.sharding import PLAIN, check_shard, is_sharded, local
 
 FORMAT_VERSION = 1
 """Version of the state; in every group, where tools that rewrite state dicts leave it alone."""
@@ -311,18 +311,20 @@ def check_params(
     warn_of_large_vectors(layouts, group)
 
 
-def usable(param: Tensor, grad: Tensor) -> bool:
-    """Return whether a step can use ``grad`` for ``param``."""
-    return (
+def usable(param: Tensor, grad: Tensor, shape: torch.Size) -> bool:
+    """Return whether a step can use ``grad`` for ``param``, which has ``shape``."""
+    if not (
         grad.dtype in GRAD_DTYPES
         and param.dtype in PARAM_DTYPES
-        and grad.layout == torch.strided
-        and grad.shape == param.shape
+        and grad.layout is torch.strided
+        and grad.shape == shape
         and grad.device == param.device
-        and _placements(grad) == _placements(param)
-        and has_memory(param)
-        and has_memory(grad)
-    )
+    ):
+        return False
+    if type(param) in PLAIN and type(grad) in PLAIN:
+        sizes = param.untyped_storage().nbytes(), grad.untyped_storage().nbytes()
+        return 0 not in sizes or 0 in shape
+    return _placements(grad) == _placements(param) and has_memory(param) and has_memory(grad)
 
 
 def _placements(tensor: Any) -> Any:

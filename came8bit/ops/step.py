@@ -43,19 +43,28 @@ def collect_one(
     Raises:
         ValueError, TypeError: the gradient, or the state in ``store``, does not fit the parameter.
     """
+    item = _item(store, param, position)
+    if item is not None:
+        item.stream = stream_of(group, position, first)
+    return item
+
+
+def _item(store: StateStore, param: Tensor, position: int) -> StepItem | None:
+    """As :func:`collect_one`, for a parameter whose position numbers its random bits."""
     grad = param.grad
     if grad is None:
         return None
-    if not usable(param, grad):
+    shape = param.shape
+    if not usable(param, grad, shape):
         raise unusable_error(param, grad, position)
     state = store.state.get(param) or {}
-    if state and not store.fits(param):
+    if state and not store.fits(param, state, shape):
         raise moved_error(param, state, store.shape_of(param), position)
-    if not param.numel():
+    if 0 in shape:
         return None
-    if grad.dtype == torch.float64:
+    if grad.dtype is torch.float64:
         grad = grad.to(torch.float32)
-    return StepItem(param, grad, state, position, stream_of(group, position, first))
+    return StepItem(param, grad, state, position, position)
 
 
 def collect(store: StateStore, groups: Sequence[Group]) -> list[tuple[Group, list[StepItem]]]:
@@ -64,11 +73,15 @@ def collect(store: StateStore, groups: Sequence[Group]) -> list[tuple[Group, lis
     first = 0
     for group in groups:
         check_options(group)
-        items = [
-            collect_one(store, param, group, position, first)
-            for position, param in enumerate(group["params"], first)
-        ]
-        work.append((group, [item for item in items if item is not None]))
+        by_position = group["stream"] is None and not group.get("param_names")
+        items = []
+        for position, param in enumerate(group["params"], first):
+            item = _item(store, param, position)
+            if item is not None:
+                if not by_position:
+                    item.stream = stream_of(group, position, first)
+                items.append(item)
+        work.append((group, items))
         first += len(group["params"])
     return work
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import explaining
-from ..reference.rungs import momentum_shape
+from ..reference.rungs import momentum_fits, momentum_shape
 from ..state.layout import Group, Layout, possible_layouts
 from ..state.store import (
     DenseStore,
@@ -54,9 +55,11 @@ class PagedStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.pager.placement,)
 
-    def fits(self, param: Tensor) -> bool:
-        """Return whether ``param`` has the shape that its state was made for; pages follow it."""
-        return self.shape_of(param) == param.shape
+    def fits(self, param: Tensor, state: Mapping[str, Tensor], shape: torch.Size) -> bool:
+        """Return whether ``state`` and page of ``param`` were made for ``shape``, its own."""
+        if "exp_avg" in state:
+            return momentum_fits(state, shape)
+        return self.pager.shape(param) == shape
 
     def shape_of(self, param: Tensor) -> torch.Size | None:
         """Return the shape that the state of ``param`` was made for, None if it is incomplete."""
@@ -105,7 +108,7 @@ class PagedStore:
             complete = []
             for number, buffers in lot:
                 item = paged[number]
-                complete.append(item._replace(state={**item.state, **buffers}))
+                complete.append(replace(item, state={**item.state, **buffers}))
             run(complete)
 
         if paged:

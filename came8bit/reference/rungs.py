@@ -196,6 +196,13 @@ def momentum_shape(buffers: Mapping[str, Stored], shape: tuple[int, ...]) -> tor
     return torch.Size((codes.shape[0], values))
 
 
+def momentum_fits(buffers: Mapping[str, Stored], shape: tuple[int, ...]) -> bool:
+    """Return whether the momentum in ``buffers`` is that of a parameter of ``shape``."""
+    if "scales" in buffers:
+        return momentum_shape(buffers, shape) == shape
+    return buffers["exp_avg"].shape == shape
+
+
 @dataclass(frozen=True)
 class Momentum:
     """The buffers that hold the momentum of a parameter of ``shape``; fp32 without ``scales``."""

@@ -20,12 +20,13 @@ from ..reference.quant import slice_shape
 from .layout import Buffer, Layout
 
 # Looking for an attribute that is not there takes long, and a step asks about every tensor.
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+"""Types whose memory is their own."""
 
 
 def is_sharded(tensor: object) -> bool:
     """Return whether ``tensor`` is a DTensor, whose other parts may be on other ranks."""
-    return type(tensor) not in _PLAIN and hasattr(tensor, "placements")
+    return type(tensor) not in PLAIN and hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..reference.rungs import momentum_shape
+from ..reference.rungs import momentum_fits, momentum_shape
 from .layout import Buffer, Group, Layout, plan_state, possible_layouts
 from .sharding import allocate_sharded, copy_sharded, is_sharded, local
 
@@ -31,7 +32,8 @@ class Saved(NamedTuple):
     state: Mapping[str, Any]
 
 
-class StepItem(NamedTuple):
+@dataclass(slots=True, eq=False)  # a step makes one per parameter, and a tuple would take longer
+class StepItem:
     """A parameter that has a gradient, its state, and its position in ``state_dict()``.
 
     ``stream`` numbers its random bits, below 2**32; see :func:`stream_of`. ``sharded`` is the
@@ -69,8 +71,8 @@ class StateStore(Protocol):
     state: defaultdict[Any, Any]
     takes_sharded: bool
 
-    def fits(self, param: Tensor) -> bool:
-        """Return whether ``param`` still has the shape that its state was made for."""
+    def fits(self, param: Tensor, state: Mapping[str, Tensor], shape: torch.Size) -> bool:
+        """Return whether ``state``, that of ``param``, was made for ``shape``, which it has now."""
 
     def shape_of(self, param: Tensor) -> torch.Size | None:
         """Return the shape that the state of ``param`` was made for, None if it is incomplete."""
@@ -147,9 +149,9 @@ class DenseStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
-    def fits(self, param: Tensor) -> bool:
+    def fits(self, param: Tensor, state: Mapping[str, Tensor], shape: torch.Size) -> bool:
         """As :meth:`StateStore.fits`: state follows its parameter to another device."""
-        return self.shape_of(param) == param.shape
+        return "exp_avg" in state and momentum_fits(state, shape)
 
     def shape_of(self, param: Tensor) -> torch.Size | None:
         """As :meth:`StateStore.shape_of`."""
@@ -300,8 +302,8 @@ def missing_layouts(
 def _local_item(item: StepItem) -> StepItem:
     """Return ``item`` with what is here of its tensors; a visit writes to them in place."""
     state = {name: local(tensor) for name, tensor in item.state.items()}
-    return item._replace(
-        param=local(item.param), grad=local(item.grad), state=state, sharded=item.param
+    return replace(
+        item, param=local(item.param), grad=local(item.grad), state=state, sharded=item.param
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ class BytesStore:
         for param, tensors in state.items():
             self._keep(param, tensors)
 
-    def fits(self, param):
-        return self.shape_of(param) == param.shape
+    def fits(self, param, state, shape):
+        return self.shape_of(param) == shape
 
     def shape_of(self, param):
         kept = self.kept.get(param)
@@ -71,7 +72,7 @@ class BytesStore:
 
     def visit(self, items, run):
         for item in items:
-            complete = item._replace(state=self.read(item.param))
+            complete = replace(item, state=self.read(item.param))
             run([complete])
             self._keep(item.param, complete.state)
             for name in ("step", "skipped"):
