@@ -215,8 +215,8 @@ class Checker {
   }
 
   static void same_sizes(const Tensor& param, const Tensor& grad, size_t i) {
-    bool same = param.dim() == grad.dim();
-    for (int64_t d = 0; same && d < param.dim(); ++d) same = param.size(d) == grad.size(d);
+    const auto sizes = param.sizes(), others = grad.sizes();
+    const bool same = std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());
     STD_TORCH_CHECK(same, "gradient ", i, ": expected the shape of parameter ", i,
                     ", got another one with ", grad.numel(), " elements for ", param.numel());
   }
@@ -228,15 +228,17 @@ class Checker {
 
 // The operators on a device `On`, which runs steps of checked arguments: see bindings.cpp.
 template <class On>
-void factored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
-                    Tensors exp_avg_sq_row, Tensors exp_avg_sq_col, Tensors exp_avg_res_row,
-                    Tensors exp_avg_res_col, Tensors rms_ratio, Tensors step, Tensors skipped,
-                    std::vector<int64_t> param_index, std::vector<int64_t> element_offset,
-                    std::optional<Tensor> lr_tensor, double lr, double beta1, double beta2,
+void factored_step_(const Tensors& params, const Tensors& grads, const Tensors& exp_avg,
+                    const Tensors& absmax, const Tensors& exp_avg_sq_row,
+                    const Tensors& exp_avg_sq_col, const Tensors& exp_avg_res_row,
+                    const Tensors& exp_avg_res_col, const Tensors& rms_ratio, const Tensors& step,
+                    const Tensors& skipped, const std::vector<int64_t>& param_index,
+                    const std::vector<int64_t>& element_offset,
+                    const std::optional<Tensor>& lr_tensor, double lr, double beta1, double beta2,
                     double beta3, double eps1, double eps2, double clip_threshold,
                     double weight_decay, bool stochastic, bool cautious, bool propagate,
                     bool maximize, bool bias_correction, bool nesterov, int64_t seed,
-                    std::optional<Tensor> grad_squares) {
+                    const std::optional<Tensor>& grad_squares) {
   [[maybe_unused]] const typename On::Environment environment;  // for the scalars, too
   const Checker check(On::device());
   std::vector<ParamArguments> all = check.common(params, grads, exp_avg, absmax, step, skipped,
@@ -249,14 +251,15 @@ void factored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absm
 }
 
 template <class On>
-void unfactored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
-                      Tensors exp_avg_sq, Tensors step, Tensors skipped,
-                      std::vector<int64_t> param_index, std::vector<int64_t> element_offset,
-                      std::optional<Tensor> lr_tensor, double lr, double beta1, double beta2,
+void unfactored_step_(const Tensors& params, const Tensors& grads, const Tensors& exp_avg,
+                      const Tensors& absmax, const Tensors& exp_avg_sq, const Tensors& step,
+                      const Tensors& skipped, const std::vector<int64_t>& param_index,
+                      const std::vector<int64_t>& element_offset,
+                      const std::optional<Tensor>& lr_tensor, double lr, double beta1, double beta2,
                       double beta3, double eps1, double eps2, double clip_threshold,
                       double weight_decay, bool stochastic, bool cautious, bool propagate,
                       bool maximize, bool bias_correction, bool nesterov, int64_t seed,
-                      std::optional<Tensor> grad_squares) {
+                      const std::optional<Tensor>& grad_squares) {
   [[maybe_unused]] const typename On::Environment environment;
   const Checker check(On::device());
   std::vector<ParamArguments> all = check.common(params, grads, exp_avg, absmax, step, skipped,
@@ -271,16 +274,18 @@ void unfactored_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors ab
 // The passes of a step; `P` is the device and the pass.
 
 template <class P>
-void factored_pass_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
-                    Tensors exp_avg_sq_row, Tensors exp_avg_sq_col, Tensors exp_avg_res_row,
-                    Tensors exp_avg_res_col, Tensors rms_ratio, Tensors step, Tensors skipped,
-                    std::vector<int64_t> param_index, std::vector<int64_t> element_offset,
-                    std::vector<int64_t> full_numel, std::vector<int64_t> full_rows,
-                    Tensors reduced, Tensors sums, Tensors work, std::optional<Tensor> lr_tensor,
-                    double lr, double beta1, double beta2, double beta3, double eps1, double eps2,
-                    double clip_threshold, double weight_decay, bool stochastic, bool cautious,
-                    bool propagate, bool maximize, bool bias_correction, bool nesterov,
-                    int64_t seed) {
+void factored_pass_(const Tensors& params, const Tensors& grads, const Tensors& exp_avg,
+                    const Tensors& absmax, const Tensors& exp_avg_sq_row,
+                    const Tensors& exp_avg_sq_col, const Tensors& exp_avg_res_row,
+                    const Tensors& exp_avg_res_col, const Tensors& rms_ratio, const Tensors& step,
+                    const Tensors& skipped, const std::vector<int64_t>& param_index,
+                    const std::vector<int64_t>& element_offset,
+                    const std::vector<int64_t>& full_numel, const std::vector<int64_t>& full_rows,
+                    const Tensors& reduced, const Tensors& sums, const Tensors& work,
+                    const std::optional<Tensor>& lr_tensor, double lr, double beta1, double beta2,
+                    double beta3, double eps1, double eps2, double clip_threshold,
+                    double weight_decay, bool stochastic, bool cautious, bool propagate,
+                    bool maximize, bool bias_correction, bool nesterov, int64_t seed) {
   [[maybe_unused]] const typename P::On::Environment environment;
   const Checker check(P::On::device());
   std::vector<ParamArguments> all = check.common(params, grads, exp_avg, absmax, step, skipped,
@@ -296,15 +301,16 @@ void factored_pass_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absm
 }
 
 template <class P>
-void unfactored_pass_(Tensors params, Tensors grads, Tensors exp_avg, Tensors absmax,
-                      Tensors exp_avg_sq, Tensors step, Tensors skipped,
-                      std::vector<int64_t> param_index, std::vector<int64_t> element_offset,
-                      std::vector<int64_t> full_numel, std::vector<int64_t> full_rows,
-                      Tensors reduced, Tensors sums, Tensors work, std::optional<Tensor> lr_tensor,
-                      double lr, double beta1, double beta2, double beta3, double eps1, double eps2,
-                      double clip_threshold, double weight_decay, bool stochastic, bool cautious,
-                      bool propagate, bool maximize, bool bias_correction, bool nesterov,
-                      int64_t seed) {
+void unfactored_pass_(const Tensors& params, const Tensors& grads, const Tensors& exp_avg,
+                      const Tensors& absmax, const Tensors& exp_avg_sq, const Tensors& step,
+                      const Tensors& skipped, const std::vector<int64_t>& param_index,
+                      const std::vector<int64_t>& element_offset,
+                      const std::vector<int64_t>& full_numel, const std::vector<int64_t>& full_rows,
+                      const Tensors& reduced, const Tensors& sums, const Tensors& work,
+                      const std::optional<Tensor>& lr_tensor, double lr, double beta1, double beta2,
+                      double beta3, double eps1, double eps2, double clip_threshold,
+                      double weight_decay, bool stochastic, bool cautious, bool propagate,
+                      bool maximize, bool bias_correction, bool nesterov, int64_t seed) {
   [[maybe_unused]] const typename P::On::Environment environment;
   const Checker check(P::On::device());
   std::vector<ParamArguments> all = check.common(params, grads, exp_avg, absmax, step, skipped,

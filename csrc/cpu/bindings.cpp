@@ -10,15 +10,17 @@ namespace came8bit {
 namespace {
 
 StridedRuns strided(const Tensor& t, const char* what, size_t i) {
-  STD_TORCH_CHECK(t.dim() <= kMaxDims, what, " ", i, ": got ", t.dim(),
+  const auto sizes = t.sizes();
+  STD_TORCH_CHECK(sizes.size() <= kMaxDims, what, " ", i, ": got ", sizes.size(),
                   " dimensions, expected at most ", kMaxDims);
-  return StridedRuns(t.data_ptr(), static_cast<int>(t.element_size()), static_cast<int>(t.dim()),
-                     t.sizes().data(), t.strides().data());
+  return StridedRuns(t.data_ptr(), static_cast<int>(t.element_size()),
+                     static_cast<int>(sizes.size()), sizes.data(), t.strides().data());
 }
 
 std::vector<Parameter> parameters_of(const std::vector<ParamArguments>& all, const Tensors& params,
                                      const Tensors& grads) {
   std::vector<Parameter> parameters;
+  parameters.reserve(all.size());
   for (size_t i = 0; i < all.size(); ++i) {
     parameters.push_back(
         {all[i], strided(params[i], "parameter", i), strided(grads[i], "gradient", i)});

@@ -81,8 +81,8 @@ class StridedRuns {
   char* data_ = nullptr;
   int itemsize_ = 4;
   int dims_ = 0;
-  int64_t sizes_[kMaxDims] = {};
-  int64_t strides_[kMaxDims] = {};
+  int64_t sizes_[kMaxDims];  // of the first dims_
+  int64_t strides_[kMaxDims];
 };
 
 }  // namespace came8bit
