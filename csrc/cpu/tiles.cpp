@@ -125,8 +125,9 @@ void Workspace::lay_out(const CpuGrid& g, float* kept) {
   for (int s = 0; s < 3; ++s) {
     row_sum[s] = keep(rows);
     col_sum[s] = keep(cols);
-    row_part[s] = take(rows * g.strips);
-    col_part[s] = take(cols * g.slabs);
+    // A single part is the sum.
+    row_part[s] = g.strips == 1 ? row_sum[s] : take(rows * g.strips);
+    col_part[s] = g.slabs == 1 ? col_sum[s] : take(cols * g.slabs);
   }
 }
 
@@ -223,11 +224,14 @@ void instability_task(const Parameter& p, const CpuGrid& grid, Workspace& w, flo
 void add_parts(const CpuGrid& grid, Workspace& w, int sums) {
   const auto add = kernels().add;
   const int64_t rows = grid.b * grid.n, cols = grid.b * grid.k;
+  const auto add_up = [add](const float* part, int64_t parts, int64_t size, float* sum) {
+    if (parts == 1) return;
+    std::fill(sum, sum + size, 0.0f);
+    for (int64_t i = 0; i < parts; ++i) add(sum, part + i * size, size);
+  };
   for (int s = 0; s < sums; ++s) {
-    std::fill(w.row_sum[s], w.row_sum[s] + rows, 0.0f);
-    std::fill(w.col_sum[s], w.col_sum[s] + cols, 0.0f);
-    for (int64_t i = 0; i < grid.strips; ++i) add(w.row_sum[s], w.row_part[s] + i * rows, rows);
-    for (int64_t i = 0; i < grid.slabs; ++i) add(w.col_sum[s], w.col_part[s] + i * cols, cols);
+    add_up(w.row_part[s], grid.strips, rows, w.row_sum[s]);
+    add_up(w.col_part[s], grid.slabs, cols, w.col_sum[s]);
   }
 }
 

@@ -23,8 +23,8 @@ class Workspace {
   float *row_new, *col_new;        // second moments before they are stored; then update factors
   float* row_sum[3];               // [b][n]
   float* col_sum[3];               // [b][k]
-  float* row_part[3];              // [strips][b][n]
-  float* col_part[3];              // [slabs][b][k]
+  float* row_part[3];              // [strips][b][n]; row_sum where there is one strip
+  float* col_part[3];              // [slabs][b][k]; col_sum where there is one slab
 
   static int64_t floats(const CpuGrid& grid);
   void reserve(int64_t floats) {
