@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FRESH, listed
-from ..reference.rungs import RUNGS, rung_of
+from ..reference.rungs import RUNGS, momentum_fits, rung_of
 from ..state.layout import Group, find_fault
 from ..state.sharding import is_sharded, local
 from ..state.store import StateStore, StepItem, Work, stream_of
@@ -43,28 +43,7 @@ def collect_one(
     Raises:
         ValueError, TypeError: the gradient, or the state in ``store``, does not fit the parameter.
     """
-    item = _item(store, param, position)
-    if item is not None:
-        item.stream = stream_of(group, position, first)
-    return item
-
-
-def _item(store: StateStore, param: Tensor, position: int) -> StepItem | None:
-    """As :func:`collect_one`, for a parameter whose position numbers its random bits."""
-    grad = param.grad
-    if grad is None:
-        return None
-    shape = param.shape
-    if not usable(param, grad, shape):
-        raise unusable_error(param, grad, position)
-    state = store.state.get(param) or {}
-    if state and not store.fits(param, state, shape):
-        raise moved_error(param, state, store.shape_of(param), position)
-    if 0 in shape:
-        return None
-    if grad.dtype is torch.float64:
-        grad = grad.to(torch.float32)
-    return StepItem(param, grad, state, position, position)
+    return next(iter(_items(store, group, [(position, param)], first)), None)
 
 
 def collect(store: StateStore, groups: Sequence[Group]) -> list[tuple[Group, list[StepItem]]]:
@@ -73,17 +52,37 @@ def collect(store: StateStore, groups: Sequence[Group]) -> list[tuple[Group, lis
     first = 0
     for group in groups:
         check_options(group)
-        by_position = group["stream"] is None and not group.get("param_names")
-        items = []
-        for position, param in enumerate(group["params"], first):
-            item = _item(store, param, position)
-            if item is not None:
-                if not by_position:
-                    item.stream = stream_of(group, position, first)
-                items.append(item)
-        work.append((group, items))
+        work.append((group, _items(store, group, enumerate(group["params"], first), first)))
         first += len(group["params"])
     return work
+
+
+def _items(
+    store: StateStore, group: Group, params: Iterable[tuple[int, Tensor]], first: int
+) -> list[StepItem]:
+    """Return what :func:`collect_one` does of members of ``group``, given with their positions.
+
+    One loop, as calls would take a good part of the time that a step has for a small parameter.
+    """
+    by_position = group["stream"] is None and not group.get("param_names")
+    states, items = store.state, []
+    for position, param in params:
+        grad = param.grad
+        if grad is None:
+            continue
+        shape = param.shape
+        if not usable(param, grad, shape):
+            raise unusable_error(param, grad, position)
+        state = states.get(param) or {}
+        if state and not momentum_fits(state, shape) and store.shape_of(param) != shape:
+            raise moved_error(param, state, store.shape_of(param), position)
+        if 0 in shape:
+            continue
+        if grad.dtype is torch.float64:
+            grad = grad.to(torch.float32)
+        stream = position if by_position else stream_of(group, position, first)
+        items.append(StepItem(param, grad, state, position, stream))
+    return items
 
 
 def is_still(group: Group) -> bool:

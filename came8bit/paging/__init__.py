@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import explaining
-from ..reference.rungs import momentum_fits, momentum_shape
+from ..reference.rungs import momentum_shape
 from ..state.layout import Group, Layout, possible_layouts
 from ..state.store import (
     DenseStore,
@@ -54,12 +54,6 @@ class PagedStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.pager.placement,)
-
-    def fits(self, param: Tensor, state: Mapping[str, Tensor], shape: torch.Size) -> bool:
-        """Return whether ``state`` and page of ``param`` were made for ``shape``, its own."""
-        if "exp_avg" in state:
-            return momentum_fits(state, shape)
-        return self.pager.shape(param) == shape
 
     def shape_of(self, param: Tensor) -> torch.Size | None:
         """Return the shape that the state of ``param`` was made for, None if it is incomplete."""

@@ -197,10 +197,10 @@ def momentum_shape(buffers: Mapping[str, Stored], shape: tuple[int, ...]) -> tor
 
 
 def momentum_fits(buffers: Mapping[str, Stored], shape: tuple[int, ...]) -> bool:
-    """Return whether the momentum in ``buffers`` is that of a parameter of ``shape``."""
+    """Return whether ``buffers`` have momentum, and that of a parameter of ``shape``."""
     if "scales" in buffers:
-        return momentum_shape(buffers, shape) == shape
-    return buffers["exp_avg"].shape == shape
+        return "exp_avg" in buffers and momentum_shape(buffers, shape) == shape
+    return "exp_avg" in buffers and buffers["exp_avg"].shape == shape
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..reference.rungs import momentum_fits, momentum_shape
+from ..reference.rungs import momentum_shape
 from .layout import Buffer, Group, Layout, plan_state, possible_layouts
 from .sharding import allocate_sharded, copy_sharded, is_sharded, local
 
@@ -70,9 +70,6 @@ class StateStore(Protocol):
 
     state: defaultdict[Any, Any]
     takes_sharded: bool
-
-    def fits(self, param: Tensor, state: Mapping[str, Tensor], shape: torch.Size) -> bool:
-        """Return whether ``state``, that of ``param``, was made for ``shape``, which it has now."""
 
     def shape_of(self, param: Tensor) -> torch.Size | None:
         """Return the shape that the state of ``param`` was made for, None if it is incomplete."""
@@ -148,10 +145,6 @@ class DenseStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
-
-    def fits(self, param: Tensor, state: Mapping[str, Tensor], shape: torch.Size) -> bool:
-        """As :meth:`StateStore.fits`: state follows its parameter to another device."""
-        return "exp_avg" in state and momentum_fits(state, shape)
 
     def shape_of(self, param: Tensor) -> torch.Size | None:
         """As :meth:`StateStore.shape_of`."""

@@ -47,9 +47,6 @@ class BytesStore:
         for param, tensors in state.items():
             self._keep(param, tensors)
 
-    def fits(self, param, state, shape):
-        return self.shape_of(param) == shape
-
     def shape_of(self, param):
         kept = self.kept.get(param)
         return kept["exp_avg"][2] if kept else None
