@@ -55,8 +55,8 @@ constexpr float kLargestSquare4 = 7.0f * 7.0f;
 constexpr uint32_t kLargestBf16 = 0x7f7f0000u;
 
 // The same code by look-up: level q begins at the square (q - 1/2)^2, so where 4*square, cut to a
-// whole number, is (2q - 1)^2. Those are one more than multiples of 8: (4*square + 7) / 8 leaves
-// few numbers, of which each has one level.
+// whole number, reaches (2q - 1)^2. That is one more than a multiple of 8, so each of the few
+// values of (4*square + 7) / 8 has one level.
 constexpr int kLastOf4 = (4 * 49 + 7) / 8;
 constexpr int8_t kLevels4[kLastOf4 + 1] = {0, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 5,
                                            5, 5, 5, 6, 6, 6, 6, 6, 6, 7, 7, 7, 7};

@@ -22,15 +22,15 @@ CAME8BIT_INLINE void pack(WideCodes& wide, int size, uint8_t* codes) {
 // Of a block that is neither tiny nor has an infinity; false where it has NaN.
 CAME8BIT_INLINE bool levels_of_usual(const float* x, float largest, int size, WideCodes& wide) {
   const F scale(4.0f * usual_level_scale(largest, kLargestSquare4));
-  const auto quarters = [&](int j) CAME8BIT_LAMBDA {
+  const auto quadruple = [&](int j) CAME8BIT_LAMBDA {
     const F value = load(x + j);
     return with_sign(truncate(level_square(value, scale)), value);
   };
   constexpr int k = kLanes;
   bool usual = true;
   for (int j = 0; j < size; j += 4 * k) {
-    usual &= store_levels4(wide + j, quarters(j), quarters(j + k), quarters(j + 2 * k),
-                           quarters(j + 3 * k));
+    usual &= store_levels4(wide + j, quadruple(j), quadruple(j + k), quadruple(j + 2 * k),
+                           quadruple(j + 3 * k));
   }
   return usual;
 }
@@ -71,16 +71,16 @@ CAME8BIT_INLINE int encode4_short_rows(const float* x, ToEncode blocks, int coun
   for (; block + Rows::kRows <= count; block += Rows::kRows, x += 64, held += 64, codes += 32) {
     if (!usual_rows<cols>(blocks, block)) return block;
     const float* const largest = blocks.largest + block;
-    float quadruple[kLanes], stored[Rows::kRows];
-    store(quadruple, usual_level_scale(load(largest), F(kLargestSquare4)) * F(4.0f));
-    I quarters[kVectors];
+    float scale[kLanes], stored[Rows::kRows];
+    store(scale, usual_level_scale(load(largest), F(kLargestSquare4)) * F(4.0f));
+    I quadruple[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       const F value = load(x + v * kLanes);
-      const F square = level_square(value, Rows::of_rows(quadruple, v));
-      quarters[v] = with_sign(truncate(square), value);
+      const F square = level_square(value, Rows::of_rows(scale, v));
+      quadruple[v] = with_sign(truncate(square), value);
     }
     alignas(64) int8_t wide[64];
-    if (!store_levels4(wide, quarters[0], quarters[1], quarters[2], quarters[3])) return block;
+    if (!store_levels4(wide, quadruple[0], quadruple[1], quadruple[2], quadruple[3])) return block;
     for (int i = 0; i < Rows::kRows; ++i) {
       scales[block + i] = scale_bits(largest[i]);
       stored[i] = scale_of(scales[block + i]);
@@ -138,12 +138,12 @@ struct Encode2 {
                                          Block2& block) {
     const bool usual = largest < INFINITY;
     block.unit = unit_of_block(usual ? largest : largest_finite(x, size));
-    const F zero(0.0f), inverse(block.unit.inverse), finite(usual ? NAN : INFINITY);
+    const F zero(0.0f), inverse(block.unit.inverse);
     F sum(zero);
     unsigned zeros = 0;
     for_lanes(size, [&](int j, int some) CAME8BIT_LAMBDA {
       F magnitude = larger(abs(load_some(x + j, some)), zero);  // 0 for NaN
-      if (!usual) magnitude = select(magnitude < finite, magnitude, zero);
+      if (!usual) magnitude = select(magnitude < F(INFINITY), magnitude, zero);
       const unsigned here = some < kLanes ? (1u << some) - 1 : (1u << kLanes) - 1;
       zeros |= mask(magnitude == zero) & here;
       const F units = nearest_whole(magnitude * inverse);
