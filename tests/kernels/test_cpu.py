@@ -130,8 +130,8 @@ def test_memory_between_the_elements_is_not_touched(layout: str) -> None:
 
 # --- threads, lists -------------------------------------------------------------------------------
 
-# Elements below and above 65,536, where all threads begin to share a parameter; one and several
-# slabs of rows and strips of 1024 columns.
+# Elements below and above 65,536, where all threads begin to share a parameter of a short list; one
+# and several slabs of rows and strips of 1024 columns.
 THREADED: list[tuple[tuple[int, ...], dict[str, object]]] = [
     ((300, 200), {}),
     ((256, 256), {}),
@@ -150,7 +150,9 @@ THREADED: list[tuple[tuple[int, ...], dict[str, object]]] = [
     ("dtype", "cautious"), [(torch.float32, False), (torch.bfloat16, True)], ids=str
 )
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, cautious: bool, isa: str) -> None:
-    """A whole list at once, so that threads also share out the small parameters."""
+    """A whole list at once, so that threads also share out the small parameters; of a list eight
+    times as long also the medium ones.
+    """
     kinds: dict[object, list[Problem]] = {}
     for i, (shape, changes) in enumerate(THREADED):
         problem = make_problem(shape, dtype=dtype, index=i, generator=generator(i), **changes)  # type: ignore[arg-type]
@@ -160,15 +162,15 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, cautious: bool,
             [random_grad(p.param.shape, dtype, generator(t)) for p in problems] for t in range(2)
         ]
         expected: list[Problem] = []
-        for threads in (1, 2, 3, 5):
+        for threads, times in ((1, 1), (2, 1), (3, 1), (5, 1), (2, 8)):
             torch.set_num_threads(threads)
             assert torch.get_num_threads() == threads
-            got = [p.copy() for p in problems]
+            got = [p.copy() for _ in range(times) for p in problems]
             for grads in steps:
-                run_ops(got, grads, cautious=cautious)
+                run_ops(got, grads * times, cautious=cautious)
             expected = expected or got
-            for mine, other in zip(got, expected, strict=True):
-                what = f"{isa}, {threads} threads, {tuple(mine.param.shape)}"
+            for mine, other in zip(got, expected * times, strict=True):
+                what = f"{isa}, {threads} threads, {times} times {tuple(mine.param.shape)}"
                 assert_same_bits(mine.tensors(), other.tensors(), what)
 
 
