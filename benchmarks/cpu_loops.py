@@ -10,10 +10,10 @@ innermost loop over elements: all instructions, vector instructions, by how many
 move, and cycles per iteration of each processor with data in the first-level cache. Pointers move
 by 64 bytes of fp32 and 32 of bf16 for 16 elements; loops over tiles do four rows of them at once.
 
-``--table`` adds up the loops of whole steps instead, per element. ``_steps`` names them by what has
+``--table`` adds up the loops of whole steps instead, per element. ``_step`` names them by what has
 been inlined there, as the debugger would show it; of loops that fit it takes the shortest, because
-tails and rare cases are longer. 2 bits are left out: their code waits for sums of a block, of which
-loops say nothing. Needs binutils besides.
+tails and rare cases are longer. 4 and 2 bits are left out: GCC mixes their loops with what
+surrounds them. Needs binutils besides.
 """
 
 from __future__ import annotations
@@ -166,8 +166,9 @@ def _step(isa: str, p: str, bits: int, draws: bool, cols: int) -> list[Pass]:
 
     ``p`` is the type of parameter and gradient, ``cols`` the length of rows if they are short.
     """
-    m = {8: "signed char", 32: "float"}.get(bits, f"Packed<{bits}>")
-    options = ", ".join(str(option).lower() for option in (True, draws, bits < 8))
+    m = "signed char" if bits == 8 else "float"
+    instability = f"instability<{p}, {m}>"
+    options = ", ".join(str(option).lower() for option in (True, draws, False))
     usual = f"apply_as<{p}, true, Usual<{options}> >"
     if cols:
         each: dict[str, Any] = {"lacks": (), "elements": 64}
@@ -175,7 +176,7 @@ def _step(isa: str, p: str, bits: int, draws: bool, cols: int) -> list[Pass]:
             Pass("A", f"second_moment<{p}>", (f"second_moment_of_short_rows<{cols}",), **each),
             Pass(
                 "B",
-                f"instability<{p}, {m}>",
+                instability,
                 (f"instability_of_short_rows<{cols}", "prefetch"),
                 **each,
             ),
@@ -189,13 +190,11 @@ def _step(isa: str, p: str, bits: int, draws: bool, cols: int) -> list[Pass]:
             Pass("code", "encode_rows", (f"encode_short_rows<{cols}>", "guess_of"), **each),
         ]
     else:
-        decode = {8: ("decode_usual",), 32: ()}.get(bits, ("look_up",))
+        decode = ("decode_usual",) if bits == 8 else ()
         passes = [
             Pass("A", f"second_moment<{p}>", ("prefetch",), elements=64, rows=4),
-            Pass("B: u, d", f"instability<{p}, {m}>", ("prefetch", "precondition", *decode)),
-            Pass(
-                "B: sums", f"instability<{p}, {m}>", ("add_products",), elements=64, rows=4, loops=3
-            ),
+            Pass("B: u, d", instability, ("prefetch", "precondition", *decode)),
+            Pass("B: sums", instability, ("add_products",), elements=64, rows=4, loops=3),
             Pass(
                 "w, momentum",
                 f"momentum<{p}, {m}, true, true>",
@@ -207,13 +206,6 @@ def _step(isa: str, p: str, bits: int, draws: bool, cols: int) -> list[Pass]:
             block = "encode_block<false, false>"
             passes.append(Pass("code: guess", "encode", (block, "guess_of")))
             passes.append(Pass("code", "encode", (block, "code_of"), ("some",), elements=64))
-        if bits == 4:
-            lacks = ("_short_rows", "encode_block")
-            passes += [
-                Pass("code: levels", "encode4", ("levels_of_usual",), lacks, elements=64),
-                Pass("code: held", "encode4", ("look_up",), lacks),
-                Pass("code: pack", "encode4", ("pack_64<4>",), lacks, elements=64),
-            ]
     if draws:
         drawn = 3 * _VECTOR_BYTES[isa]  # kTogether vectors of counters of 8 bytes, 8 elements each
         told: dict[str, Any] = {"function": "random_bits", "inside": ("draw<3>",)}
@@ -231,7 +223,6 @@ _STEPS: dict[str, tuple[str, int, bool, int]] = {  # arguments of _step
     "fp32, 8 bits, rows of 8": ("float", 8, False, 8),
     "bf16 stochastic, 8 bits, rows of 8": ("Bf16", 8, True, 8),
     "bf16 nearest, 8 bits, rows of 8": ("Bf16", 8, False, 8),
-    "fp32, 4 bits": ("float", 4, False, 0),
 }
 
 
