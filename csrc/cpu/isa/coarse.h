@@ -109,11 +109,10 @@ CAME8BIT_INLINE void store_code2(F x, M above, F level, int some, int8_t* wide, 
   store_some(held, from_bits(bits(level) | sign), some);
 }
 
-// A block of 2 bits on its way to its codes; sums are in units.
+// A block of 2 bits on its way to its codes; the total is in units.
 struct Block2 {
   Unit unit;
-  float total, above_sum;
-  int above_count;
+  float total;
   bool has_zero;
   Levels levels;
 };

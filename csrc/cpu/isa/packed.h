@@ -135,13 +135,12 @@ CAME8BIT_INLINE bool has_nan(const Packed<bits>*, int) {
 
 void decode4(const uint8_t* codes, int skip, const uint16_t* scale, float factor, int size,
              float* x) {
-  decode_packed<4>(codes, skip, levels4(scale_of(*scale) * factor), size, x);
+  decode_packed<4>(codes, skip, levels_of<4>(scale, factor), size, x);
 }
 
 void decode2(const uint8_t* codes, int skip, const uint16_t* scales, float factor, int size,
              float* x) {
-  const F levels = levels2(scale_of(scales[0]) * factor, scale_of(scales[1]) * factor);
-  decode_packed<2>(codes, skip, levels, size, x);
+  decode_packed<2>(codes, skip, levels_of<2>(scales, factor), size, x);
 }
 
 void decode0(const uint8_t*, int, const uint16_t*, float, int size, float* x) {
