@@ -4,6 +4,9 @@ Installing torch ten times would take an hour, so the environments link to the p
 that runs this script: to all but came8bit and the build tools, so that a failed installation has
 nothing to fall back on. The sources are copied first, so that nothing next to them helps either.
 
+They download build tools. One that fails is tried once more, alone, and both outcomes are shown:
+an index that did not answer is worth a look, but is not a way to install that does not work.
+
     python build_tools/check_install.py            all of them
     python build_tools/check_install.py uv pure    those whose name contains one of the words
 """
@@ -228,18 +231,16 @@ def check(variant: Callable[[Environment], None], folder: Path, source: Path) ->
     env = Environment(folder / variant.__name__, source)
     problem = ""
     try:
-        venv.create(env.folder, with_pip=True)
+        venv.create(env.folder, clear=True, with_pip=True)
         if variant is not no_torch:
             lend_packages(env, folder / "packages")
         variant(env)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     shutil.rmtree(env.folder, ignore_errors=True)
-    print(f"{variant.__name__}: {variant.__doc__}")
-    print(
-        f"    {problem or env.report or 'as expected'} ({time.monotonic() - start:.0f} s)",
-        flush=True,
-    )
+    took = f"({time.monotonic() - start:.0f} s)"
+    result = f"FAILED: {problem}" if problem else env.report or "as expected"
+    print(f"{variant.__name__}: {variant.__doc__}\n    {result} {took}", flush=True)
     return problem
 
 
@@ -255,8 +256,13 @@ def main(words: list[str]) -> int:
         shutil.copytree(ROOT, source, ignore=NOT_COPIED)
         collect_packages(folder / "packages")
         problems = list(pool.map(lambda variant: check(variant, folder, source), chosen))
-    failed = sum(map(bool, problems))
-    print(f"{len(chosen) - failed} of {len(chosen)} ways to install work")
+        again = [variant for variant, problem in zip(chosen, problems, strict=True) if problem]
+        if again:
+            print(f"once more: {', '.join(variant.__name__ for variant in again)}", flush=True)
+        failed = [variant.__name__ for variant in again if check(variant, folder, source)]
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} ways to install work")
+    if failed:
+        print(f"failed twice: {', '.join(failed)}")
     return 1 if failed else 0
 
 
