@@ -139,7 +139,8 @@ CAME8BIT_INLINE T level_square(T x, T scale) {
 }
 
 // The magnitude of the code from any `root` within 0.05 of sqrt(square): the guess, cut to a whole
-// number, errs at most by one, downwards, and a comparison makes it exact. NaN for NaN.
+// number, errs at most by one, downwards, and a comparison makes it exact; to nearest, the root
+// itself will do as well. NaN for NaN.
 template <class T>
 CAME8BIT_INLINE T code_guess(T root, T step) {
   return root + (T(0.9375f) - step);

@@ -124,10 +124,26 @@ void for_each_segment(const Parameter& p, const Factors& factors, Buffers& buffe
 
 // --- passes over a piece ----------------------------------------------------------------------
 
+// Gives the kernel of an update the parameter.
+template <class Run>
+void with_param(const Parameter& p, Segment& s, int64_t e, Buffers& buffers, const Run& run) {
+  s.param = p.param.read(e, s.rows * s.size, buffers.param);
+  run();
+  p.param.write(e, s.rows * s.size, s.param);
+}
+
+// The kernel that makes the new momentum and the update at once; null where these are two passes.
+Kernels::Momentum update_at_once(const Parameter& p, const StepConstants& constants) {
+  const bool fp32 = p.param_dtype == kFloat32 && p.grad_dtype == kFloat32;
+  if (!fp32 || p.exp_avg_sq != nullptr || p.coarse() || constants.cautious) return nullptr;
+  return p.bits == 8 ? kernels().update8 : kernels().update32;
+}
+
 // Makes w and the new momentum, in `buffers`; with `stores`, momentum and second moment that are
-// not coded go where they belong.
+// not coded go where they belong. `at_once` may update the parameter, too.
 void new_momentum(const Parameter& p, const StepConstants& constants, const Factors& factors,
-                  const Piece& piece, bool stores, Buffers& buffers, ToEncode blocks) {
+                  const Piece& piece, bool stores, Kernels::Momentum at_once, Buffers& buffers,
+                  ToEncode blocks) {
   const Kernels& table = kernels();
   const bool coded = Blocks::coded(p), full = p.exp_avg_sq != nullptr;
   const bool packed = p.coarse() && !full && codes_begin_with_rows(p);
@@ -160,7 +176,9 @@ void new_momentum(const Parameter& p, const StepConstants& constants, const Fact
       if (stores) s.exp_avg = static_cast<float*>(p.exp_avg) + e;
     }
     if (stores && full) s.new_exp_avg_sq = p.exp_avg_sq + e;
-    momentum(constants, s, blocks.from(block));
+    const ToEncode of_segment = blocks.from(block);
+    if (at_once == nullptr) return momentum(constants, s, of_segment);
+    with_param(p, s, e, buffers, [&] { at_once(constants, s, of_segment); });
   });
 }
 
@@ -234,6 +252,7 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
                   int64_t task) {
   const Kernels& table = kernels();
   const auto apply = (p.exp_avg_sq ? table.apply_unfactored : table.apply)[p.param_dtype];
+  const Kernels::Momentum at_once = update_at_once(p, constants);
   const bool draws = constants.stochastic && p.param_dtype != kFloat32;
   Buffers buffers;
   for_each_piece(p, task, [&](const Piece& piece) {
@@ -241,17 +260,17 @@ void apply_blocks(const Parameter& p, const StepConstants& constants, const Fact
     const uint16_t* random =
         draws ? table.random_bits(constants, element, piece.size, buffers.random) : nullptr;
     const ToEncode blocks = buffers.to_encode(piece.blocks());
-    new_momentum(p, constants, factors, piece, true, buffers, blocks);
+    new_momentum(p, constants, factors, piece, true, at_once, buffers, blocks);
     // The update spends what a coarse code forgets.
     if (p.coarse()) encode_coarse(p, factors, piece, blocks, buffers);
-    for_each_segment(p, factors, buffers, piece, [&](Segment& s, int64_t e, int done) {
-      if (!Blocks::coded(p)) s.exp_avg = static_cast<float*>(p.exp_avg) + e;
-      s.param = p.param.read(e, s.rows * s.size, buffers.param);
-      s.kept = p.coarse() ? buffers.kept + done : nullptr;
-      s.random = random ? random + done : nullptr;
-      apply(constants, s);
-      p.param.write(e, s.rows * s.size, s.param);
-    });
+    if (at_once == nullptr) {
+      for_each_segment(p, factors, buffers, piece, [&](Segment& s, int64_t e, int done) {
+        if (!Blocks::coded(p)) s.exp_avg = static_cast<float*>(p.exp_avg) + e;
+        s.kept = p.coarse() ? buffers.kept + done : nullptr;
+        s.random = random ? random + done : nullptr;
+        with_param(p, s, e, buffers, [&] { apply(constants, s); });
+      });
+    }
     if (p.bits == 8) encode(p, factors, piece, blocks, buffers);
   });
 }
@@ -262,7 +281,7 @@ int64_t count_agreeing(const Parameter& p, const StepConstants& constants, const
   int64_t total = 0;
   for_each_piece(p, task, [&](const Piece& piece) {
     const ToEncode blocks = buffers.to_encode(piece.blocks());
-    new_momentum(p, constants, factors, piece, false, buffers, blocks);
+    new_momentum(p, constants, factors, piece, false, nullptr, buffers, blocks);
     total += kernels().agreeing(buffers.w, buffers.momentum, piece.size);
   });
   return total;

@@ -103,6 +103,10 @@ struct Kernels {
   Momentum momentum8_unfactored[kDtypes], momentum_decoded_unfactored[kDtypes],
       momentum32_unfactored[kDtypes];
 
+  // Both that pass and the next, where gradient and parameter are fp32, factored, without the
+  // cautious mask; of fp32 momentum w is not written. Null where there are too few registers.
+  Momentum update8, update32;
+
   // The update from them. Index: parameter dtype.
   void (*apply[kDtypes])(const StepConstants&, const Segment&);
   void (*apply_unfactored[kDtypes])(const StepConstants&, const Segment&);

@@ -15,7 +15,7 @@ import tolerances
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DENSE, OPEN, SHAPES, case_of, check_against_reference
+from kernel_cases import AHEAD, DENSE, OPEN, SHAPES, case_of, check_against_reference
 from peak import step_peak
 from problems import (
     Problem,
@@ -44,7 +44,8 @@ def test_bits_of_the_reference(case: Case, steps: int) -> None:
 @pytest.mark.parametrize(("shape", "changes"), SHAPES, ids=str)
 def test_bits_of_the_reference_at_edges(shape: tuple[int, ...], changes: dict[str, object]) -> None:
     check_against_reference(case_of(shape, **changes), 3, kernel_isas())
-    check_against_reference(case_of(shape, **(changes | DENSE)), 2, kernel_isas())
+    for options in (DENSE, AHEAD):
+        check_against_reference(case_of(shape, **(changes | options)), 2, kernel_isas())
 
 
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
@@ -56,7 +57,7 @@ def test_every_pair_of_dtypes(
 ) -> None:
     case = case_of((19, 300), factored=factored, bits=bits, dtype=dtype, grad_dtype=grad_dtype)
     cautious = {"cautious": True, "stochastic": False}
-    for changes in ({}, {"options": cautious}, DENSE):
+    for changes in ({}, {"options": cautious}, AHEAD, DENSE):
         check_against_reference(replace(case, **changes), 2, kernel_isas())  # type: ignore[arg-type]
 
 

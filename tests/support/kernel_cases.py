@@ -37,6 +37,7 @@ def check_against_reference(case: Case, steps: int, isas: list[str]) -> None:
 
 # Gradients without zeros, so that no element decays, and a weight decay that shows in bf16.
 DENSE: dict[str, object] = {"zeros": 0.0, "options": {"lr": 0.1, "weight_decay": 0.5}}
+AHEAD: dict[str, object] = {"options": {"nesterov": True, "bias_correction": True}}
 
 # Sizes at which something else begins, which random examples would meet too rarely.
 SHAPES: list[tuple[tuple[int, ...], dict[str, object]]] = [

@@ -25,12 +25,93 @@ float sum_u2(const StepConstants& c, const void* grad, const float* exp_avg_sq, 
   });
 }
 
-// The same as momentum() for short rows of codes of which none is NaN, from row `block` on; returns
-// the first row that is left.
-template <int cols, class G, class MT, bool coded>
-int momentum_of_short_rows(const Segment& s, int block, ToEncode blocks) {
+CAME8BIT_INLINE void store_param(float* p, F value, const uint16_t*, int size) {
+  store_some(p, value, size);
+}
+CAME8BIT_INLINE void store_param(Bf16* p, F value, const uint16_t* random, int size) {
+  if (random == nullptr && !any_nan(value)) {
+    const I pattern = bits(value);
+    store_some(p, pattern + to_nearest_bf16(pattern), size);
+    return;
+  }
+  const I drawn = random != nullptr ? load_some(random, size) : I(0);
+  store_some(p, round_bf16(value, drawn, random != nullptr), size);
+}
+CAME8BIT_INLINE void store_param(Half* p, F value, const uint16_t* random, int size) {
+  store_some(p, random ? round_fp16(value, load_some(random, size)) : value, size);
+}
+
+// What the options of a parameter are, as numbers known when compiling or as variables.
+template <bool nesterov_, bool draws_, bool spends_>
+struct Usual {
+  static constexpr bool nesterov() { return nesterov_; }
+  static constexpr bool spends() { return spends_; }
+  static constexpr bool cautious() { return false; }
+  static constexpr bool draws() { return draws_; }
+};
+struct Any {
+  bool nesterov_, spends_, cautious_, draws_;
+  bool nesterov() const { return nesterov_; }
+  bool spends() const { return spends_; }
+  bool cautious() const { return cautious_; }
+  bool draws() const { return draws_; }
+};
+
+// The update of a parameter, lanes by lanes.
+template <class P, bool factored, class Options>
+struct Update {
+  P* const param;
+  const float* const kept;
+  const uint16_t* const random;
+  const F beta1, spent, shrink, scale;
+  const Options options;
+
+  CAME8BIT_INLINE Update(const StepConstants& c, const Segment& s, Options options)
+      : param(static_cast<P*>(s.param)),
+        kept(s.kept),
+        random(s.random),
+        beta1(c.beta1),
+        spent(c.spent),
+        shrink(c.shrink),
+        scale(c.scale),
+        options(options) {}
+
+  // Of the lanes at `j`; row and col() are the factors of a factored second moment.
+  template <class Col>
+  CAME8BIT_INLINE void operator()(int j, int some, F row, Col col, F m_t, F w) const {
+    F direction = options.nesterov() ? look_ahead(m_t, w, beta1) : m_t;
+    if (options.spends()) direction = spend(direction, m_t, load_some(kept + j, some), spent);
+    F update;
+    if constexpr (factored) {
+      update = precondition(direction, row, col());
+    } else {
+      update = direction * scale;
+    }
+    if (options.cautious()) update = select(agrees(m_t, w), update, F(0.0f));
+    store_param(param + j, decay_and_apply(load_some(param + j, some), shrink, update),
+                options.draws() ? random + j : nullptr, some);
+  }
+};
+
+// What becomes of the lanes of the new momentum beside: nothing where the update is a pass of its
+// own, else the update.
+struct Later {
+  static constexpr bool kUpdates = false;
+};
+template <class Options>
+struct AtOnce : Update<float, true, Options> {
+  static constexpr bool kUpdates = true;
+  using Update<float, true, Options>::Update;
+};
+
+// The same as momentum_as() for short rows of codes of which none is NaN, from row `block` on;
+// returns the first row that is left.
+template <int cols, class G, class MT, bool coded, class Beside>
+int momentum_of_short_rows(const Segment& s, int block, ToEncode blocks, const Beside& update) {
   typedef ShortRows<cols> Rows;
   const F zero(0.0f), col_factor = Rows::of_columns(s.col_factor), decay(s.decay);
+  F update_col;
+  if constexpr (Beside::kUpdates) update_col = Rows::of_columns(s.update_col);
   for (; block + Rows::kRows <= s.rows; block += Rows::kRows) {
     const int begin = block * cols;
     const G* const grad = static_cast<const G*>(s.grad) + begin;
@@ -48,6 +129,11 @@ int momentum_of_short_rows(const Segment& s, int block, ToEncode blocks) {
       const F m_t = came8bit::momentum(decayed, w);
       store(new_w + j, w);
       store(exp_avg + j, m_t);
+      if constexpr (Beside::kUpdates) {
+        ask_for(update.param + begin, j, kAhead);
+        const F row = Rows::of_rows(s.update_row + block, v);
+        update(begin + j, kLanes, row, [&] { return update_col; }, m_t, w);
+      }
       magnitude[v] = larger(abs(m_t), zero);
       zeros[v] = mask(w == zero);
     }
@@ -63,55 +149,61 @@ int momentum_of_short_rows(const Segment& s, int block, ToEncode blocks) {
 }
 
 // w and the new momentum. MT is the old one as it is given: int8_t, Packed or float.
-template <class G, class MT, bool coded, bool factored>
-void momentum(const StepConstants& c, const Segment& s, ToEncode blocks) {
+template <class G, class MT, bool coded, bool factored, class Beside>
+CAME8BIT_INLINE void momentum_as(const StepConstants& c, const Segment& s, ToEncode blocks,
+                                 const Beside& update) {
   // Copies, which the stores below cannot alias.
   const G* const grad = static_cast<const G*>(s.grad);
   const MT* const old = static_cast<const MT*>(s.old_exp_avg);
   const float* const col_factor = s.col_factor;
   float *const exp_avg = s.exp_avg, *const new_w = s.w;
-  const F zero(0.0f);
   const int all = s.rows * s.size;
   for (int begin = 0, block = 0; begin < all; begin += s.block_size, ++block) {
     if constexpr (factored) {
-      if (s.size == 8) block = momentum_of_short_rows<8, G, MT, coded>(s, block, blocks);
-      if (s.size == 16) block = momentum_of_short_rows<16, G, MT, coded>(s, block, blocks);
+      if (s.size == 8) block = momentum_of_short_rows<8, G, MT, coded>(s, block, blocks, update);
+      if (s.size == 16) block = momentum_of_short_rows<16, G, MT, coded>(s, block, blocks, update);
       begin = block * s.block_size;
       if (begin == all) return;
     }
     const int size = all - begin < s.block_size ? all - begin : s.block_size;
     // One row, or rows that are blocks.
-    const float* const row_col_factor = s.rows == 1 ? col_factor + begin : col_factor;
-    const F row_gain(factored ? s.row_gain[s.rows == 1 ? 0 : block] : 0.0f);
-    F largest(0.0f);
-    M none = zero < zero;
+    const int row = s.rows == 1 ? 0 : block, column = s.rows == 1 ? begin : 0;
+    const F row_gain(factored ? s.row_gain[row] : 0.0f);
+    const F update_row(Beside::kUpdates ? s.update_row[row] : 0.0f);
+    const float* const update_col = s.update_col;
+    F largest(0.0f), smallest(INFINITY);
     const auto* scales = scales_from<MT>(s.scales, block);
     with_momentum(advance(old, begin), scales, s.decay, size, [&](auto decayed) CAME8BIT_LAMBDA {
       for_lanes(size, [&](int in_block, int some) CAME8BIT_LAMBDA {
         const int j = begin + in_block;
-        ask_for(grad, j, kAhead);
-        if (sizeof(MT) == 1 || !coded) ask_for(old, j, kAhead);  // decoded momentum is in a buffer
+        ask_for(grad + begin, in_block, kAhead);
+        if (sizeof(MT) == 1 || !coded) ask_for(advance(old, begin), in_block, kAhead);
         const F g = load_some(grad + j, some);
         F w;
         if constexpr (factored) {
-          w = precondition(g, row_gain, load_some(row_col_factor + in_block, some));
+          w = precondition(g, row_gain, load_some(col_factor + column + in_block, some));
         } else {
           const F v = full_second_moment(c, grad + j, s.exp_avg_sq + j, some);
           if (s.new_exp_avg_sq != nullptr) store_some(s.new_exp_avg_sq + j, v, some);
           w = precondition_unfactored(g, v, F(c.sign()), F(c.correction2)) * F(c.gain);
         }
         const F m_t = came8bit::momentum(decayed(in_block, some), w);
-        store_some(new_w + j, w, some);
         store_some(exp_avg + j, m_t, some);
+        if (coded || !Beside::kUpdates) store_some(new_w + j, w, some);
+        if constexpr (Beside::kUpdates) {
+          ask_for(update.param + begin, in_block, kAhead);
+          const auto col = [&] { return load_some(update_col + column + in_block, some); };
+          update(j, some, update_row, col, m_t, w);
+        }
         if constexpr (coded) {
           // Lanes past the end hold zeros, or NaN, which is larger than nothing.
-          largest = larger(abs(m_t), largest);
+          largest = larger_magnitude(m_t, largest);
           // Those past the end must not count as zeros: short rows would always decay.
-          const M zeros = (factored ? w : g) == zero;
+          const F stands = factored ? w : g;
           if (some == kLanes) {
-            none = none | zeros;
-          } else if (count(zeros) > kLanes - some) {
-            none = zeros;
+            smallest = smaller_magnitude(stands, smallest);
+          } else if (count(stands == F(0.0f)) > kLanes - some) {
+            smallest = F(0.0f);
           }
         }
       });
@@ -119,9 +211,22 @@ void momentum(const StepConstants& c, const Segment& s, ToEncode blocks) {
     if constexpr (coded) {
       const float lane = largest_lane(largest);
       if (lane > blocks.largest[block]) blocks.largest[block] = lane;
-      blocks.decays[block] |= any(none);
+      blocks.decays[block] |= any(smallest == F(0.0f));
     }
   }
+}
+template <class G, class MT, bool coded, bool factored>
+void momentum(const StepConstants& c, const Segment& s, ToEncode blocks) {
+  momentum_as<G, MT, coded, factored>(c, s, blocks, Later());
+}
+
+// Both at once, of fp32.
+template <class MT, bool coded>
+void momentum_and_update(const StepConstants& c, const Segment& s, ToEncode blocks) {
+  const auto run = [&](auto options) CAME8BIT_LAMBDA {
+    momentum_as<float, MT, coded, true>(c, s, blocks, AtOnce<decltype(options)>(c, s, options));
+  };
+  c.nesterov ? run(Usual<true, false, false>()) : run(Usual<false, false, false>());
 }
 
 // Where the update is exactly zero: with a full second moment the gradient itself decides.
@@ -157,44 +262,13 @@ int agreeing(const float* w, const float* m, int size) {
   return total;
 }
 
-CAME8BIT_INLINE void store_param(float* p, F value, const uint16_t*, int size) {
-  store_some(p, value, size);
-}
-CAME8BIT_INLINE void store_param(Bf16* p, F value, const uint16_t* random, int size) {
-  if (random == nullptr && !any_nan(value)) {
-    const I pattern = bits(value);
-    store_some(p, pattern + to_nearest_bf16(pattern), size);
-    return;
-  }
-  const I drawn = random != nullptr ? load_some(random, size) : I(0);
-  store_some(p, round_bf16(value, drawn, random != nullptr), size);
-}
-CAME8BIT_INLINE void store_param(Half* p, F value, const uint16_t* random, int size) {
-  store_some(p, random ? round_fp16(value, load_some(random, size)) : value, size);
-}
-
-// `options` says what the parameter's options are, as numbers known when compiling or as variables.
 template <class P, bool factored, class Options>
 CAME8BIT_INLINE void apply_as(const StepConstants& c, const Segment& s, Options options) {
-  P* const param = static_cast<P*>(s.param);
-  const float *const exp_avg = s.exp_avg, *const new_w = s.w, *const kept = s.kept;
-  const float* const update_col = s.update_col;
-  const uint16_t* const random = s.random;
-  const F beta1(c.beta1), spent(c.spent), shrink(c.shrink), scale(c.scale);
+  const Update<P, factored, Options> update(c, s, options);
+  const float *const exp_avg = s.exp_avg, *const new_w = s.w, *const update_col = s.update_col;
   const auto lanes = [&](int j, int some, F row, auto col) CAME8BIT_LAMBDA {
-    ask_for(param, j, kAhead);
-    const F m_t = load_some(exp_avg + j, some), w = load_some(new_w + j, some);
-    F direction = options.nesterov() ? look_ahead(m_t, w, beta1) : m_t;
-    if (options.spends()) direction = spend(direction, m_t, load_some(kept + j, some), spent);
-    F update;
-    if constexpr (factored) {
-      update = precondition(direction, row, col());
-    } else {
-      update = direction * scale;
-    }
-    if (options.cautious()) update = select(agrees(m_t, w), update, F(0.0f));
-    store_param(param + j, decay_and_apply(load_some(param + j, some), shrink, update),
-                options.draws() ? random + j : nullptr, some);
+    ask_for(update.param, j, kAhead);
+    update(j, some, row, col, load_some(exp_avg + j, some), load_some(new_w + j, some));
   };
   int r = 0;
   if constexpr (factored) {
@@ -212,21 +286,6 @@ CAME8BIT_INLINE void apply_as(const StepConstants& c, const Segment& s, Options 
     });
   }
 }
-
-template <bool nesterov_, bool draws_, bool spends_>
-struct Usual {
-  static constexpr bool nesterov() { return nesterov_; }
-  static constexpr bool spends() { return spends_; }
-  static constexpr bool cautious() { return false; }
-  static constexpr bool draws() { return draws_; }
-};
-struct Any {
-  bool nesterov_, spends_, cautious_, draws_;
-  bool nesterov() const { return nesterov_; }
-  bool spends() const { return spends_; }
-  bool cautious() const { return cautious_; }
-  bool draws() const { return draws_; }
-};
 
 template <class P, bool factored, bool spends>
 CAME8BIT_INLINE void apply_usual(const StepConstants& c, const Segment& s) {

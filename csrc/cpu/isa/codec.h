@@ -42,6 +42,35 @@ CAME8BIT_INLINE I code_of(F x, F square, I guess, F to_next) {
   return with_sign(increment_if(next <= square, guess), x);
 }
 
+// Codes to nearest of 64 elements from their squares. Returns whether they are good, which these
+// always are; what an instruction set does better is an overload.
+template <class V>
+CAME8BIT_INLINE bool store_nearest(int8_t* codes, const V* x, const V* square) {
+  const V to_next(kNearestStep);
+  I code[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    code[v] = code_of(x[v], square[v], guess_of(square[v], to_next), to_next);
+  }
+  store_codes(codes, code[0], code[1], code[2], code[3]);
+  return true;
+}
+
+// To nearest, where there are registers enough; false where this way is not for the block.
+CAME8BIT_INLINE bool encode_at_once(const float* x, float largest, int size, int8_t* codes) {
+  if (!kManyRegisters || size % 64 != 0) return false;
+  const F scale(usual_level_scale(largest, kLargestSquare));
+  bool good = true;
+  for (int j = 0; j < size; j += 64) {
+    F value[kVectors], square[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      value[v] = load(x + j + v * kLanes);
+      square[v] = level_square(value[v], scale);
+    }
+    good &= store_nearest(codes + j, value, square);
+  }
+  return good;
+}
+
 // `some_steps` says that `step` is there; `odd` that x has an infinity or is tiny. In two passes:
 // the processor waits less where chains of operations are short.
 template <bool some_steps, bool odd>
@@ -74,6 +103,7 @@ CAME8BIT_INLINE void encode_block(const float* x, const float* step, float absma
 
 float encode(const float* x, const float* step, float largest, int size, int8_t* codes) {
   const bool odd = largest < kTinyAbsmax || largest == INFINITY;
+  if (!odd && step == nullptr && encode_at_once(x, largest, size, codes)) return largest;
   if (largest == INFINITY) largest = largest_finite(x, size);
   if (odd) {
     step ? encode_block<true, true>(x, step, largest, kLargestSquare, size, codes)
@@ -97,24 +127,23 @@ CAME8BIT_INLINE bool usual_rows(ToEncode blocks, int block) {
          memcmp(blocks.decays + block, none, sizeof none) == 0;
 }
 
-// Short rows that are blocks, up to one that is not usual.
+// Short rows that are blocks, up to one that this way is not for.
 template <int cols>
 CAME8BIT_INLINE int encode_short_rows(const float* x, ToEncode blocks, int count, int8_t* codes,
                                       float* absmax) {
   typedef ShortRows<cols> Rows;
-  const F to_next(kNearestStep);
   int block = 0;
   for (; block + Rows::kRows <= count; block += Rows::kRows, x += 64, codes += 64) {
     if (!usual_rows<cols>(blocks, block)) return block;
     float scale[kLanes];
     store(scale, usual_level_scale(load(blocks.largest + block), F(kLargestSquare)));
     memcpy(absmax + block, blocks.largest + block, Rows::kRows * sizeof(float));
-    I code[kVectors];
+    F value[kVectors], square[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      const F value = load(x + v * kLanes), square = level_square(value, Rows::of_rows(scale, v));
-      code[v] = code_of(value, square, guess_of(square, to_next), to_next);
+      value[v] = load(x + v * kLanes);
+      square[v] = level_square(value[v], Rows::of_rows(scale, v));
     }
-    store_codes(codes, code[0], code[1], code[2], code[3]);
+    if (!store_nearest(codes, value, square)) return block;
   }
   return block;
 }

@@ -8,6 +8,8 @@
 namespace came8bit {
 namespace avx2 {
 
+constexpr bool kManyRegisters = false;
+
 struct F {
   __m256 a, b;
   F() = default;
@@ -91,12 +93,16 @@ CAME8BIT_INLINE unsigned mask(M m) {
 CAME8BIT_INLINE int bit_count(unsigned x) {
   return _mm_popcnt_u32(x);
 }
-CAME8BIT_INLINE int count(M m) {
-  return bit_count(mask(m));
-}
 // The larger; `y` where `x` is NaN.
 CAME8BIT_INLINE F larger(F x, F y) {
   return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)};
+}
+// The larger, the smaller of |x| and y >= 0; y where x is NaN.
+CAME8BIT_INLINE F larger_magnitude(F x, F y) {
+  return larger(abs(x), y);
+}
+CAME8BIT_INLINE F smaller_magnitude(F x, F y) {
+  return {_mm256_min_ps(abs(x).a, y.a), _mm256_min_ps(abs(x).b, y.b)};
 }
 
 CAME8BIT_INLINE I operator+(I x, I y) {

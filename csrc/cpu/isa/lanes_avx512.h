@@ -13,6 +13,7 @@
 namespace came8bit {
 namespace avx512 {
 
+constexpr bool kManyRegisters = true;
 struct F {
   __m512 v;
   F() = default;
@@ -95,12 +96,16 @@ CAME8BIT_INLINE unsigned mask(M m) {
 CAME8BIT_INLINE int bit_count(unsigned x) {
   return _mm_popcnt_u32(x);
 }
-CAME8BIT_INLINE int count(M m) {
-  return bit_count(m.v);
-}
 // The larger; `b` where `a` is NaN.
 CAME8BIT_INLINE F larger(F a, F b) {
   return _mm512_max_ps(a.v, b.v);
+}
+// The larger, the smaller of |a| and b >= 0; b where `a` is a quiet NaN.
+CAME8BIT_INLINE F larger_magnitude(F a, F b) {
+  return _mm512_range_ps(a.v, b.v, 0b1011);
+}
+CAME8BIT_INLINE F smaller_magnitude(F a, F b) {
+  return _mm512_min_ps(abs(a).v, b.v);
 }
 
 CAME8BIT_INLINE I operator+(I a, I b) {
@@ -284,10 +289,41 @@ CAME8BIT_INLINE void pack_64(const int8_t* wide, uint8_t* codes) {
 CAME8BIT_INLINE __m512i order_of_packs() {
   return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
 }
-// 64 codes; saturates.
-CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
+// 64 lanes as bytes, which saturate, so that signs stay.
+CAME8BIT_INLINE __m512i to_bytes(I a, I b, I c, I d) {
   const __m512i ab = _mm512_packs_epi32(a.v, b.v), cd = _mm512_packs_epi32(c.v, d.v);
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order_of_packs(), _mm512_packs_epi16(ab, cd)));
+  return _mm512_permutexvar_epi32(order_of_packs(), _mm512_packs_epi16(ab, cd));
+}
+CAME8BIT_INLINE void store_codes(int8_t* p, I a, I b, I c, I d) {
+  _mm512_storeu_si512(p, to_bytes(a, b, c, d));
+}
+// The same, to nearest (quant.h), of 64 elements x from their squares. Returns whether all is good:
+// none is NaN, and no square is 0.
+CAME8BIT_INLINE bool store_nearest(int8_t* p, const F* x, const F* s) {
+  constexpr float kUnits = 0x1p23f;  // a root that is added to it, cut, stands in the lowest bits
+  constexpr int kCut = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+  I guess[4];
+  __mmask64 reached = 0;
+  for (int i = 0; i < 4; ++i) {
+    const F root = s[i] * F(_mm512_rsqrt14_ps(s[i].v));
+    const F units = _mm512_add_round_ps(root.v, F(kUnits).v, kCut);
+    guess[i] = bits(units);
+    const M next = square_of_next(units, F(kNearestStep - kUnits)) <= s[i];
+    reached |= static_cast<__mmask64>(next.v) << 16 * i;
+  }
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i even = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x40004)),
+                                        _mm512_set1_epi32(0x20000));  // of 64 words
+  const __m512i ab = _mm512_permutex2var_epi16(guess[0].v, even, guess[1].v);
+  const __m512i cd = _mm512_permutex2var_epi16(guess[2].v, even, guess[3].v);
+  const __m512i in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  __m512i code = _mm512_permutexvar_epi64(in_order, _mm512_packs_epi16(ab, cd));
+  code = _mm512_mask_add_epi8(code, reached, code, _mm512_set1_epi8(1));
+  const __m512i signs = to_bytes(bits(x[0]), bits(x[1]), bits(x[2]), bits(x[3]));
+  code = _mm512_mask_sub_epi8(code, _mm512_movepi8_mask(signs), _mm512_setzero_si512(), code);
+  _mm512_storeu_si512(p, code);
+  const I all = (guess[0] | guess[1]) | (guess[2] | guess[3]);
+  return mask((all & bits(F(INFINITY))) == bits(F(kUnits))) == 0xffff;  // of NaN all bits are set
 }
 // Levels of 4 bits of 64 elements, from what kLevels4 is for: 4*square with the sign of the
 // element. Returns whether none is NaN, which is INT32_MIN.

@@ -8,6 +8,8 @@
 namespace came8bit {
 namespace baseline {
 
+constexpr bool kManyRegisters = false;
+
 #if defined(__GNUC__)
 constexpr int kWide = 4;
 typedef float Float __attribute__((vector_size(16)));
@@ -122,6 +124,13 @@ CAME8BIT_INLINE F abs(F a) {
 CAME8BIT_INLINE F larger(F a, F b) {
   return select(a > b, a, b);
 }
+// The larger, the smaller of |a| and b >= 0; b where `a` is NaN.
+CAME8BIT_INLINE F larger_magnitude(F a, F b) {
+  return larger(abs(a), b);
+}
+CAME8BIT_INLINE F smaller_magnitude(F a, F b) {
+  return select(abs(a) < b, abs(a), b);
+}
 
 // Lane access for what the vector extension does not have.
 template <class Lane, class V>
@@ -183,17 +192,11 @@ CAME8BIT_INLINE int bit_count(unsigned x) {
   for (; x != 0; x &= x - 1) ++total;
   return total;
 }
-CAME8BIT_INLINE int count(M m) {
-  const IntLanes lanes(reinterpret<I>(m));
-  int total = 0;
-  for (int i = 0; i < 16; ++i) total -= lanes[i];
-  return total;
-}
 CAME8BIT_INLINE bool any(M m) {
-  return count(m) != 0;
+  return mask(m) != 0;
 }
 CAME8BIT_INLINE bool any_nan(F a) {
-  return count(a == a) != kLanes;
+  return mask(a == a) != (1u << kLanes) - 1;
 }
 CAME8BIT_INLINE W multiply(W a, uint32_t factor) {
   for (uint64_t& lane : a.v) lane = came8bit::multiply(lane, factor);

@@ -34,6 +34,8 @@ namespace came8bit {
         CAME8BIT_MOMENTUM(int8_t, true, false),                                             \
         CAME8BIT_MOMENTUM(float, true, false),                                              \
         CAME8BIT_MOMENTUM(float, false, false),                                             \
+        kManyRegisters ? momentum_and_update<int8_t, true> : nullptr,                       \
+        kManyRegisters ? momentum_and_update<float, false> : nullptr,                       \
         CAME8BIT_APPLY(true),                                                               \
         CAME8BIT_APPLY(false),                                                              \
         CAME8BIT_OF_DTYPES(steps),                                                          \

@@ -9,6 +9,10 @@ constexpr int kLineBytes = 64;
 // How many elements ahead sweep C, and all sweeps of short rows, ask for memory.
 constexpr int kAhead = 1024;
 
+CAME8BIT_INLINE int count(M m) {
+  return bit_count(mask(m));
+}
+
 // Asks for memory `ahead` elements after p + j, once per cache line.
 template <class T>
 CAME8BIT_INLINE void ask_for(const T* p, int j, int64_t ahead) {
