@@ -102,6 +102,12 @@ template <class T>
 CAME8BIT_INLINE T nearest_whole(T x) {
   return (x + T(0x1p23f)) - T(0x1p23f);
 }
+// Whether one of `count` magnitudes in units is above their mean; exact, as are its sides. T is
+// float, a vector of it, or uint32_t.
+template <class T>
+CAME8BIT_INLINE auto above_mean(T units, T count, T total) -> decltype(units > total) {
+  return units * count > total;
+}
 // Sums of a block in units, all exact: of all `count` values and of those above the mean.
 CAME8BIT_INLINE Levels levels_of_block(float total, float count, float above_sum, float above_count,
                                        bool has_zero, float unit) {

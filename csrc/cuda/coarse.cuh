@@ -166,7 +166,7 @@ __device__ __forceinline__ Bits2 encode_block(const float* m, int count, int siz
   uint32_t above = 0, codes = 0;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    const bool is_above = whole[i] * static_cast<uint32_t>(size) > total;
+    const bool is_above = above_mean(whole[i], static_cast<uint32_t>(size), total);
     above += is_above ? whole[i] + (1u << 24) : 0;
     codes |= (is_above ? 1u : 0u) << (2 * i);
   }

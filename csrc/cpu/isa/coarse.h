@@ -95,9 +95,9 @@ CAME8BIT_INLINE int encode4_short_rows(const float* x, ToEncode blocks, int coun
 }
 int encode4_rows(const float* x, ToEncode blocks, int count, int size, uint8_t* codes,
                  uint16_t* scales, float* held) {
-  if (size == 8) return encode4_short_rows<8>(x, blocks, count, codes, scales, held);
-  if (size == 16) return encode4_short_rows<16>(x, blocks, count, codes, scales, held);
-  return 0;
+  return for_short_rows(size, [&](auto cols) CAME8BIT_LAMBDA {
+    return encode4_short_rows<cols()>(x, blocks, count, codes, scales, held);
+  });
 }
 
 // The codes of values as bytes, and what they stand for.
@@ -127,10 +127,8 @@ struct Encode2 {
     for (int j = 0; j < size; j += kLanes) run(j, full ? kLanes : size - j);
   }
 
-  // Exact, as is the division by the power of two that the size of a full block is.
   static CAME8BIT_INLINE M above_mean(const Block2& block, F whole, int size) {
-    if (full) return whole > F(block.total * (1.0f / kCoarseBlock));
-    return whole * F(static_cast<float>(size)) > F(block.total);
+    return came8bit::above_mean(whole, F(static_cast<float>(size)), F(block.total));
   }
 
   static CAME8BIT_INLINE void magnitudes(const float* x, float largest, int size, float* whole,
@@ -231,7 +229,7 @@ CAME8BIT_INLINE int encode2_short_rows(const float* x, ToEncode blocks, int coun
     }
     Rows::over_rows(units, add_lanes, total);
     for (int v = 0; v < kVectors; ++v) {
-      const M is_above = units[v] * size > Rows::of_rows(total, v);
+      const M is_above = above_mean(units[v], size, Rows::of_rows(total, v));
       above |= static_cast<uint64_t>(mask(is_above)) << v * kLanes;
       units_above[v] = select(is_above, units[v], zero);
     }
@@ -251,7 +249,7 @@ CAME8BIT_INLINE int encode2_short_rows(const float* x, ToEncode blocks, int coun
     }
     alignas(64) int8_t wide[64];
     for (int v = 0; v < kVectors; ++v) {
-      const M is_above = units[v] * size > Rows::of_rows(total, v);
+      const M is_above = above_mean(units[v], size, Rows::of_rows(total, v));
       const F level = select(is_above, Rows::of_rows(high, v), Rows::of_rows(low, v));
       store_code2(load(x + v * kLanes), is_above, level, kLanes, wide + v * kLanes,
                   held + v * kLanes);
@@ -262,9 +260,9 @@ CAME8BIT_INLINE int encode2_short_rows(const float* x, ToEncode blocks, int coun
 }
 int encode2_rows(const float* x, ToEncode blocks, int count, int size, uint8_t* codes,
                  uint16_t* scales, float* held) {
-  if (size == 8) return encode2_short_rows<8>(x, blocks, count, codes, scales, held);
-  if (size == 16) return encode2_short_rows<16>(x, blocks, count, codes, scales, held);
-  return 0;
+  return for_short_rows(size, [&](auto cols) CAME8BIT_LAMBDA {
+    return encode2_short_rows<cols()>(x, blocks, count, codes, scales, held);
+  });
 }
 
 void encode0(const float*, const float*, int count, int size, uint8_t*, uint16_t*, float* held) {

@@ -149,9 +149,9 @@ CAME8BIT_INLINE int encode_short_rows(const float* x, ToEncode blocks, int count
 }
 int encode_rows(const float* x, ToEncode blocks, int count, int size, int8_t* codes,
                 float* absmax) {
-  if (size == 8) return encode_short_rows<8>(x, blocks, count, codes, absmax);
-  if (size == 16) return encode_short_rows<16>(x, blocks, count, codes, absmax);
-  return 0;
+  return for_short_rows(size, [&](auto cols) CAME8BIT_LAMBDA {
+    return encode_short_rows<cols()>(x, blocks, count, codes, absmax);
+  });
 }
 
 // Of codes that are not kNanCode.

@@ -2,6 +2,8 @@
 // together.
 #pragma once
 
+#include <type_traits>
+
 #include "vectors.h"
 
 namespace came8bit {
@@ -54,6 +56,14 @@ struct ShortRows {
     }
   }
 };
+
+// run(cols), where cols() is `size` as a constant; 0 where rows of that size do not go together.
+template <class Run>
+CAME8BIT_INLINE int for_short_rows(int size, Run run) {
+  if (size == 8) return run(std::integral_constant<int, 8>());
+  if (size == 16) return run(std::integral_constant<int, 16>());
+  return 0;
+}
 
 }  // namespace
 }  // namespace CAME8BIT_ISA
