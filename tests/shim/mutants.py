@@ -151,7 +151,7 @@ MUTANTS = [
     ),
     Mutant(
         "values at the mean are above it", "coarse.cuh",
-        "static_cast<uint32_t>(size) > total", "static_cast<uint32_t>(size) >= total", COARSE,
+        "static_cast<uint32_t>(size), total)", "static_cast<uint32_t>(size), total - 1)", COARSE,
     ),
     Mutant(
         "blocks of 2 bits are full", "coarse.cuh",
