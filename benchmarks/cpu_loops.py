@@ -231,7 +231,7 @@ def code_of(which: Pass, lines: list[str], frames: dict[int, set[str]]) -> list[
     """Return the loops of a pass, or the code outside of loops.
 
     Raises:
-        SystemExit: there is none, or an iteration is of another number of elements.
+        SystemExit: there is none.
     """
     spans = list(functions(lines))
     names = short_names([name for name, _ in spans])

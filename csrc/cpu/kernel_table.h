@@ -104,7 +104,7 @@ struct Kernels {
       momentum32_unfactored[kDtypes];
 
   // Both that pass and the next, where gradient and parameter are fp32, factored, without the
-  // cautious mask; of fp32 momentum w is not written. Null where there are too few registers.
+  // cautious mask; of fp32 momentum w may be left out. Null where there are too few registers.
   Momentum update8, update32;
 
   // The update from them. Index: parameter dtype.
